@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is made of, as frozen dataclasses. A recipe (recipes.py) fills every field; nothing edits a
+configuration after resolve() (resolve.py) has checked it. Sources: EVEv2 paper (arXiv 2502.06788) Table 5 and the
+official scripts for the numbers, megatron-core's TransformerConfig for the meaning of the parallel fields."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+TrainableGroup = Literal["patch_embedding", "vision", "text"]
+"""The three sets of weights that stages freeze and train.
+
+`patch_embedding`: both convolutions, CLS and SPL. `vision`: every weight of the decoder that belongs to vision tokens
+alone. `text`: everything else (text branch or shared decoder, token embedding, final norm, output layer)."""
+
+StageName = Literal["text", "1", "2.1", "2.2", "3"]
+TemplateName = Literal["plain", "qwen2"]
+LossNormalization = Literal["global_tokens", "microbatch_mean"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitConfig:
+    """Which components of a decoder layer have separate weights for vision and text tokens."""
+
+    norm: bool
+    attention: bool
+    ffn: bool
+
+    @property
+    def any(self) -> bool:
+        """Whether the decoder has a vision branch at all."""
+        return self.norm or self.attention or self.ffn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A Qwen2.5-shaped decoder with EVEv2's patch embedding. Field names follow megatron-core, not HF."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int  # rows of the token embedding, before padding to the tensor-parallel size
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    init_std: float
+    split: SplitConfig
+    patch_stride: int  # pixels covered by the first convolution (16)
+    dense_stride: int  # patches of the first convolution merged by the second one (2)
+    patch_embed_dim: int  # channels between the two convolutions (1024; HF: mm_hidden_size)
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Edge of the square of pixels that becomes one vision token (32)."""
+        return self.patch_stride * self.dense_stride
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """Which stage of the curriculum this run is, and which groups of weights it trains."""
+
+    name: StageName
+    trainable: tuple[TrainableGroup, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardSource:
+    """One folder of MDS shards made by data_prep, and its share of the samples of an epoch.
+
+    `proportion` weights the sources against each other; the epoch has as many samples as the sources have together.
+    With one source it has no effect."""
+
+    path: str
+    proportion: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where samples come from and how they become packs."""
+
+    sources: tuple[ShardSource, ...]
+    tokenizer: str  # folder with tokenizer.json (HF format)
+    template: TemplateName
+    image_edge: int  # M of the official resize rules: the area is capped at M * M pixels (800 or 1600)
+    max_aspect_ratio: float  # images beyond it are quarantined
+    max_text_tokens: int  # text of a sample is cut to this many tokens, image tokens not counted
+    pack_tokens: int  # T: tokens of one pack (micro-batch), a multiple of `align`
+    align: int  # vision and text segments of a pack are padded to multiples of this
+    open_bins: int  # packs that the packer keeps open at a time
+    shuffle_block_size: int  # streaming's py1e block, in samples
+    num_workers: int  # threads that read and decode ahead of the trainer
+    prefetch_steps: int  # steps that may lie ready ahead of the trainer
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the model and the data are spread over processes. The data-parallel size is what remains."""
+
+    num_nodes: int
+    gpus_per_node: int  # processes per node; on a machine without GPU the same number of CPU processes
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int  # model chunks per pipeline stage; 1 = not interleaved
+    context: int  # 1: context parallelism is not wired yet and any other value is refused
+    sequence_parallel: bool
+    distributed_optimizer: bool
+    overlap_grad_reduce: bool
+    overlap_param_gather: bool
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+    @property
+    def data(self) -> int:
+        """Data-parallel size."""
+        return self.world_size // (self.tensor * self.pipeline * self.context)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    """The global batch. `samples`: exactly `size` samples a step, as the paper counts; `packs`: exactly `size` full
+    packs a step, so a fixed number of tokens."""
+
+    unit: Literal["samples", "packs"]
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    peak_lr: float
+    patch_embedding_lr: float  # official `vision_tower_lr`
+    min_lr: float
+    warmup_fraction: float  # of the run's steps
+    adam_beta1: float
+    adam_beta2: float
+    adam_eps: float
+    weight_decay: float
+    clip_grad: float | None  # global norm; None: no clipping, as in the official runs
+    loss_normalization: LossNormalization
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Length and numerics of the run."""
+
+    steps: int | None  # None: as many as `epochs` over the sources give; needs batch.unit = samples
+    epochs: float | None
+    dtype: Literal["bf16", "fp32"]
+    backend: Literal["local", "te"]  # local: megatron-core's own layers; te: Transformer Engine
+    recompute: Literal["none", "selective", "full"]
+    seed: int
+    deterministic: bool  # only kernels that give the same bits for the same input
+    distributed_timeout_s: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """What is read at start and written on the way. A run that finds its own checkpoints resumes from the newest."""
+
+    load_weights_from: str | None  # checkpoint folder of another run, stage or converter: weights only
+    copy_text_to_vision: bool  # vision weights that the loaded checkpoint lacks are copies of the text weights
+    save_every_steps: int
+    keep_last: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggingConfig:
+    """Where metrics go; console and JSONL are always on."""
+
+    every_steps: int
+    tensorboard: bool
+    wandb: bool  # offline when no API key is in the environment
+    wandb_project: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One run: what `python -m megatron_eve.train RECIPE key=value ...` executes."""
+
+    recipe: str
+    run_dir: str
+    model: ModelConfig
+    stage: StageConfig
+    data: DataConfig
+    parallel: ParallelConfig
+    batch: BatchConfig
+    optim: OptimConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The errors a user can cause. Each message says what was found, what was expected, which field, file or
+sample it concerns, and what to change."""
+
+
+class EveError(Exception):
+    """Base of every error that this package raises for something a user, file or cluster caused."""
+
+
+class ConfigError(EveError):
+    """A field of the run's configuration is wrong or contradicts another one."""
+
+
+class DataError(EveError):
+    """A data set, shard, sample or image is wrong as a whole; single bad samples are quarantined instead."""
+
+
+class CheckpointError(EveError):
+    """A checkpoint or a set of weights is missing, incomplete or does not fit the model."""
+
+
+class ParallelError(EveError):
+    """The parallel layout cannot be set up on the processes that are there."""
