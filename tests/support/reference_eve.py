@@ -48,7 +48,7 @@ class ReferenceOutput:
 
 
 def blend(text: nn.Module, vision: nn.Module | None, x: Tensor, mask: Tensor) -> Tensor:
-    """Both branches on all tokens; `mask` [S, 1] is 1 on vision tokens. `vision` None: not split."""
+    """Both branches on all tokens; `mask` [S, 1] is 1 on vision tokens. No `vision`: not split."""
     return text(x) if vision is None else text(x) * (1 - mask) + vision(x) * mask
 
 
