@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a `Sample` lies in a row of an MDS shard. `to_row` and `from_row` are inverse; nothing else knows the columns.
+"""How a `Sample` lies in a row of an MDS shard. `to_row` and `from_row` are inverse; nothing else
+knows the columns.
 
-MDS cannot store an array without elements, so both array columns start with one entry for "before the first image":
-`image_ends` is [0, end of image 0, end of image 1, ...] in bytes of `images`, and `image_sizes` is
-[0, 0, height 0, width 0, height 1, width 1, ...]. A text-only sample has [0] and [0, 0].
+MDS cannot store an array without elements, so both array columns start with one entry for "before
+the first image": `image_ends` is [0, end of image 0, end of image 1, ...] in bytes of `images`, and
+`image_sizes` is [0, 0, height 0, width 0, height 1, width 1, ...]. A text-only sample has [0] and
+[0, 0].
 """
 
 import itertools
@@ -43,14 +45,16 @@ def to_row(sample: Sample) -> dict[str, object]:
 
 
 def from_row(row: Mapping[str, object]) -> Sample:
-    """The sample in a row that an MDS reader returned. Raises DataError if the columns do not fit each other."""
+    """The sample in a row that an MDS reader returned. Raises DataError if the columns do not fit
+    each other."""
     missing = sorted(set(MDS_COLUMNS) - set(row))
     if missing:
         raise DataError(
             f"MDS row lacks the columns {missing}, it has {sorted(row)}; build the shards with data_prep."
         )
     data, turns = row["images"], row["conversations"]
-    assert isinstance(data, bytes) and isinstance(turns, list)
+    assert isinstance(data, bytes)
+    assert isinstance(turns, list)
     ends = np.asarray(row["image_ends"]).tolist()
     sizes = np.asarray(row["image_sizes"]).reshape(-1, 2).tolist()
     if ends[0] != 0 or ends[-1] != len(data) or len(ends) != len(sizes):

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that imports mosaicml-streaming. Gives MDSWriter, Stream, Reader, World, reader_from_json, get_shuffle.
+"""The one place that imports mosaicml-streaming. Gives MDSWriter, Stream, Reader, World,
+reader_from_json, get_shuffle.
 
-`import streaming` runs streaming/__init__, which needs torchvision and transformers (and fails with a CPU build of
-torch); the pieces that read and write MDS need neither. So `streaming` and `streaming.base` are registered here as
-bare packages, with their search path and nothing executed, and the submodules are imported below them.
-StreamingDataset is left out on purpose: it ends an epoch silently or hangs on a missing shard, holds a barrier over
-the world in its constructor, and cannot express pipeline parallelism; plan.py takes its place.
-Tested with mosaicml-streaming 0.13.0, installed without its dependencies.
+`import streaming` runs streaming/__init__, which needs torchvision and transformers (and fails with
+a CPU build of torch); the pieces that read and write MDS need neither. So `streaming` and
+`streaming.base` are registered here as bare packages, with their search path and nothing executed,
+and the submodules are imported below them. StreamingDataset is left out on purpose: it ends an
+epoch silently or hangs on a missing shard, holds a barrier over the world in its constructor, and
+cannot express pipeline parallelism; plan.py takes its place. Tested with mosaicml-streaming 0.13.0,
+installed without its dependencies.
 """
 
 import importlib.util
@@ -18,7 +20,8 @@ from megatron_eve.errors import DataError
 
 
 def _register_bare_packages() -> None:
-    """Put `streaming` and `streaming.base` into sys.modules without running their __init__ files."""
+    """Put `streaming` and `streaming.base` into sys.modules without running their __init__
+    files."""
     if "streaming" in sys.modules:
         return
     spec = importlib.util.find_spec("streaming")
@@ -39,9 +42,9 @@ def _register_bare_packages() -> None:
 
 _register_bare_packages()
 
-from streaming.base.format import MDSWriter, Reader, reader_from_json
-from streaming.base.shuffle import get_shuffle
-from streaming.base.stream import Stream
-from streaming.base.world import World
+from streaming.base.format import MDSWriter, Reader, reader_from_json  # noqa: E402
+from streaming.base.shuffle import get_shuffle  # noqa: E402
+from streaming.base.stream import Stream  # noqa: E402
+from streaming.base.world import World  # noqa: E402
 
 __all__ = ["MDSWriter", "Reader", "Stream", "World", "get_shuffle", "reader_from_json"]

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text tokenizer: a HF `tokenizer.json` read by the `tokenizers` library, with the ids that training needs.
+"""The text tokenizer: a HF `tokenizer.json` read by the `tokenizers` library, with the ids that
+training needs.
 
-Comes in: a folder with tokenizer.json and tokenizer_config.json (eos_token, pad_token), as HF releases hold it and as
-`python -m data_prep tokenizer` writes it. No transformers import: it costs seconds and would tie the data path to it.
+Comes in: a folder with tokenizer.json and tokenizer_config.json (eos_token, pad_token), as HF
+releases hold it and as `python -m data_prep tokenizer` writes it. No transformers import: it costs
+seconds and would tie the data path to it.
 """
 
 import hashlib
@@ -29,7 +31,8 @@ class Tokenizer:
     fingerprint: str  # changes when any text could be tokenised differently
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; nothing is added. A special token's literal text becomes that token."""
+        """Token ids of a text; nothing is added. A special token's literal text becomes that
+        token."""
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -55,7 +58,8 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read a tokenizer folder. Raises ConfigError if a file, an end or a padding token is missing."""
+    """Read a tokenizer folder. Raises ConfigError if a file, an end or a padding token is
+    missing."""
     path = Path(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (path / name).is_file():
@@ -93,7 +97,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def _configured_id(
     settings: dict[str, object], key: str, *, backend: tokenizers.Tokenizer, path: Path
 ) -> int:
-    """Id of the token that tokenizer_config.json names under `key`; HF writes it as text or as {"content": text}."""
+    """Id of the token that tokenizer_config.json names under `key`; HF writes it as text or as
+    {"content": text}."""
     value = settings.get(key)
     text = value.get("content") if isinstance(value, dict) else value
     token: int | None = backend.token_to_id(text) if isinstance(text, str) else None

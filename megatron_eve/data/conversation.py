@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From turns to token ids and labels, by the templates `plain` and `qwen2`.
+
+Comes in: the turns of a sample and its number of images. Goes out: ids in which every image is ONE
+placeholder, and labels. Refuses, as `SampleError`: every case in which the official code silently
+drops a sample, feeds the next sample's image, or computes a NaN loss.
+
+  plain   <image>CAPTION\n                      trained: the caption and its newline; no end token; human text unused
+  qwen2   SYSTEM USER: Q ASSISTANT: A<|im_end|>USER: Q2 ASSISTANT: A2<|im_end|>
+                                                trained: what follows `ASSISTANT:` up to and
+                                                including <|im_end|>
+
+Token ids equal the official ones (train.py:140-264, conversation.py:183-215, mm_utils.py:35-55),
+which split the text at <image> and tokenise each piece as a whole. We tokenise by segments and so
+know the label spans for certain: a segment ends at an image, after `ASSISTANT:` (the answer's
+segment starts with a space, where byte-level BPE splits anyway) and at <|im_end|> (an added token).
+Hence an answer that contains ` ASSISTANT:` is fine here; the official code masks that whole sample.
+
+Images: a turn with one mark is cleaned as in the official code: the mark is removed, the text
+stripped, `<image>\n` put in front. A turn with several marks, which the official code would
+collapse into one, keeps each at its place. A text-only sample in `plain` has labels on all its
+text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_eve.config.schema import TemplateName
+from megatron_eve.data.quarantine import SampleError
+from megatron_eve.data.sample import IGNORE, Sample, Turn
+from megatron_eve.data.tokenizer import Tokenizer
+
+IMAGE_MARK = "<image>"
+IMAGE_PLACEHOLDER = -200
+"""Stands for one image in `EncodedSample.ids` (official IMAGE_TOKEN_INDEX)."""
+STOP_TEXT = "<|im_end|>"
+SYSTEM_TEXT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSample:
+    """A sample as tokens, images not yet expanded."""
+
+    ids: NDArray[np.int64]  # [S]; an image is one IMAGE_PLACEHOLDER
+    labels: NDArray[np.int64]  # [S]: the token's own id where it is to be predicted, else IGNORE
+    was_cut: bool  # text was cut at max_text_tokens
+
+    @property
+    def num_images(self) -> int:
+        return int(np.count_nonzero(self.ids == IMAGE_PLACEHOLDER))
+
+    @property
+    def num_text(self) -> int:
+        return int(self.ids.size) - self.num_images
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """A piece of a conversation: text to tokenise, an image (text is IMAGE_MARK) or the stop token
+    (STOP_TEXT)."""
+
+    text: str
+    trained: bool
+
+
+def encode_sample(
+    turns: Sequence[Turn],
+    *,
+    num_images: int,
+    template: TemplateName,
+    tokenizer: Tokenizer,
+    max_text_tokens: int,
+) -> EncodedSample:
+    """Token ids and labels of one training sample. Raises SampleError if it cannot be trained
+    on."""
+    segments = _training_segments(
+        turns, num_images=num_images, template=template, special=tokenizer.special_tokens
+    )
+    ids, trained = _tokenize([segments], tokenizer=tokenizer)[0]
+    return _cut(ids, trained, max_text_tokens=max_text_tokens)
+
+
+def encode_samples(
+    samples: Sequence[Sample],
+    *,
+    template: TemplateName,
+    tokenizer: Tokenizer,
+    max_text_tokens: int,
+) -> list[EncodedSample | SampleError]:
+    """`encode_sample` of many, tokenised on all cores; a sample that it would refuse gives the
+    error instead.
+
+    A sample's images are counted by `image_sizes`, so that headers read without image bytes will
+    do."""
+    results: list[EncodedSample | SampleError | None] = []
+    todo: list[list[_Segment]] = []
+    for sample in samples:
+        try:
+            todo.append(
+                _training_segments(
+                    sample.turns,
+                    num_images=len(sample.image_sizes),
+                    template=template,
+                    special=tokenizer.special_tokens,
+                )
+            )
+            results.append(None)
+        except SampleError as error:
+            results.append(error)
+    tokenized = iter(_tokenize(todo, tokenizer=tokenizer))
+    finished: list[EncodedSample | SampleError] = []
+    for result in results:
+        if result is not None:
+            finished.append(result)
+            continue
+        try:
+            finished.append(_cut(*next(tokenized), max_text_tokens=max_text_tokens))
+        except SampleError as error:
+            finished.append(error)
+    return finished
+
+
+def encode_prompt(
+    turns: Sequence[Turn], *, num_images: int, template: TemplateName, tokenizer: Tokenizer
+) -> NDArray[np.int64]:
+    """Ids after which the model is to write its answer; images as IMAGE_PLACEHOLDER.
+
+    `qwen2`: turns alternate and end with a human one; the prompt ends with `ASSISTANT:`, no space.
+    `plain`: the images alone, whatever the one human turn says. Raises SampleError like
+    `encode_sample`."""
+    _check_text(turns, special=tokenizer.special_tokens)
+    _check_marks(turns, num_images=num_images)
+    if template == "plain":
+        segments = [_Segment(IMAGE_MARK, False)] * num_images
+    else:
+        segments = _qwen2_segments(turns, open_ended=True)
+    return _tokenize([segments], tokenizer=tokenizer)[0][0]
+
+
+def _training_segments(
+    turns: Sequence[Turn], *, num_images: int, template: TemplateName, special: Sequence[str]
+) -> list[_Segment]:
+    _check_text(turns, special=special)
+    _check_marks(turns, num_images=num_images)
+    if not any(turn.role == "gpt" for turn in turns):
+        raise SampleError("no_answer", f"{len(turns)} turns, none from gpt")
+    if template == "plain":
+        return _plain_segments(turns, num_images=num_images)
+    return _qwen2_segments(turns, open_ended=False)
+
+
+def _plain_segments(turns: Sequence[Turn], *, num_images: int) -> list[_Segment]:
+    if [turn.role for turn in turns] != ["human", "gpt"]:
+        roles = [turn.role for turn in turns]
+        raise SampleError(
+            "not_two_turns", f"template plain takes a human and a gpt turn, found {roles}"
+        )
+    caption = turns[1].text.strip()
+    if not caption:
+        raise SampleError("empty_answer", "the caption is empty")
+    return [_Segment(IMAGE_MARK, False)] * num_images + [_Segment(caption + "\n", True)]
+
+
+def _qwen2_segments(turns: Sequence[Turn], *, open_ended: bool) -> list[_Segment]:
+    """Segments of a Vicuna-style conversation; `open_ended`: the last turn is a question to be
+    answered."""
+    turns = turns[1:] if turns and turns[0].role == "gpt" else turns  # as the official code does
+    roles = [turn.role for turn in turns]
+    if roles != ["human" if i % 2 == 0 else "gpt" for i in range(len(roles))]:
+        raise SampleError("turns_not_alternating", f"roles are {roles}")
+    if not open_ended and (not roles or roles[-1] == "human"):
+        raise SampleError("unanswered_turn", f"the conversation ends with a human turn ({roles})")
+    if open_ended and (not roles or roles[-1] == "gpt"):
+        raise SampleError("no_answer", f"a prompt must end with a human turn, roles are {roles}")
+    segments: list[_Segment] = []
+    for i in range(0, len(turns), 2):
+        opening = f"{SYSTEM_TEXT} " if i == 0 else ""
+        question = f"{opening}USER: {_clean(turns[i].text)} ASSISTANT:"
+        segments += _split_at_marks(question)
+        if i + 1 < len(turns):
+            if not turns[i + 1].text.strip():
+                raise SampleError("empty_answer", f"turn {i + 1} of the conversation is empty")
+            segments += [_Segment(f" {turns[i + 1].text}", True), _Segment(STOP_TEXT, True)]
+    return segments
+
+
+def _clean(text: str) -> str:
+    """A human turn with its image marks where the template wants them (module docstring)."""
+    if text.count(IMAGE_MARK) != 1:
+        return text
+    return f"{IMAGE_MARK}\n{text.replace(IMAGE_MARK, '').strip()}"
+
+
+def _split_at_marks(text: str) -> list[_Segment]:
+    pieces = text.split(IMAGE_MARK)
+    segments = [_Segment(pieces[0], False)]
+    for piece in pieces[1:]:
+        segments += [_Segment(IMAGE_MARK, False), _Segment(piece, False)]
+    return segments
+
+
+def _check_text(turns: Sequence[Turn], *, special: Sequence[str]) -> None:
+    for number, turn in enumerate(turns):
+        if turn.role not in ("human", "gpt"):
+            raise SampleError("unknown_role", f"turn {number} is from {turn.role!r}")
+        found = next((token for token in special if token in turn.text), None)
+        if found is not None:
+            raise SampleError("special_text", f"turn {number} contains the special token {found}")
+        if turn.role == "gpt" and IMAGE_MARK in turn.text:
+            raise SampleError("mark_in_answer", f"turn {number}, from gpt, contains {IMAGE_MARK}")
+
+
+def _check_marks(turns: Sequence[Turn], *, num_images: int) -> None:
+    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
+    if marks == num_images:
+        return
+    found = f"{marks} marks {IMAGE_MARK}, {num_images} images"
+    if marks == 0:
+        raise SampleError("image_without_mark", found)
+    raise SampleError(
+        "fewer_marks_than_images" if marks < num_images else "more_marks_than_images", found
+    )
+
+
+def _tokenize(
+    conversations: Sequence[Sequence[_Segment]], *, tokenizer: Tokenizer
+) -> list[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+    """(ids, is trained) of each conversation; texts of all conversations go through the tokenizer
+    together."""
+    fixed = {
+        IMAGE_MARK: np.array([IMAGE_PLACEHOLDER], dtype=np.int64),
+        STOP_TEXT: np.array([tokenizer.token_id(STOP_TEXT)], dtype=np.int64),
+    }
+    texts = [s.text for segments in conversations for s in segments if s.text not in fixed]
+    encoded = iter(tokenizer.encode_many(texts))
+    results = []
+    for segments in conversations:
+        pieces = [
+            fixed[s.text] if s.text in fixed else np.asarray(next(encoded), dtype=np.int64)
+            for s in segments
+        ]
+        trained = [np.full(p.size, s.trained) for p, s in zip(pieces, segments, strict=True)]
+        results.append(
+            (
+                np.concatenate([np.empty(0, np.int64), *pieces]),
+                np.concatenate([[False][:0], *trained]),
+            )
+        )
+    return results
+
+
+def _cut(
+    ids: NDArray[np.int64], trained: NDArray[np.bool_], *, max_text_tokens: int
+) -> EncodedSample:
+    """Labels, after cutting the text to its first `max_text_tokens` tokens; images are not
+    counted."""
+    is_text = ids != IMAGE_PLACEHOLDER
+    kept = int(np.searchsorted(np.cumsum(is_text), max_text_tokens, side="right"))
+    if not is_text[kept:].all():
+        raise SampleError(
+            "cut_image", f"an image comes after the first {max_text_tokens} text tokens"
+        )
+    labels = np.where(trained, ids, IGNORE)[:kept]
+    if not (labels[1:] != IGNORE).any():
+        raise SampleError(
+            "cut_labels", f"no token to predict among the first {max_text_tokens} text tokens"
+        )
+    return EncodedSample(ids=ids[:kept], labels=labels, was_cut=kept < ids.size)
