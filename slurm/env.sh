@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+# shellcheck shell=bash
+# Environment of every job, sourced by the sbatch files. A variable that is already set wins, so a site overrides in
+# its own shell, with `sbatch --export`, or in the file that EVE_SITE_ENV names (network interfaces, HCA names, modules).
+# Reads: RECIPE (set by the sbatch file). Sets: PYTHON, RUN_DIR, TRAIN_CMD and what stands below with its reason.
+
+if [ -n "${EVE_SITE_ENV:-}" ]; then
+    # shellcheck source=/dev/null
+    source "$EVE_SITE_ENV"
+fi
+
+# --- what runs, and where
+if [ -z "${PYTHON:-}" ]; then # the environment's interpreter, on a path that every node sees
+    if [ -x .venv/bin/python ]; then PYTHON=$PWD/.venv/bin/python; else PYTHON=python3; fi
+fi
+: "${RUN_DIR:=runs/$RECIPE}"                        # shared file system: checkpoints, logs, STOP, DONE
+: "${TRAIN_CMD:=$PYTHON -m megatron_eve.train}"     # `python -m slurm.rehearse` rehearses signals and requeue without a GPU
+: "${EVE_MAX_RESTARTS:=50}"                         # requeues of one job, then it fails for a person to look
+: "${EVE_MAX_NO_PROGRESS:=3}"                       # starts of one job that end at the step where they began
+RANK_LOGS=$RUN_DIR/logs/${SLURM_JOB_ID:-0}-r${SLURM_RESTART_COUNT:-0} # one file a rank and start
+export PYTHON RUN_DIR RANK_LOGS EVE_MAX_RESTARTS EVE_MAX_NO_PROGRESS
+
+# --- limits
+ulimit -c 0                                         # 128 core dumps of 100 GB fill a file system
+ulimit -n "$(ulimit -Hn)" || true                   # shards, sockets and pinned files of eight ranks
+ulimit -l unlimited 2> /dev/null || true            # InfiniBand registers memory; slurm.preflight checks what came out
+
+# --- processes
+export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}" # since Slurm 22.05 srun does not inherit it
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"      # eight ranks with one thread per core each would fight for the cores
+export PYTHONUNBUFFERED=1                           # the last lines before a crash reach the log
+export PYTHONFAULTHANDLER=1                         # a crash in native code leaves a Python stack
+
+# --- CUDA, NCCL, torch (no effect on CPU)
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # order of tensor-parallel collectives and GEMMs
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}" # packs' image counts differ: less fragmentation
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"             # name what failed, no more
+export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}" # a broken collective ends the rank, not hangs it
+export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}" # flight recorder: last collectives of each rank
+export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}" # ... written out when one times out
+export NVTE_FLASH_ATTN="${NVTE_FLASH_ATTN:-1}"      # packed attention on A100 exists in flash-attn only
+
+# --- tools
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"        # 128 ranks must not ask a hub for a tokenizer that lies on disk
+export WANDB_RESUME="${WANDB_RESUME:-allow}"        # a requeued job goes on in the same wandb run
+export WANDB_RUN_ID="${WANDB_RUN_ID:-${SLURM_JOB_NAME:-run}-${SLURM_JOB_ID:-0}}"

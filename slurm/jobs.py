@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One-node Python jobs on Slurm through submitit: data preparation, conversion, tools. Training uses the sbatch files.
+
+    python -m slurm.jobs --cpus 64 --hours 12 -- data_prep build-shards ...
+
+Runs `python -m MODULE ARGS...` as one job, waits for it, prints its last lines and hands back its exit code. The
+commands of this repository take up their work where it was left, so a job that meets its time limit is requeued by
+submitit and runs the same line again. --local runs it as a process on this machine, through the same code.
+Refuses modules that are not one-node commands of this repository.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import submitit
+from submitit.helpers import DelayedSubmission
+
+PACKAGES = ("data_prep", "checkpoints_convert", "tools")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleJob:
+    """What submitit pickles, sends to the node and calls there."""
+
+    module: str
+    args: tuple[str, ...]
+
+    def __call__(self) -> int:
+        """Run the module and return its exit code."""
+        return subprocess.run([sys.executable, "-m", self.module, *self.args]).returncode
+
+    def checkpoint(self) -> DelayedSubmission:
+        """Called by submitit ahead of the time limit: the same command again, which resumes by itself."""
+        return DelayedSubmission(self)
+
+
+def build_executor(args: argparse.Namespace) -> submitit.Executor:
+    """submitit's executor for this machine or for Slurm, with the job's resources."""
+    folder = args.logs / "%j"
+    if args.local:
+        local = submitit.LocalExecutor(folder=folder)
+        local.update_parameters(timeout_min=round(args.hours * 60))
+        return local
+    executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=args.max_requeues)
+    executor.update_parameters(
+        job_name=args.command[0].replace(".", "-"),
+        nodes=1,
+        ntasks_per_node=1,
+        cpus_per_task=args.cpus,
+        time=round(args.hours * 60),
+        **({"mem": args.mem} if args.mem else {}),
+        additional_parameters=dict(text.split("=", 1) for text in args.sbatch),
+    )
+    return executor
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line, without the program's name."""
+    parser = argparse.ArgumentParser(
+        prog="python -m slurm.jobs",
+        description="Run a one-node command of this repository as a Slurm job.",
+        epilog="Example: python -m slurm.jobs --cpus 64 --sbatch partition=cpu -- data_prep build-shards SOURCE OUT",
+    )
+    parser.add_argument(
+        "command", metavar="COMMAND", nargs="+", help="after --: module and its arguments"
+    )
+    parser.add_argument("--cpus", type=int, default=16, help="CPU cores (default 16)")
+    parser.add_argument("--hours", type=float, default=4.0, help="time limit (default 4)")
+    parser.add_argument("--mem", help="memory as Slurm writes it, for example 64G")
+    parser.add_argument(
+        "--sbatch", metavar="KEY=VALUE", action="append", default=[], help="further sbatch option"
+    )
+    parser.add_argument(
+        "--max-requeues", type=int, default=10, help="restarts at the time limit (default 10)"
+    )
+    parser.add_argument(
+        "--logs", type=Path, default=Path("logs/jobs"), help="folder of the jobs' logs"
+    )
+    parser.add_argument("--local", action="store_true", help="run on this machine instead")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry of `python -m slurm.jobs`."""
+    args = parse_args(argv)
+    module = args.command[0]
+    if module.partition(".")[0] not in PACKAGES:
+        print(
+            f"found module {module}, expected one of {', '.join(PACKAGES)} or below",
+            file=sys.stderr,
+        )
+        return 2
+    if any("=" not in text for text in args.sbatch):
+        print(f"found --sbatch {args.sbatch}, expected KEY=VALUE each", file=sys.stderr)
+        return 2
+    job = build_executor(args).submit(ModuleJob(module=module, args=tuple(args.command[1:])))
+    print(
+        f"job {job.job_id}: python -m {' '.join(args.command)}; log {job.paths.stdout}", flush=True
+    )
+    code = int(job.result())
+    print("\n".join((job.stdout() or "").rstrip().splitlines()[-5:]))
+    print(f"job {job.job_id} ended with {code}; log {job.paths.stdout}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

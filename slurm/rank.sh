@@ -1,0 +1,11 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+# One rank: turns what Slurm says of this task into the variables that torch.distributed reads, then becomes the command.
+# `srun ... slurm/rank.sh COMMAND ARGS...`; MASTER_ADDR and MASTER_PORT come from slurm.launcher.
+set -euo pipefail
+export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+# Compile caches on the node's own disk: on a shared one 128 ranks write the same files at once.
+local_cache=${SLURM_TMPDIR:-/tmp}/megatron_eve-$UID-$SLURM_JOB_ID
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$local_cache/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$local_cache/inductor}
+exec "$@"
