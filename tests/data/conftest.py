@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the data tests share: the real Qwen2.5 tokenizer, encoded images, and small folders of MDS shards."""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.tokenizer import build_qwen25
+from megatron_eve.data.row import MDS_COLUMNS, to_row
+from megatron_eve.data.sample import Sample, Turn
+from megatron_eve.data.streaming_import import MDSWriter
+from megatron_eve.data.tokenizer import Tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the Qwen2.5 tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizer") / "qwen2.5"
+    build_qwen25(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen(qwen_folder: Path) -> Tokenizer:
+    return load_tokenizer(qwen_folder)
+
+
+def smooth_image(height: int, width: int, *, seed: int) -> Image.Image:
+    """A photograph-like picture: low-frequency noise, so that JPEG and resizing behave as on real images."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (max(2, height // 12), max(2, width // 12), 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    fine = rng.normal(0, 4, (height, width, 3))
+    return Image.fromarray(np.clip(np.asarray(picture) + fine, 0, 255).astype(np.uint8))
+
+
+def encode_image(image: Image.Image, *, format: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, **options)
+    return buffer.getvalue()
+
+
+def make_sample(number: int, *, sizes: Sequence[tuple[int, int]] = ((64, 64),)) -> Sample:
+    """A valid sample for both templates; one JPEG per (height, width) in `sizes`."""
+    marks = "<image>" * len(sizes)
+    return Sample(
+        id=f"sample-{number:05d}",
+        images=tuple(encode_image(smooth_image(*size, seed=number)) for size in sizes),
+        image_sizes=tuple(sizes),
+        turns=(
+            Turn("human", f"{marks}\nWhat is it?" if marks else f"What is number {number}?"),
+            Turn("gpt", f"It is number {number}." + " And more." * (number % 7)),
+        ),
+        source="test",
+    )
+
+
+def mixed_samples(count: int, *, start: int = 0) -> list[Sample]:
+    """Text-only, single-image and two-image samples of several sizes."""
+    rng = np.random.default_rng(start)
+    samples = []
+    for number in range(start, start + count):
+        num_images = int(rng.choice([0, 1, 1, 1, 2]))
+        sizes = [(int(h), int(w)) for h, w in rng.integers(30, 130, (num_images, 2))]
+        samples.append(make_sample(number, sizes=sizes))
+    return samples
+
+
+WriteShards = Callable[..., Path]
+
+
+@pytest.fixture
+def write_shards(tmp_path: Path) -> WriteShards:
+    """write_shards(name, samples, shard_bytes=...) -> folder of MDS shards."""
+
+    def write(name: str, samples: Sequence[Sample], *, shard_bytes: int = 40_000) -> Path:
+        folder = tmp_path / name
+        with MDSWriter(
+            out=str(folder), columns=MDS_COLUMNS, hashes=["xxh3_64"], size_limit=shard_bytes
+        ) as writer:
+            for sample in samples:
+                writer.write(to_row(sample))
+        return folder
+
+    return write
