@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of how the model and the batch fit the parallel layout. Every field is in its own range already.
+
+Source: megatron-core 0.16.1 (model_parallel_config.py, schedules.py) and validate_args of Megatron-LM's training
+package, whose checks the wheel does not carry."""
+
+from collections.abc import Iterator
+
+from megatron_eve.config.schema import ModelConfig, RunConfig
+
+
+def layout_problems(config: RunConfig) -> Iterator[str]:
+    """One message per contradiction in the model's shape or between it, the batch and the processes."""
+    yield from _model_problems(config.model)
+    yield from _tensor_problems(config)
+    yield from _pipeline_problems(config)
+    yield from _process_problems(config)
+    yield from _optimizer_problems(config)
+
+
+def divisors(*numbers: int) -> list[int]:
+    """Every number that divides all of `numbers`, ascending."""
+    return [n for n in range(1, min(numbers) + 1) if all(number % n == 0 for number in numbers)]
+
+
+def _model_problems(model: ModelConfig) -> Iterator[str]:
+    heads, kv_heads = model.num_attention_heads, model.num_kv_heads
+    if heads % kv_heads:
+        yield (
+            f"model.num_kv_heads={kv_heads} does not divide model.num_attention_heads={heads}; "
+            f"use {_one_of(divisors(heads))}."
+        )
+    if model.hidden_size != heads * model.head_dim:
+        yield (
+            f"model.hidden_size={model.hidden_size} is not model.num_attention_heads={heads} x "
+            f"model.head_dim={model.head_dim} = {heads * model.head_dim}; the official model has no "
+            "other shape, so change one of the three."
+        )
+    if model.head_dim % 2:
+        yield (
+            f"model.head_dim={model.head_dim} is odd; rotary positions turn pairs of dimensions, "
+            "so use an even number."
+        )
+
+
+def _tensor_problems(config: RunConfig) -> Iterator[str]:
+    model, tensor = config.model, config.parallel.tensor
+    allowed = divisors(
+        model.num_attention_heads, model.num_kv_heads, model.ffn_hidden_size, model.hidden_size
+    )
+    divided = (
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("model.num_kv_heads", model.num_kv_heads),
+        ("model.ffn_hidden_size", model.ffn_hidden_size),
+        ("model.hidden_size", model.hidden_size),
+    )
+    for key, value in divided:
+        if value % tensor:
+            yield f"parallel.tensor={tensor} does not divide {key}={value}; use {_one_of(allowed)}."
+    if config.parallel.sequence_parallel and tensor == 1:
+        yield (
+            "parallel.sequence_parallel=true needs parallel.tensor above 1, found 1; set "
+            "parallel.sequence_parallel=false or a larger parallel.tensor."
+        )
+
+
+def _pipeline_problems(config: RunConfig) -> Iterator[str]:
+    parallel, layers = config.parallel, config.model.num_layers
+    pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
+    if virtual > 1 and pipeline == 1:
+        yield (
+            f"parallel.virtual_pipeline={virtual} needs parallel.pipeline above 1, found 1; set "
+            "parallel.virtual_pipeline=1 or a larger parallel.pipeline."
+        )
+    if layers % (pipeline * virtual):
+        yield (
+            f"parallel.pipeline={pipeline} x parallel.virtual_pipeline={virtual} = "
+            f"{pipeline * virtual} does not divide model.num_layers={layers}; use a product of "
+            f"{_one_of(divisors(layers))}."
+        )
+
+
+def _process_problems(config: RunConfig) -> Iterator[str]:
+    parallel, batch = config.parallel, config.batch
+    if parallel.context != 1:
+        yield (
+            f"parallel.context={parallel.context}: context parallelism is not wired yet; "
+            "use parallel.context=1."
+        )
+        return
+    world, model_ranks = parallel.world_size, parallel.tensor * parallel.pipeline
+    if world % model_ranks:
+        yield (
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} = "
+            f"{model_ranks} does not divide the {world} processes of parallel.num_nodes="
+            f"{parallel.num_nodes} x parallel.gpus_per_node={parallel.gpus_per_node}; use a product "
+            f"of {_one_of(divisors(world))}, or other numbers of nodes and processes."
+        )
+        return
+    if batch.size < parallel.data:
+        yield (
+            f"batch.size={batch.size} {batch.unit} cannot feed {parallel.data} data-parallel ranks; "
+            f"use {parallel.data} or more, or fewer processes."
+        )
+    elif batch.unit == "packs" and batch.size % parallel.data:
+        nearest = -(-batch.size // parallel.data) * parallel.data
+        yield (
+            f"batch.size={batch.size} packs is not a multiple of the {parallel.data} data-parallel "
+            f"ranks; use {nearest}, for example."
+        )
+
+
+def _optimizer_problems(config: RunConfig) -> Iterator[str]:
+    parallel = config.parallel
+    if not parallel.overlap_param_gather:
+        return
+    if not parallel.distributed_optimizer:
+        yield (
+            "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true, found "
+            "false; only a distributed optimizer gathers parameters."
+        )
+    if not parallel.overlap_grad_reduce:
+        yield (
+            "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true, found "
+            "false; megatron-core overlaps both or only the gradients."
+        )
+
+
+def _one_of(numbers: list[int]) -> str:
+    texts = [str(number) for number in numbers]
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"

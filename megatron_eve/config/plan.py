@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The start-up plan: what a run will do, printed as arithmetic so that a reader can check every number.
+
+One aligned line per quantity, e.g. `batch       1,024 samples a step = 32 data-parallel ranks x 32.0 on average`.
+Needs nothing but a resolved configuration and, for a run counted in epochs, the number of samples."""
+
+from megatron_eve.config.schema import RunConfig
+from megatron_eve.config.sizes import (
+    largest_image_tokens,
+    largest_sample_tokens,
+    memory_estimate,
+    padded_vocab_size,
+    parameter_counts,
+    total_steps,
+    warmup_steps,
+)
+
+_GIB = 1 << 30
+
+
+def plan_text(config: RunConfig, *, num_samples: int | None) -> str:
+    """The plan, one line per quantity. `num_samples`: samples of all sources together, None while not known."""
+    lines = [
+        ("run", f"{config.recipe} in {config.run_dir}"),
+        ("stage", f"{config.stage.name}, trains {', '.join(config.stage.trainable)}"),
+        ("weights", _weights(config)),
+        *_layout(config),
+        *_batch(config),
+        ("steps", _steps(config, num_samples=num_samples)),
+        ("schedule", _schedule(config, num_samples=num_samples)),
+        *_parameters(config),
+        ("memory", _memory(config)),
+        ("checkpoint", f"every {config.checkpoint.save_every_steps:,} steps, the last "
+                       f"{config.checkpoint.keep_last} kept"),
+    ]  # fmt: skip
+    return "".join(f"{name:<12}{text}\n" for name, text in lines)
+
+
+def _weights(config: RunConfig) -> str:
+    start = config.checkpoint.load_weights_from
+    if start is None:
+        return "random"
+    copied = (
+        ", vision branch copied from the text branch"
+        if config.checkpoint.copy_text_to_vision
+        else ""
+    )
+    return f"from {start}{copied}"
+
+
+def _layout(config: RunConfig) -> list[tuple[str, str]]:
+    parallel, model = config.parallel, config.model
+    sequence = "with" if parallel.sequence_parallel else "without"
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    padded = padded_vocab_size(model, tensor=parallel.tensor)
+    return [
+        ("processes", f"{parallel.world_size} = {parallel.num_nodes} nodes x {parallel.gpus_per_node}"),
+        ("layout", f"{parallel.world_size} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
+                   f"{parallel.context} x data {parallel.data}, {sequence} sequence parallelism"),
+        ("layers", f"{model.num_layers} = pipeline {parallel.pipeline} x virtual {parallel.virtual_pipeline} x "
+                   f"{model.num_layers // chunks}"),
+        ("vocabulary", f"{padded:,} = {model.vocab_size:,} + {padded - model.vocab_size} padding rows"),
+    ]  # fmt: skip
+
+
+def _batch(config: RunConfig) -> list[tuple[str, str]]:
+    data, batch, ranks = config.data, config.batch, config.parallel.data
+    image = largest_image_tokens(
+        image_edge=data.image_edge,
+        max_aspect_ratio=data.max_aspect_ratio,
+        pixels_per_token=config.model.pixels_per_token,
+    )
+    if batch.unit == "samples":
+        size = f"{batch.size:,} samples a step = {ranks} data-parallel ranks x {batch.size / ranks:,.1f} on average"
+    else:
+        size = (f"{batch.size:,} packs a step = {ranks} data-parallel ranks x {batch.size // ranks:,}; "
+                f"{batch.size * data.pack_tokens:,} tokens = {batch.size:,} x {data.pack_tokens:,}")  # fmt: skip
+    return [
+        ("batch", size),
+        ("pack", f"{data.pack_tokens:,} tokens = {data.pack_tokens // data.align:,} x {data.align} (align)"),
+        ("image", f"at most {image:,} tokens: {data.image_edge:,}^2 pixels, aspect ratio up to "
+                  f"{data.max_aspect_ratio:g}"),
+        ("sample", f"at most {largest_sample_tokens(config):,} of {data.pack_tokens:,} pack tokens with one image and "
+                   f"{data.max_text_tokens:,} text tokens"),
+    ]  # fmt: skip
+
+
+def _steps(config: RunConfig, *, num_samples: int | None) -> str:
+    train, batch = config.train, config.batch
+    steps = total_steps(config, num_samples=num_samples)
+    if steps is None:
+        return f"floor({train.epochs:g} epochs x samples / {batch.size:,}), known once the shards are read"
+    if train.steps is not None:
+        return f"{steps:,}"
+    return f"{steps:,} = floor({train.epochs:g} epochs x {num_samples:,} samples / {batch.size:,})"
+
+
+def _schedule(config: RunConfig, *, num_samples: int | None) -> str:
+    optim, steps = config.optim, total_steps(config, num_samples=num_samples)
+    warmup = f"{optim.warmup_fraction:g} of the steps"
+    if steps is not None:
+        warmup = f"{warmup_steps(config, steps=steps):,} steps = ceil({optim.warmup_fraction:g} x {steps:,})"
+    patch = (
+        ""
+        if optim.patch_embedding_lr == optim.peak_lr
+        else f" (patch embedding {optim.patch_embedding_lr:g})"
+    )
+    clip = "no clipping" if optim.clip_grad is None else f"clipping at norm {optim.clip_grad:g}"
+    return f"warm-up {warmup} to {optim.peak_lr:g}{patch}, cosine to {optim.min_lr:g}, {clip}"
+
+
+def _parameters(config: RunConfig) -> list[tuple[str, str]]:
+    counts = parameter_counts(config.model)
+    trained = sum(counts[group] for group in config.stage.trainable)
+    groups = " + ".join(f"{group} {count:,}" for group, count in counts.items())
+    return [
+        ("parameters", f"{sum(counts.values()):,} = {groups}"),
+        (
+            "trained",
+            f"{trained:,} = {' + '.join(f'{counts[group]:,}' for group in config.stage.trainable)}",
+        ),
+    ]
+
+
+def _memory(config: RunConfig) -> str:
+    estimate = memory_estimate(config)
+    return (
+        f"estimate per rank, activations not counted: {estimate.total / _GIB:.2f} GiB = weights "
+        f"{estimate.weights / _GIB:.2f} + gradients {estimate.gradients / _GIB:.2f} + optimizer "
+        f"{estimate.optimizer / _GIB:.2f}"
+    )

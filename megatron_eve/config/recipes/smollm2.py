@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The curriculum on a real pretrained LLM that a laptop can hold: SmolLM2-135M-Instruct (Apache-2.0).
+
+It needs no text stage: stage 1 starts from the converted weights. Two processes with data parallelism 2 and the
+distributed optimizer (its 9 heads do not divide by 2), fp32, packs of 1,024 tokens. Learning rates lie between the
+paper's, made for 7B, and those of a model trained from scratch."""
+
+from megatron_eve.config.recipes.shapes import smollm2_135m
+from megatron_eve.config.schema import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    ShardSource,
+    SplitConfig,
+    StageConfig,
+    TemplateName,
+    TrainConfig,
+)
+from megatron_eve.config.variants import VARIANTS
+
+
+def smollm2_stage1() -> RunConfig:
+    """Stage 1: the patch embedding alone, on captions, in front of the frozen LLM."""
+    return _run(
+        recipe="smollm2_stage1",
+        split=VARIANTS["eve-v1.0"],
+        stage=StageConfig(name="1", trainable=("patch_embedding",)),
+        data=_data(shards="captions", template="plain"),
+        steps=200,
+        learning_rate=1e-3,
+        weights="data/demo/weights/smollm2-135m-instruct",
+    )
+
+
+def smollm2_stage2_1() -> RunConfig:
+    """Stage 2.1: patch embedding and vision branch (a copy of the LLM), on captions."""
+    return _run(
+        recipe="smollm2_stage2_1",
+        split=VARIANTS["eve-v2.0"],
+        stage=StageConfig(name="2.1", trainable=("patch_embedding", "vision")),
+        data=_data(shards="captions", template="plain"),
+        steps=300,
+        learning_rate=3e-4,
+        weights="runs/smollm2_stage1",
+        copy_text_to_vision=True,
+    )
+
+
+def smollm2_stage2_2() -> RunConfig:
+    """Stage 2.2: all weights, on questions and answers."""
+    return _run(
+        recipe="smollm2_stage2_2",
+        split=VARIANTS["eve-v2.0"],
+        stage=StageConfig(name="2.2", trainable=("patch_embedding", "vision", "text")),
+        data=_data(shards="questions", template="qwen2"),
+        steps=300,
+        learning_rate=2e-4,
+        weights="runs/smollm2_stage2_1",
+    )
+
+
+def smollm2_stage3() -> RunConfig:
+    """Stage 3: all weights, on questions and answers, at half the learning rate."""
+    return _run(
+        recipe="smollm2_stage3",
+        split=VARIANTS["eve-v2.0"],
+        stage=StageConfig(name="3", trainable=("patch_embedding", "vision", "text")),
+        data=_data(shards="questions", template="qwen2"),
+        steps=200,
+        learning_rate=1e-4,
+        weights="runs/smollm2_stage2_2",
+    )
+
+
+def _data(*, shards: str, template: TemplateName) -> DataConfig:
+    return DataConfig(
+        sources=(ShardSource(path=f"data/demo/{shards}/shards", proportion=1.0),),
+        tokenizer="data/demo/tokenizer-smollm2",
+        template=template,
+        image_edge=256,
+        max_aspect_ratio=4.0,
+        max_text_tokens=256,
+        pack_tokens=1024,
+        align=16,
+        open_bins=16,
+        shuffle_block_size=4096,
+        num_workers=2,
+        prefetch_steps=2,
+        seed=42,
+    )
+
+
+def _run(
+    *,
+    recipe: str,
+    split: SplitConfig,
+    stage: StageConfig,
+    data: DataConfig,
+    steps: int,
+    learning_rate: float,
+    weights: str,
+    copy_text_to_vision: bool = False,
+) -> RunConfig:
+    return RunConfig(
+        recipe=recipe,
+        run_dir=f"runs/{recipe}",
+        model=smollm2_135m(split=split),
+        stage=stage,
+        data=data,
+        parallel=ParallelConfig(
+            num_nodes=1,
+            gpus_per_node=2,
+            tensor=1,
+            pipeline=1,
+            virtual_pipeline=1,
+            context=1,
+            sequence_parallel=False,
+            distributed_optimizer=True,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
+        ),
+        batch=BatchConfig(unit="samples", size=64),
+        optim=OptimConfig(
+            peak_lr=learning_rate,
+            patch_embedding_lr=learning_rate,
+            min_lr=0.0,
+            warmup_fraction=0.03,
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            adam_eps=1e-8,
+            weight_decay=0.0,
+            clip_grad=1.0,
+            loss_normalization="global_tokens",
+        ),
+        train=TrainConfig(
+            steps=steps,
+            epochs=None,
+            dtype="fp32",
+            backend="local",
+            recompute="none",
+            seed=42,
+            deterministic=True,
+            distributed_timeout_s=300,
+        ),
+        checkpoint=CheckpointConfig(
+            load_weights_from=weights,
+            copy_text_to_vision=copy_text_to_vision,
+            save_every_steps=100,
+            keep_last=2,
+        ),
+        logging=LoggingConfig(
+            every_steps=10, tensorboard=False, wandb=False, wandb_project="megatron-eve"
+        ),
+    )

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows from a configuration by arithmetic alone: parameter counts, the largest image, steps, memory of weights.
+
+Pure functions, no torch. Sources: EVEv2 train.py:349-363 for the resize rule behind the largest image; the parameter
+counts equal those of the official 7B checkpoint (15,478,272 + 6,525,618,176 + 7,615,616,512)."""
+
+import math
+from dataclasses import dataclass
+
+from megatron_eve.config.schema import ModelConfig, RunConfig, TrainableGroup
+from megatron_eve.errors import ConfigError
+
+BYTES_PER_VALUE = {"bf16": 2, "fp32": 4}
+_FP32 = 4
+
+
+def parameter_counts(model: ModelConfig) -> dict[TrainableGroup, int]:
+    """Parameters of the whole model by trainable group; the embedding counts without padding rows."""
+    layer = _layer_parameters(model)
+    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    return {
+        "patch_embedding": _patch_embedding_parameters(model),
+        "vision": model.num_layers * layer.split,
+        "text": model.num_layers * layer.dense + embeddings + model.hidden_size,
+    }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _LayerParameters:
+    """Parameters of one decoder layer: of one branch, and of the components that have a second, vision copy."""
+
+    dense: int
+    split: int
+    split_norm: int  # part of `split` that tensor parallelism replicates
+
+
+def _layer_parameters(model: ModelConfig) -> _LayerParameters:
+    hidden, head_dim = model.hidden_size, model.head_dim
+    qkv_rows = (model.num_attention_heads + 2 * model.num_kv_heads) * head_dim
+    norm = 2 * hidden
+    attention = qkv_rows * (hidden + 1) + model.num_attention_heads * head_dim * hidden
+    ffn = 3 * hidden * model.ffn_hidden_size
+    split_norm = norm * model.split.norm
+    return _LayerParameters(
+        dense=norm + attention + ffn,
+        split=split_norm + attention * model.split.attention + ffn * model.split.ffn,
+        split_norm=split_norm,
+    )
+
+
+def _patch_embedding_parameters(model: ModelConfig) -> int:
+    channels, hidden = model.patch_embed_dim, model.hidden_size
+    first = 3 * model.patch_stride**2 * channels + channels
+    second = channels * model.dense_stride**2 * hidden + hidden
+    return first + second + 2 * hidden  # CLS and SPL
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryEstimate:
+    """Bytes on one rank of the fullest pipeline stage. Activations, buffers and fragmentation are not in it."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def memory_estimate(config: RunConfig) -> MemoryEstimate:
+    """Weights (all), fp32 gradients and Adam state (trained groups only) of one rank of the fullest pipeline stage."""
+    held = _parameters_on_fullest_stage(config)
+    trained = sum(held[group] for group in config.stage.trainable)
+    # Adam keeps two fp32 moments, and under bf16 an fp32 copy of the weights.
+    optimizer_bytes = trained * _FP32 * (3 if config.train.dtype == "bf16" else 2)
+    shards = config.parallel.data if config.parallel.distributed_optimizer else 1
+    return MemoryEstimate(
+        weights=sum(held.values()) * BYTES_PER_VALUE[config.train.dtype],
+        gradients=trained * _FP32,
+        optimizer=-(-optimizer_bytes // shards),
+    )
+
+
+def _parameters_on_fullest_stage(config: RunConfig) -> dict[TrainableGroup, int]:
+    """Tensor parallelism divides linears and embeddings, and replicates norms and the patch embedding."""
+    model, tensor, pipeline = config.model, config.parallel.tensor, config.parallel.pipeline
+    layer = _layer_parameters(model)
+    norm, layers = 2 * model.hidden_size, model.num_layers // pipeline
+    table = padded_vocab_size(model, tensor=tensor) // tensor * model.hidden_size
+    ends = table if pipeline > 1 or model.tie_word_embeddings else 2 * table
+    return {
+        "patch_embedding": _patch_embedding_parameters(model),
+        "vision": layers * (layer.split_norm + (layer.split - layer.split_norm) // tensor),
+        "text": layers * (norm + (layer.dense - norm) // tensor) + ends + model.hidden_size,
+    }
+
+
+def padded_vocab_size(model: ModelConfig, *, tensor: int) -> int:
+    """Rows of the token embedding once padded to a multiple of the tensor-parallel size."""
+    return -(-model.vocab_size // tensor) * tensor
+
+
+def largest_image_tokens(*, image_edge: int, max_aspect_ratio: float, pixels_per_token: int) -> int:
+    """Tokens of the largest image that the train-time resize can give: patches, one SPL a row, one CLS.
+
+    The rule scales an image to at most image_edge^2 pixels, keeps its aspect ratio, then rounds each edge to the
+    nearest multiple. For each number of rows this takes the height (within the rounding interval) that allows the widest
+    image; both rounding ties count upwards, so the result is an upper bound that is reached up to pixel granularity.
+    """
+    area = float(image_edge) ** 2
+    tallest = math.sqrt(area * max_aspect_ratio)
+    best_height = math.sqrt(area / max_aspect_ratio)  # where the area cap meets the aspect limit
+    largest = 0
+    for rows in range(1, max(1, math.floor(tallest / pixels_per_token + 0.5)) + 1):
+        lowest = (rows - 0.5) * pixels_per_token if rows > 1 else 1.0
+        height = min(max(best_height, lowest), (rows + 0.5) * pixels_per_token)
+        width = min(area / height, max_aspect_ratio * height)
+        columns = max(1, math.floor(width / pixels_per_token + 0.5))
+        largest = max(largest, rows * columns + rows + 1)
+    return largest
+
+
+def largest_sample_tokens(config: RunConfig) -> int:
+    """Pack tokens that a sample with one image of the largest size and the longest text takes, segments aligned."""
+    align = config.data.align
+    image = largest_image_tokens(
+        image_edge=config.data.image_edge,
+        max_aspect_ratio=config.data.max_aspect_ratio,
+        pixels_per_token=config.model.pixels_per_token,
+    )
+    return -(-image // align) * align + -(-config.data.max_text_tokens // align) * align
+
+
+def total_steps(config: RunConfig, *, num_samples: int | None) -> int | None:
+    """Steps of the run: `train.steps`, or what `train.epochs` over `num_samples` gives without the incomplete last
+    global batch; None when that number is needed and not known.
+
+    Raises: ConfigError if the samples do not fill one global batch.
+    """
+    if config.train.steps is not None or config.train.epochs is None:
+        return config.train.steps
+    if num_samples is None:
+        return None
+    steps = math.floor(config.train.epochs * num_samples) // config.batch.size
+    if steps == 0:
+        raise ConfigError(
+            f"train.epochs={config.train.epochs} over {num_samples:,} samples does not fill one global batch of "
+            f"batch.size={config.batch.size:,}; use a smaller batch.size, more epochs, or train.steps."
+        )
+    return steps
+
+
+def warmup_steps(config: RunConfig, *, steps: int) -> int:
+    """Steps of linear warm-up, rounded up as the official runs do."""
+    return math.ceil(config.optim.warmup_fraction * steps)
