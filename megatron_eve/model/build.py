@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a configuration to the model chunks of this process."""
+
+from megatron.core.transformer import TransformerConfig
+
+from megatron_eve.config.megatron import transformer_config
+from megatron_eve.config.schema import ModelConfig, ParallelConfig
+from megatron_eve.model.eve_model import EveModel
+from megatron_eve.model.layer_specs import backend as backend_named
+from megatron_eve.parallel.groups import ParallelState
+
+
+def build_model(
+    model: ModelConfig,
+    *,
+    parallel: ParallelConfig,
+    state: ParallelState,
+    dtype: str,
+    backend: str = "local",
+    recompute: str = "none",
+    deterministic: bool = False,
+    seed: int = 0,
+) -> tuple[list[EveModel], TransformerConfig]:
+    """The chunks of this pipeline stage (one unless interleaved), freshly initialised, and megatron-core's config."""
+    config = transformer_config(
+        model, parallel=parallel, dtype=dtype, recompute=recompute, deterministic=deterministic
+    )
+    chunks = []
+    for chunk in range(parallel.virtual_pipeline):
+        first = state.is_first_stage and chunk == 0
+        last = state.is_last_stage and chunk == parallel.virtual_pipeline - 1
+        chunks.append(
+            EveModel(
+                config,
+                model=model,
+                backend=backend_named(backend),
+                pre_process=first,
+                post_process=last,
+                groups=state.groups,
+                vp_stage=chunk if parallel.virtual_pipeline > 1 else None,
+                seed=seed,
+            )
+        )
+    for built in chunks:
+        built.to(state.device)
+    return chunks, config

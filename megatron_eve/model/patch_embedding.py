@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From pixels to vision tokens: Conv(16, 16), GELU, Conv(2, 2) on non-overlapping windows, as two matrix products.
+
+Source: EVEv2 multimodal_encoder/vision_tokenizer.py:20-42. The windows do not overlap, so that a convolution is a
+linear on patches; all images of a pack go through at once, whatever their sizes. Parameters keep the convolutions'
+shapes. Legend: P patch tokens, R vision rows of this rank, h hidden size, p patch_stride, d dense_stride.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import MegatronModule
+from torch import Tensor
+
+from megatron_eve.config.schema import ModelConfig
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class _ConvParameters(torch.nn.Module):
+    """Weight and bias of a convolution, with PyTorch's default initialisation U(+-1/sqrt(fan_in))."""
+
+    def __init__(self, shape: tuple[int, int, int, int], *, config: Any, generator: torch.Generator) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(shape[1] * shape[2] * shape[3])
+        device = torch.cuda.current_device()
+        weight = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        bias = torch.empty(shape[0]).uniform_(-bound, bound, generator=generator)
+        self.weight = torch.nn.Parameter(weight.to(device, config.params_dtype))
+        self.bias = torch.nn.Parameter(bias.to(device, config.params_dtype))
+
+
+class PatchEmbedding(MegatronModule):
+    """Embeds this rank's vision rows.
+
+    Under sequence parallelism every tensor-parallel rank embeds its own rows only, so all gradients are partial sums
+    (attribute `sequence_parallel`); without it all ranks compute the same."""
+
+    def __init__(self, config: Any, *, model: ModelConfig, seed: int) -> None:
+        super().__init__(config)
+        generator = torch.Generator().manual_seed(seed)  # the same on every rank
+        p, d, width = model.patch_stride, model.dense_stride, model.patch_embed_dim
+        self.patch_pixels = p * p
+        self.conv1 = _ConvParameters((width, 3, p, p), config=config, generator=generator)
+        self.conv2 = _ConvParameters((model.hidden_size, width, d, d), config=config, generator=generator)
+        device = torch.cuda.current_device()
+        for name in ("class_embedding", "split_embedding"):
+            # The official code draws both with standard deviation 1 (vision_tokenizer.py:27-28).
+            value = torch.randn(model.hidden_size, generator=generator)
+            setattr(self, name, torch.nn.Parameter(value.to(device, config.params_dtype)))
+        for param in self.parameters():
+            param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, patches: Tensor, *, sources: Tensor) -> Tensor:
+        """Embed patches and put CLS, SPL and zero rows in their places.
+
+        Shapes: patches [P, d * d, 3 * p * p] uint8; sources [R] int64: the patch of each row, or P for CLS, P + 1 for
+        SPL, P + 2 for a zero row -> [R, 1, h].
+        """
+        features = self._embed(self._normalise(patches))
+        special = [self.class_embedding, self.split_embedding, torch.zeros_like(self.class_embedding)]
+        table = torch.cat([features, torch.stack(special)])
+        return table.index_select(0, sources).unsqueeze(1)
+
+    def _normalise(self, patches: Tensor) -> Tensor:
+        mean = torch.tensor(CLIP_MEAN, device=patches.device).repeat_interleave(self.patch_pixels)
+        std = torch.tensor(CLIP_STD, device=patches.device).repeat_interleave(self.patch_pixels)
+        return ((patches.float() / 255 - mean) / std).to(self.conv1.weight.dtype)
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        """[P, d * d, 3 * p * p] -> [P, h]; the d * d sub-patches of a token lie in reading order."""
+        hidden = F.gelu(F.linear(pixels, self.conv1.weight.flatten(1), self.conv1.bias))
+        dense = self.conv2.weight.permute(0, 2, 3, 1).flatten(1)  # [h, d * d * width]
+        return F.linear(hidden.flatten(1), dense, self.conv2.bias)

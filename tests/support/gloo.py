@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real multi-process gloo runs inside a test.
+
+Starting a process that imports torch and megatron-core costs seconds, so a pool of workers is started once per size
+and keeps its process group; each task sets up the layout it needs. A failure on any rank is raised in the test with
+that rank's traceback, and a task that hangs is killed."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+TASK_TIMEOUT_S = 120
+
+
+class WorkerError(AssertionError):
+    """A task failed on a rank, or the pool hung."""
+
+
+def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    from megatron_eve.parallel.groups import init_distributed
+
+    init_distributed(timeout_s=TASK_TIMEOUT_S)
+    while True:
+        task = pipe.recv()
+        if task is None:
+            break
+        function, args, kwargs = task
+        try:
+            pipe.send((True, function(*args, **kwargs)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+    torch.distributed.destroy_process_group()
+
+
+class GlooPool:
+    """`world_size` processes in one gloo process group."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Call `function(*args, **kwargs)` on every rank; the results in the order of ranks.
+
+        `function` must be importable by name. Raises: WorkerError with the traceback of every rank that failed."""
+        if not self._workers:
+            self._start()
+        for _, pipe in self._workers:
+            pipe.send((function, args, kwargs))
+        results, failures = [], []
+        for rank, (_, pipe) in enumerate(self._workers):
+            if not pipe.poll(TASK_TIMEOUT_S if not failures else 5):
+                failures.append(f"rank {rank}: no answer from {function.__name__}")
+                continue
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                ok, value = False, "process died"
+            results.append(value)
+            if not ok:
+                failures.append(f"rank {rank}:\n{value}")
+        if failures:
+            self.close(kill=True)  # the other ranks may hang in a collective
+            raise WorkerError("\n".join(failures))
+        return results
+
+    def _start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, self.world_size, port, theirs), daemon=False
+            )
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def close(self, *, kill: bool = False) -> None:
+        """End the workers; the next run() starts new ones."""
+        for process, pipe in self._workers:
+            if not kill:
+                pipe.send(None)
+            else:
+                process.kill()
+        for process, pipe in self._workers:
+            process.join(timeout=20)
+            if process.is_alive():
+                process.kill()
+            pipe.close()
+        self._workers = []
