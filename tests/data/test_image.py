@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DALI against Pillow, and the isolation of bad images."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from megatron_eve.data.image import (
+    ImageDecoder,
+    ImageJob,
+    check_header,
+    decode_reference,
+    image_size,
+)
+from megatron_eve.data.image_size import eval_size, train_size
+from megatron_eve.data.quarantine import SampleError
+from tests.data.conftest import encode_image, smooth_image
+
+
+@pytest.fixture(scope="module")
+def decoder() -> ImageDecoder:
+    return ImageDecoder(device="cpu", max_batch=8)
+
+
+def job_of(data: bytes, *, target: tuple[int, int] = (64, 96)) -> ImageJob:
+    return ImageJob(data=data, source_size=image_size(data), target_size=target)
+
+
+def pixels(result: NDArray[np.uint8] | SampleError) -> NDArray[np.int64]:
+    assert not isinstance(result, SampleError), result
+    return result.astype(np.int64)
+
+
+def test_dali_is_pillow_bicubic_within_tolerance(decoder: ImageDecoder) -> None:
+    jobs = []
+    for seed, (height, width) in enumerate([(480, 640), (700, 333), (50, 90), (1000, 400)]):
+        image = smooth_image(height, width, seed=seed)
+        for data in (encode_image(image, quality=90), encode_image(image, format="PNG")):
+            jobs.append(job_of(data, target=train_size(height, width, edge=300)))
+            jobs.append(job_of(data, target=eval_size(height, width, edge=500)))
+    results = [pixels(result) for result in decoder.decode(jobs)]
+    assert [result.shape[:2] for result in results] == [job.target_size for job in jobs]
+    differences = [
+        np.abs(result - decode_reference(job.data, target_size=job.target_size).astype(np.int64))
+        for result, job in zip(results, jobs, strict=True)
+    ]
+    assert max(difference.mean() for difference in differences) < 0.25
+    everything = np.concatenate([difference.ravel() for difference in differences])
+    assert np.quantile(everything, 0.999) <= 1
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_exif_rotation(decoder: ImageDecoder, orientation: int) -> None:
+    image = smooth_image(120, 200, seed=3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode_image(image, exif=exif)
+    assert image_size(data) == ((200, 120) if orientation in (6, 8) else (120, 200))
+    (result,) = decoder.decode([job_of(data)])
+    expected = decode_reference(data, target_size=(64, 96))
+    assert np.abs(pixels(result) - expected).mean() < 0.5
+
+
+def test_every_colour_mode_becomes_rgb(decoder: ImageDecoder) -> None:
+    image = smooth_image(90, 120, seed=4)
+    files = [
+        encode_image(image.convert("L")),
+        encode_image(image.convert("CMYK")),
+        encode_image(image.convert("RGBA"), format="PNG"),
+        encode_image(image.convert("P"), format="PNG"),
+        encode_image(image, format="WEBP", quality=90),
+        encode_image(image.convert("P"), format="GIF"),  # DALI has no GIF: Pillow
+    ]
+    results = decoder.decode([job_of(data) for data in files])
+    for data, result in zip(files, results, strict=True):
+        expected = decode_reference(data, target_size=(64, 96))
+        assert np.abs(pixels(result) - expected).mean() < 0.5
+
+
+def bad_files() -> dict[str, bytes]:
+    jpeg = encode_image(smooth_image(200, 200, seed=5), quality=90)
+    png = encode_image(smooth_image(200, 200, seed=5), format="PNG")
+    return {
+        "truncated JPEG": jpeg[: len(jpeg) // 2],
+        "truncated PNG": png[: len(png) // 2],
+        "empty file": b"",
+        "not an image": b"<html>404 Not Found</html>",
+    }
+
+
+def test_bad_images_spoil_nothing_but_themselves(decoder: ImageDecoder) -> None:
+    good = [encode_image(smooth_image(100 + 8 * i, 140, seed=i)) for i in range(12)]
+    expected = [decode_reference(data, target_size=(64, 96)).astype(np.int64) for data in good]
+    jobs = [job_of(data) for data in good]
+    bad_places = {}
+    for place, (name, data) in zip((0, 3, 4, 11), bad_files().items(), strict=True):
+        bad_places[place] = name
+        jobs.insert(place, ImageJob(data=data, source_size=(200, 200), target_size=(64, 96)))
+    results = decoder.decode(jobs)
+    assert len(results) == 16
+    survivors = [pixels(r) for i, r in enumerate(results) if i not in bad_places]
+    for result, reference in zip(survivors, expected, strict=True):
+        assert np.abs(result - reference).mean() < 0.5
+    for place, name in bad_places.items():
+        result = results[place]
+        assert isinstance(result, SampleError), name
+        assert result.reason == "undecodable", name
+        assert "bytes starting" in result.message
+
+
+def test_batch_after_a_failure_is_right_and_larger_than_max_batch(decoder: ImageDecoder) -> None:
+    truncated = bad_files()["truncated JPEG"]
+    decoder.decode([ImageJob(data=truncated, source_size=(200, 200), target_size=(64, 96))])
+    data = encode_image(smooth_image(100, 100, seed=1))
+    results = decoder.decode([job_of(data, target=(32, 32 + 32 * i)) for i in range(20)])
+    assert [pixels(r).shape for r in results] == [(32, 32 + 32 * i, 3) for i in range(20)]
+
+
+def test_file_that_is_not_what_the_row_says_is_refused(decoder: ImageDecoder) -> None:
+    data = encode_image(smooth_image(100, 120, seed=1))
+    (result,) = decoder.decode([ImageJob(data=data, source_size=(120, 100), target_size=(32, 32))])
+    assert isinstance(result, SampleError)
+    assert str(result) == "size_mismatch: the file is 100 x 120, the shard's row says 120 x 100"
+
+
+def test_bomb_is_refused_by_its_header() -> None:
+    bomb = encode_image(Image.new("1", (12_000, 12_000)), format="PNG")
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(SampleError) as error:
+        check_header(bomb, source_size=None)
+    assert error.value.reason == "too_many_pixels"
+    assert len(bomb) < 100_000
+
+
+def test_no_images_at_all(decoder: ImageDecoder) -> None:
+    assert decoder.decode([]) == []
