@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -125,12 +126,14 @@ def outliers(reports: Mapping[str, Mapping[str, object]]) -> dict[str, list[str]
 
 
 def parse_reports(text: str) -> dict[str, dict[str, object]]:
-    """The nodes' JSON lines; other lines (Slurm's own) are passed by."""
+    """The nodes' JSON objects; Slurm's own lines and two reports on one line do no harm."""
     reports: dict[str, dict[str, object]] = {}
-    for line in text.splitlines():
-        if line.startswith('{"node"'):
-            report = json.loads(line)
-            reports[str(report["node"])] = report
+    for match in re.finditer(r'\{"node"', text):
+        try:
+            report, _end = json.JSONDecoder().raw_decode(text, match.start())
+        except json.JSONDecodeError:
+            continue  # torn; the node counts as one that gave no answer
+        reports[str(report["node"])] = report
     return reports
 
 
@@ -181,7 +184,10 @@ def main(argv: Sequence[str]) -> int:
         "run_dir", metavar="RUN_DIR", type=Path, help="folder of the run, shared by all nodes"
     )
     report = check_this_node(parser.parse_args(argv).run_dir, env=os.environ)
-    print(json.dumps(report), flush=True)
+    sys.stdout.write(
+        json.dumps(report) + "\n"
+    )  # one write: print() makes two, and nodes' lines would mix
+    sys.stdout.flush()
     for problem in _listed(report["problems"]):
         print(f"preflight: {report['node']}: {problem}", file=sys.stderr)
     return 1 if report["problems"] else 0

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chains of stages and one-node jobs: the exact argv that reaches Slurm."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slurm import jobs, submit
+from tests.slurm.conftest import REPO, StubSlurm
+
+
+def run(
+    module: str, *args: str, env: dict[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", module, *args]
+    return subprocess.run(
+        command, cwd=REPO, env=env or dict(os.environ), text=True, capture_output=True, timeout=120
+    )
+
+
+def test_chain(stub_slurm: StubSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "environ", stub_slurm.env)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slurm").mkdir()
+    for stage in ("stage1", "stage2_2"):
+        (tmp_path / f"slurm/{stage}.sbatch").touch()
+    argv = [
+        "stage1",
+        "stage2_2",
+        "--root",
+        "/r",
+        "--sbatch-arg=--account=a",
+        "--override",
+        "optim.peak_lr=1e-5",
+    ]
+    assert submit.main(argv) == 0
+    assert stub_slurm.calls == [
+        "RECIPE=eve7b_stage1 RUN_DIR=/r/eve7b_stage1 sbatch --parsable "
+        "--account=a slurm/stage1.sbatch optim.peak_lr=1e-5",
+        "RECIPE=eve7b_stage2_2 RUN_DIR=/r/eve7b_stage2_2 sbatch --parsable --dependency=afterok:101 "
+        "--kill-on-invalid-dep=yes --account=a slurm/stage2_2.sbatch optim.peak_lr=1e-5",
+    ]
+    assert (tmp_path / "logs").is_dir()
+
+
+def test_refused_stage_names_what_is_queued(stub_slurm: StubSlurm) -> None:
+    env = {**stub_slurm.env, "STUB_REFUSE_AT": "2"}
+    result = run("slurm.submit", "stage1", "stage2_2", "stage3", env=env)
+    assert result.returncode == 1
+    assert (
+        "sbatch refused stage2_2: sbatch: error: invalid account (queued before it: 101)"
+        in result.stderr
+    )
+    assert len(stub_slurm.calls) == 2
+
+
+def test_dry_run_prints_lines_and_submits_nothing(stub_slurm: StubSlurm) -> None:
+    result = run(
+        "slurm.submit",
+        "stage1",
+        "stage2_1_ld",
+        "--model",
+        "eve_tiny",
+        "--dry-run",
+        env=stub_slurm.env,
+    )
+    lines = result.stdout.splitlines()
+    assert (
+        lines[0]
+        == "RECIPE=eve_tiny_stage1 RUN_DIR=runs/eve_tiny_stage1 sbatch --parsable slurm/stage1.sbatch"
+    )
+    assert "--dependency=afterok:" in lines[1]
+    assert stub_slurm.calls == []
+
+
+def test_unknown_stage_is_wrong_usage() -> None:
+    result = run("slurm.submit", "stage4")
+    assert result.returncode == 2
+    assert "stage4" in result.stderr
+
+
+def test_wrong_folder_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert submit.main(["stage1"]) == 2
+    assert "call this from the repository's root" in capsys.readouterr().err
+
+
+def test_job_of_a_foreign_module_is_refused() -> None:
+    result = run("slurm.jobs", "--local", "--", "http.server")
+    assert result.returncode == 2
+    assert "found module http.server, expected one of data_prep" in result.stderr
+
+
+@pytest.mark.timeout(120)
+def test_local_job_runs_and_hands_back_the_exit_code(tmp_path: Path) -> None:
+    good = run("slurm.jobs", "--local", "--logs", str(tmp_path), "--", "data_prep", "--help")
+    assert good.returncode == 0, good.stderr
+    assert "ended with 0" in good.stdout.splitlines()[-1]
+    bad = run(
+        "slurm.jobs", "--local", "--logs", str(tmp_path), "--", "data_prep", "no-such-command"
+    )
+    assert bad.returncode == 2, bad.stderr
+
+
+def test_checkpoint_submits_the_same_command_again() -> None:
+    job = jobs.ModuleJob(module="data_prep", args=("build-shards", "a"))
+    assert job.checkpoint().function is job
