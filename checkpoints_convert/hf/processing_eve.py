@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From text and PIL images to the model's input, as in training: resize, normalise, cut into patches, expand marks.
+
+Two resize rules, both official (baaivision/EVE, EVEv2: train/train.py and mm_utils.py), which differ on purpose of
+nobody: `train` caps the area at `max_size` squared, rounds edges half to even to a multiple of 32 and never
+enlarges; `eval` always scales to that area and rounds up. A model sees in training what `train` gives, so `train`
+is the default; `eval` is what the official benchmarks used.
+
+An image becomes CLS, then row by row its patches and an SPL. Every `<image>` mark of the text is replaced by these
+tokens. Batches are padded on the left, so that `generate` continues each prompt.
+"""
+
+from collections.abc import Sequence
+from math import ceil, sqrt
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .modality_eve import CLS, PATCH, SPL, TEXT
+
+ResizeRule = Literal["train", "eval"]
+Template = Literal["qwen2", "plain"]
+
+IMAGE_MARK = "<image>"
+SYSTEM_TEXT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+STOP_TEXT = "<|im_end|>"
+FILLER_TOKEN = "<|image_pad|>"
+"""What `input_ids` holds at vision tokens, if the tokenizer has it; else the end token. The model does not read it."""
+
+
+def target_size(
+    width: int, height: int, *, max_size: int, edge: int, rule: ResizeRule
+) -> tuple[int, int]:
+    """(width, height) after resizing; both multiples of `edge`."""
+    ratio = sqrt(width * height) / max_size
+    if rule == "eval":
+        return ceil(width / ratio / edge) * edge, ceil(height / ratio / edge) * edge
+    ratio = max(ratio, 1.0)
+    return tuple(max(round(side / ratio / edge), 1) * edge for side in (width, height))
+
+
+def cut_patches(pixels_HWC: np.ndarray, *, patch_stride: int, dense_stride: int) -> np.ndarray:
+    """[H, W, 3] -> [rows * cols, dense_stride ** 2, 3 * patch_stride ** 2] in reading order."""
+    height, width, _ = pixels_HWC.shape
+    edge = patch_stride * dense_stride
+    grid = pixels_HWC.reshape(
+        height // edge, dense_stride, patch_stride, width // edge, dense_stride, patch_stride, 3
+    )
+    patches = grid.transpose(0, 3, 1, 4, 6, 2, 5)  # rows, cols, dy, dx, colour, y, x
+    return np.ascontiguousarray(patches).reshape(-1, dense_stride**2, 3 * patch_stride**2)
+
+
+class EVEImageProcessor(BaseImageProcessor):
+    """One image -> normalised patches. The field names in preprocessor_config.json are the official ones."""
+
+    model_input_names: ClassVar[list[str]] = ["pixel_values"]
+
+    def __init__(
+        self,
+        max_size: int = 800,
+        patch_stride: int = 16,
+        dense_stride: int = 2,
+        image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
+        image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
+        resize_rule: ResizeRule = "train",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.max_size = max_size
+        self.patch_stride = patch_stride
+        self.dense_stride = dense_stride
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.resize_rule = check_resize_rule(resize_rule)
+
+    def resize(self, image: Image.Image, *, rule: ResizeRule | None = None) -> Image.Image:
+        """RGB, upright, and of the size that the rule gives (bicubic, aspect ratio kept to within a token)."""
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        size = target_size(
+            *image.size,
+            max_size=self.max_size,
+            edge=self.patch_stride * self.dense_stride,
+            rule=check_resize_rule(rule or self.resize_rule),
+        )
+        return image.resize(size, Image.Resampling.BICUBIC)
+
+    def image_tokens(
+        self, image: Image.Image, *, rule: ResizeRule | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Patches [P, dense_stride ** 2, 3 * patch_stride ** 2] float32 and the kinds of the image's tokens."""
+        resized = self.resize(image, rule=rule)
+        edge = self.patch_stride * self.dense_stride
+        cols, rows = resized.width // edge, resized.height // edge
+        pixels = np.asarray(resized, dtype=np.float32) / 255
+        mean = np.asarray(self.image_mean, dtype=np.float32)
+        std = np.asarray(self.image_std, dtype=np.float32)
+        patches = cut_patches(
+            (pixels - mean) / std, patch_stride=self.patch_stride, dense_stride=self.dense_stride
+        )
+        row = np.asarray([PATCH] * cols + [SPL], dtype=np.int64)
+        return patches, np.concatenate(([CLS], np.tile(row, rows)))
+
+    def preprocess(
+        self,
+        images: Image.Image | Sequence[Image.Image],
+        resize_rule: ResizeRule | None = None,
+    ) -> BatchFeature:
+        """`pixel_values` and `token_kinds`: one numpy array for each image (sizes differ, so no tensor)."""
+        found = [images] if isinstance(images, Image.Image) else list(images)
+        tokens = [self.image_tokens(image, rule=resize_rule) for image in found]
+        return BatchFeature(
+            {
+                "pixel_values": [patches for patches, _ in tokens],
+                "token_kinds": [kinds for _, kinds in tokens],
+            }
+        )
+
+
+class EVEProcessor(ProcessorMixin):
+    """Prompt building, tokenisation and image preparation in one call."""
+
+    attributes: ClassVar[list[str]] = ["image_processor", "tokenizer"]
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "token_kinds", "pixel_values"]
+
+    def prompt(self, question: str, *, num_images: int = 1, template: Template = "qwen2") -> str:
+        """The text that training put before an answer (`qwen2`) or a caption (`plain`, which has no question)."""
+        if template == "plain":
+            if question:
+                raise ValueError(
+                    f"The plain template has no place for a question, found {question!r}; pass an empty one or use "
+                    'template="qwen2".'
+                )
+            return IMAGE_MARK * num_images
+        return self.conversation([(question, None)], num_images=num_images)
+
+    def conversation(self, turns: Sequence[tuple[str, str | None]], *, num_images: int = 1) -> str:
+        """(question, answer) turns in the qwen2 template, images in the first; the last answer may be None."""
+        text = SYSTEM_TEXT + " "
+        for index, (question, answer) in enumerate(turns):
+            marks = f"{IMAGE_MARK}\n" * num_images if index == 0 else ""
+            text += f"USER: {marks}{question.strip()} ASSISTANT:"
+            if answer is not None:
+                text += f" {answer}{STOP_TEXT}"
+        return text
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        images: Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None = None,
+        resize_rule: ResizeRule | None = None,
+        return_tensors: Literal["pt"] = "pt",
+    ) -> BatchFeature:
+        """The model's input for one prompt or a batch of prompts.
+
+        Args:
+            text: prompts, with one `<image>` mark for each image.
+            images: in the order of the marks; flat, or one list for each prompt.
+            resize_rule: `train` or `eval`; None: the one in preprocessor_config.json.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors={return_tensors!r} is not supported; use 'pt'.")
+        texts = [text] if isinstance(text, str) else list(text)
+        per_text = assign_images(texts, images)
+        flat = [image for group in per_text for image in group]
+        prepared = iter(
+            [self.image_processor.image_tokens(image, rule=resize_rule) for image in flat]
+        )
+        return self.collate(
+            [
+                self.expand(one, [next(prepared) for _ in group])
+                for one, group in zip(texts, per_text, strict=True)
+            ]
+        )
+
+    def expand(
+        self, text: str, images: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, kinds and patches of one prompt whose images are already `image_tokens`.
+
+        Each piece of text between marks is tokenised by itself, as in training."""
+        pieces = text.split(IMAGE_MARK)
+        ids: list[int] = []
+        kinds: list[int] = []
+        for index, piece in enumerate(pieces):
+            if index > 0:
+                image_kinds = images[index - 1][1]
+                ids += [self.filler_id] * len(image_kinds)
+                kinds += image_kinds.tolist()
+            piece_ids = self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
+            ids += piece_ids
+            kinds += [TEXT] * len(piece_ids)
+        shape = (
+            self.image_processor.dense_stride**2,
+            3 * self.image_processor.patch_stride**2,
+        )
+        empty = np.zeros((0, *shape), dtype=np.float32)
+        patches = np.concatenate([empty, *(patches for patches, _ in images)])
+        return np.asarray(ids, dtype=np.int64), np.asarray(kinds, dtype=np.int64), patches
+
+    def collate(self, samples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> BatchFeature:
+        """Expanded prompts -> padded tensors: tokens on the left, patches at the end."""
+        length = max(len(ids) for ids, _, _ in samples)
+        most = max(len(patches) for _, _, patches in samples)
+        shape = (len(samples), length)
+        input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)
+        mask, token_kinds = torch.zeros(shape, dtype=torch.int64), torch.full(shape, TEXT)
+        pixels = torch.zeros(len(samples), most, *samples[0][2].shape[1:])
+        for row, (ids, kinds, patches) in enumerate(samples):
+            start = length - len(ids)
+            input_ids[row, start:] = torch.from_numpy(ids)
+            mask[row, start:] = 1
+            token_kinds[row, start:] = torch.from_numpy(kinds)
+            pixels[row, : len(patches)] = torch.from_numpy(patches)
+        batch = {"input_ids": input_ids, "attention_mask": mask}
+        if most:
+            batch |= {"token_kinds": token_kinds, "pixel_values": pixels}
+        return BatchFeature(batch)
+
+    @property
+    def filler_id(self) -> int:
+        """What `input_ids` holds at vision tokens."""
+        vocabulary = self.tokenizer.get_vocab()
+        return vocabulary.get(FILLER_TOKEN, self.tokenizer.eos_token_id)
+
+    @property
+    def pad_id(self) -> int:
+        """What `input_ids` holds at padding."""
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError("The tokenizer has no pad_token; set it in tokenizer_config.json.")
+        return self.tokenizer.pad_token_id
+
+    def answers(self, output_ids: torch.Tensor, *, prompt_length: int) -> list[str]:
+        """Texts that `generate` appended to prompts of (padded) length `prompt_length`."""
+        texts = self.tokenizer.batch_decode(output_ids[:, prompt_length:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+
+def assign_images(texts: Sequence[str], images: Any) -> list[list[Image.Image]]:
+    """The images of each text, checked against its marks."""
+    counts = [text.count(IMAGE_MARK) for text in texts]
+    if images is None:
+        given: list[Any] = []
+    else:
+        given = [images] if isinstance(images, Image.Image) else list(images)
+    if any(isinstance(entry, list | tuple) for entry in given):
+        groups = [list(group) for group in given]
+    elif len(given) == sum(counts):
+        queue = iter(given)
+        groups = [[next(queue) for _ in range(count)] for count in counts]
+    else:
+        groups = [given]
+    if [len(group) for group in groups] != counts:
+        raise ValueError(
+            f"The prompts have {counts} {IMAGE_MARK} marks, but {[len(group) for group in groups]} images were "
+            "given; pass one image for each mark, in order."
+        )
+    return groups
+
+
+def check_resize_rule(rule: str) -> ResizeRule:
+    """Refuse anything but the two official rules."""
+    if rule not in ("train", "eval"):
+        raise ValueError(f"resize_rule={rule!r} is unknown; use 'train' or 'eval'.")
+    return rule
+
+
+__all__ = ["EVEImageProcessor", "EVEProcessor"]

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""config.json, generation_config.json and preprocessor_config.json of a Hugging Face folder, both directions.
+
+Read: `model_type` qwen2 (a plain language model) or eve-qwen2 (ours and the official release). Every field is
+read by its name; what this project's decoder does not compute (sliding windows, scaled RoPE, other activations)
+is refused. Written: the official EVE fields, plus what makes the folder load by itself (`auto_map`, the geometry
+of the patch embedding) and a generation_config without settings inherited from a chat model.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from checkpoints_convert.names import moe_part
+from megatron_eve.config.schema import ModelConfig, RunConfig, SplitConfig
+from megatron_eve.errors import CheckpointError
+
+NO_SPLIT = SplitConfig(norm=False, attention=False, ffn=False)
+FULL_SPLIT = SplitConfig(norm=True, attention=True, ffn=True)
+
+OFFICIAL_PATCH_STRIDE, OFFICIAL_DENSE_STRIDE = 16, 2
+"""Geometry of official checkpoints, whose config.json does not say it (it is in a file outside the checkpoint)."""
+
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+
+_FIELDS: dict[str, tuple[str, type]] = {
+    "num_layers": ("num_hidden_layers", int),
+    "hidden_size": ("hidden_size", int),
+    "ffn_hidden_size": ("intermediate_size", int),
+    "num_attention_heads": ("num_attention_heads", int),
+    "num_kv_heads": ("num_key_value_heads", int),
+    "vocab_size": ("vocab_size", int),
+    "max_position_embeddings": ("max_position_embeddings", int),
+    "rms_norm_eps": ("rms_norm_eps", float),
+    "rope_theta": ("rope_theta", float),
+    "tie_word_embeddings": ("tie_word_embeddings", bool),
+    "init_std": ("initializer_range", float),
+}
+"""ModelConfig's field -> name and type in config.json."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HfModel:
+    """What config.json says."""
+
+    kind: Literal["qwen2", "eve-qwen2"]
+    model: ModelConfig
+
+
+def read_hf_config(folder: Path, *, patch_embed_dim: int) -> HfModel:
+    """Read folder/config.json. `patch_embed_dim` is for a plain language model, which has no patch embedding yet."""
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} not found; give a Hugging Face folder with config.json and *.safetensors."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); download it again.") from error
+    kind = content.get("model_type")
+    if kind not in ("qwen2", "eve-qwen2"):
+        raise CheckpointError(
+            f"{path}: model_type is {kind!r}, expected 'qwen2' (Qwen2, Qwen2.5) or 'eve-qwen2'."
+        )
+    _refuse_unsupported(content, path)
+    values = {
+        field: _read(_flat_rope(content), name, kind=python_type, path=path)
+        for field, (name, python_type) in _FIELDS.items()
+    }
+    values["head_dim"] = content.get("head_dim") or _default_head_dim(values, path)
+    is_eve = kind == "eve-qwen2"
+    return HfModel(
+        kind=kind,
+        model=ModelConfig(
+            **values,
+            split=_read_split(content, path) if is_eve else NO_SPLIT,
+            patch_stride=content.get("patch_stride", OFFICIAL_PATCH_STRIDE),
+            dense_stride=content.get("dense_stride", OFFICIAL_DENSE_STRIDE),
+            patch_embed_dim=_read(content, "mm_hidden_size", kind=int, path=path)
+            if is_eve
+            else patch_embed_dim,
+        ),
+    )
+
+
+def model_json(
+    model: ModelConfig,
+    *,
+    dtype: str,
+    eos_id: int,
+    pad_id: int,
+    image_edge: int,
+    run: RunConfig | None,
+) -> dict[str, Any]:
+    """config.json of a release. `run` is the run that trained it: its stage says what was tuned."""
+    content: dict[str, Any] = {
+        "architectures": ["EVEQwen2ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_eve.EVEQwen2Config",
+            "AutoModelForCausalLM": "modeling_eve.EVEQwen2ForCausalLM",
+        },
+        "model_type": "eve-qwen2",
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": model.num_layers,
+        "head_dim": model.head_dim,
+        "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        "mm_vision_tower": f"openai/eve-anyratio-res{image_edge}-patch{model.patch_stride}",
+        "mm_hidden_size": model.patch_embed_dim,
+        "patch_stride": model.patch_stride,
+        "dense_stride": model.dense_stride,
+        "add_moe": model.split.any,
+        "moe_part": moe_part(model.split),
+    }
+    for field, (name, _) in _FIELDS.items():
+        content[name] = getattr(model, field)
+    if run is not None:
+        content |= {
+            "tune_VE": "patch_embedding" in run.stage.trainable,
+            "tune_LLM": "text" in run.stage.trainable,
+            "tune_MOE": "vision" in run.stage.trainable,
+            "vision_tower_lr": run.optim.patch_embedding_lr,
+        }
+    return content
+
+
+def generation_json(*, eos_id: int, pad_id: int) -> dict[str, Any]:
+    """Greedy, no repetition penalty. (A Qwen2.5 chat model's file would bring 1.05 and sampling.)"""
+    return {
+        "do_sample": False,
+        "eos_token_id": eos_id,
+        "max_new_tokens": 128,
+        "pad_token_id": pad_id,
+        "repetition_penalty": 1.0,
+    }
+
+
+def preprocessor_json(model: ModelConfig, *, image_edge: int) -> dict[str, Any]:
+    """Official fields and values, and what lets AutoProcessor and AutoImageProcessor find our classes."""
+    return {
+        "auto_map": {
+            "AutoImageProcessor": "processing_eve.EVEImageProcessor",
+            "AutoProcessor": "processing_eve.EVEProcessor",
+        },
+        "image_processor_type": "EVEImageProcessor",
+        "processor_class": "EVEProcessor",
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "do_resize": False,
+        "do_center_crop": False,
+        "do_normalize": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "resample": 3,
+        "max_size": image_edge,
+        "patch_stride": model.patch_stride,
+        "dense_stride": model.dense_stride,
+        "resize_rule": "train",
+    }
+
+
+def _read(content: dict[str, Any], name: str, *, kind: type, path: Path) -> Any:
+    if name not in content:
+        raise CheckpointError(f"{path}: field {name!r} is missing; add it (a {kind.__name__}).")
+    value = content[name]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise CheckpointError(f"{path}: {name} is {value!r}, expected a {kind.__name__}.")
+    return value
+
+
+def _read_split(content: dict[str, Any], path: Path) -> SplitConfig:
+    """The official rule: substrings of moe_part, and nothing is split unless add_moe."""
+    if not _read(content, "add_moe", kind=bool, path=path):
+        return NO_SPLIT
+    part = _read(content, "moe_part", kind=str, path=path)
+    split = SplitConfig(norm="layernorm" in part, attention="self_attn" in part, ffn="mlp" in part)
+    if not split.any:
+        raise CheckpointError(
+            f"{path}: add_moe is true, but moe_part is {part!r}; expected any of layernorm, self_attn and mlp "
+            "joined by dashes."
+        )
+    return split
+
+
+def _flat_rope(content: dict[str, Any]) -> dict[str, Any]:
+    """rope_theta at the top, where transformers 5 writes it into rope_parameters."""
+    parameters = content.get("rope_parameters") or {}
+    if "rope_theta" in parameters and "rope_theta" not in content:
+        return content | {"rope_theta": parameters["rope_theta"]}
+    return content
+
+
+def _default_head_dim(values: dict[str, Any], path: Path) -> int:
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    if hidden % heads:
+        raise CheckpointError(
+            f"{path}: hidden_size={hidden} is not a multiple of num_attention_heads={heads} and there is no "
+            "head_dim; add head_dim."
+        )
+    head_dim: int = hidden // heads
+    return head_dim
+
+
+def _refuse_unsupported(content: dict[str, Any], path: Path) -> None:
+    if content.get("hidden_act") != "silu":
+        raise CheckpointError(
+            f"{path}: hidden_act is {content.get('hidden_act')!r}, expected 'silu'."
+        )
+    if content.get("use_sliding_window"):
+        raise CheckpointError(
+            f"{path}: use_sliding_window is true; this decoder attends to the whole sequence. Set it to false if "
+            "the checkpoint was trained so."
+        )
+    scaling = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope_type != "default":
+        raise CheckpointError(
+            f"{path}: RoPE of type {rope_type!r} is not supported, only the default one (no rope_scaling)."
+        )
