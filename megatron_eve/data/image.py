@@ -112,12 +112,6 @@ def _build_pipeline(
     """DALI graph: encoded bytes and one target size per image in, resized RGB out. CPU and GPU differ by a flag."""
     from nvidia.dali import fn, pipeline_def, types  # takes seconds to import
 
-    @pipeline_def(
-        batch_size=max_batch,
-        num_threads=num_threads,
-        device_id=None if device == "cpu" else device_id,
-        prefetch_queue_depth=1,
-    )
     def decode_and_resize() -> Any:
         encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8, batch=True)
         size = fn.external_source(name="size", ndim=1, dtype=types.FLOAT, batch=True)
@@ -129,7 +123,13 @@ def _build_pipeline(
         )
         return fn.resize(image, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
 
-    pipeline = decode_and_resize()
+    define = pipeline_def(
+        batch_size=max_batch,
+        num_threads=num_threads,
+        device_id=None if device == "cpu" else device_id,
+        prefetch_queue_depth=1,
+    )
+    pipeline = define(decode_and_resize)()
     pipeline.build()
     return pipeline
 

@@ -8,6 +8,7 @@ the first image": `image_ends` is [0, end of image 0, end of image 1, ...] in by
 [0, 0].
 """
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 
@@ -25,6 +26,8 @@ MDS_COLUMNS: dict[str, str] = {
     "source": "str",
 }
 """Column name -> MDS encoding, as MDSWriter takes them."""
+IMAGE_COLUMNS = ("images", "image_ends")
+"""Columns that only `from_row` needs."""
 
 
 def to_row(sample: Sample) -> dict[str, object]:
@@ -45,26 +48,33 @@ def to_row(sample: Sample) -> dict[str, object]:
 
 
 def from_row(row: Mapping[str, object]) -> Sample:
-    """The sample in a row that an MDS reader returned. Raises DataError if the columns do not fit
-    each other."""
-    missing = sorted(set(MDS_COLUMNS) - set(row))
+    """The sample in a row that an MDS reader returned. Raises DataError if the columns do not fit each other."""
+    header = header_from_row(row)
+    data = row["images"]
+    assert isinstance(data, bytes)
+    ends = np.asarray(row["image_ends"]).tolist()
+    if ends[0] != 0 or ends[-1] != len(data) or len(ends) != len(header.image_sizes) + 1:
+        raise DataError(
+            f"sample {header.id!r}: image_ends {ends} and {len(header.image_sizes)} image_sizes do not "
+            f"fit {len(data)} bytes of images; the shard is damaged or was not written by data_prep."
+        )
+    images = tuple(data[begin:end] for begin, end in itertools.pairwise(ends))
+    return dataclasses.replace(header, images=images)
+
+
+def header_from_row(row: Mapping[str, object]) -> Sample:
+    """The sample without its images (`images` is empty, `image_sizes` is not); needs no image column."""
+    missing = sorted(set(MDS_COLUMNS) - set(IMAGE_COLUMNS) - set(row))
     if missing:
         raise DataError(
             f"MDS row lacks the columns {missing}, it has {sorted(row)}; build the shards with data_prep."
         )
-    data, turns = row["images"], row["conversations"]
-    assert isinstance(data, bytes)
+    turns = row["conversations"]
     assert isinstance(turns, list)
-    ends = np.asarray(row["image_ends"]).tolist()
     sizes = np.asarray(row["image_sizes"]).reshape(-1, 2).tolist()
-    if ends[0] != 0 or ends[-1] != len(data) or len(ends) != len(sizes):
-        raise DataError(
-            f"sample {row['id']!r}: image_ends {ends} and {len(sizes) - 1} image_sizes do not fit "
-            f"{len(data)} bytes of images; the shard is damaged or was not written by data_prep."
-        )
     return Sample(
         id=str(row["id"]),
-        images=tuple(data[begin:end] for begin, end in itertools.pairwise(ends)),
+        images=(),
         image_sizes=tuple((height, width) for height, width in sizes[1:]),
         turns=tuple(Turn(role=turn["from"], text=turn["value"]) for turn in turns),
         source=str(row["source"]),

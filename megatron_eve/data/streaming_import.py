@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one place that imports mosaicml-streaming. Gives MDSWriter, Stream, Reader, World,
-reader_from_json, get_shuffle.
+reader_from_json,
+mds_decode, get_shuffle.
 
 `import streaming` runs streaming/__init__, which needs torchvision and transformers (and fails with
 a CPU build of torch); the pieces that read and write MDS need neither. So `streaming` and
@@ -43,8 +44,17 @@ def _register_bare_packages() -> None:
 _register_bare_packages()
 
 from streaming.base.format import MDSWriter, Reader, reader_from_json  # noqa: E402
+from streaming.base.format.mds.encodings import mds_decode  # noqa: E402
 from streaming.base.shuffle import get_shuffle  # noqa: E402
 from streaming.base.stream import Stream  # noqa: E402
 from streaming.base.world import World  # noqa: E402
 
-__all__ = ["MDSWriter", "Reader", "Stream", "World", "get_shuffle", "reader_from_json"]
+__all__ = [
+    "MDSWriter",
+    "Reader",
+    "Stream",
+    "World",
+    "get_shuffle",
+    "mds_decode",
+    "reader_from_json",
+]

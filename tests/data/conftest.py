@@ -77,7 +77,7 @@ WriteShards = Callable[..., Path]
 def write_shards(tmp_path: Path) -> WriteShards:
     """write_shards(name, samples, shard_bytes=...) -> folder of MDS shards."""
 
-    def write(name: str, samples: Sequence[Sample], *, shard_bytes: int = 40_000) -> Path:
+    def write(name: str, samples: Sequence[Sample], *, shard_bytes: int = 15_000) -> Path:
         folder = tmp_path / name
         with MDSWriter(
             out=str(folder), columns=MDS_COLUMNS, hashes=["xxh3_64"], size_limit=shard_bytes

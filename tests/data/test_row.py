@@ -37,5 +37,5 @@ def test_row_whose_columns_disagree_is_refused() -> None:
 
 
 def test_row_of_another_layout_is_refused() -> None:
-    with pytest.raises(DataError, match=r"lacks the columns.*image_ends.*data_prep"):
+    with pytest.raises(DataError, match=r"lacks the columns .*image_sizes.*data_prep"):
         from_row({"id": "x", "images": b""})

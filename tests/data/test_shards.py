@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random access over several folders, and every damage named with its file."""
+
+import concurrent.futures
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_eve.data.shards import ShardTable
+from megatron_eve.data.streaming_import import MDSWriter
+from megatron_eve.errors import DataError
+from tests.data.conftest import WriteShards, mixed_samples
+
+
+def test_sources_are_numbered_through(write_shards: WriteShards) -> None:
+    first, second = mixed_samples(30), mixed_samples(20, start=30)
+    table = ShardTable.open([write_shards("a", first), write_shards("b", second)])
+    assert len(table) == 50
+    assert [table.source_range(i) for i in range(table.num_sources)] == [(0, 30), (30, 50)]
+    assert len(table.readers) > 4, "the test needs several shards per source"
+    begins = table.source_shard_begins(1)
+    assert begins[0] == 30
+    assert begins[-1] == 50
+    everything = first + second
+    for index in (49, 0, 29, 30, 17):
+        assert table.read(index) == everything[index]
+        assert table.read_header(index) == dataclasses.replace(everything[index], images=())
+
+
+def test_threads_share_a_table(write_shards: WriteShards) -> None:
+    samples = mixed_samples(40)
+    table = ShardTable.open([write_shards("a", samples)])
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(table.read, list(range(40)) * 5)) == samples * 5
+
+
+def test_index_outside(write_shards: WriteShards) -> None:
+    table = ShardTable.open([write_shards("a", mixed_samples(3))])
+    with pytest.raises(DataError, match=r"sample index 3 is outside of 0\.\.2"):
+        table.read(3)
+
+
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere: shard folder not found; .*data\.sources"):
+        ShardTable.open([tmp_path / "nowhere"])
+
+
+def test_unfinished_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"index\.json: not found, so this is no finished shard"):
+        ShardTable.open([tmp_path])
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"version": 2, "shards": []}', '{"shards": [{}]}'])
+def test_damaged_index_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(DataError, match=r"index\.json: (not a readable MDS index|lists no shards)"):
+        ShardTable.open([tmp_path])
+
+
+def test_missing_and_short_shard_files_are_named(write_shards: WriteShards) -> None:
+    folder = write_shards("a", mixed_samples(30))
+    victim = folder / "shard.00001.mds"
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-1])
+    with pytest.raises(DataError, match=rf"shard\.00001\.mds: has {len(whole) - 1:,} bytes, index"):
+        ShardTable.open([folder])
+    victim.unlink()
+    with pytest.raises(DataError, match=r"shard\.00001\.mds: shard file not found"):
+        ShardTable.open([folder])
+
+
+def test_file_damaged_after_the_start_is_named(write_shards: WriteShards) -> None:
+    folder = write_shards("a", mixed_samples(30))
+    table = ShardTable.open([folder])
+    last = len(table) - 1
+    path = table.shard_path(last)
+    path.write_bytes(path.read_bytes()[:400])
+    with pytest.raises(DataError, match=rf"{path.name}: sample {last} cannot be read"):
+        table.read(last)
+    with pytest.raises(DataError, match=rf"{path.name}: sample {last} cannot be read"):
+        table.read_header(last)
+
+
+def test_shards_of_other_columns_are_refused(tmp_path: Path) -> None:
+    with MDSWriter(out=str(tmp_path / "x"), columns={"text": "str"}) as writer:
+        writer.write({"text": "hello"})
+    with pytest.raises(DataError, match=r"columns are \{'text': 'str'\}, expected"):
+        ShardTable.open([tmp_path / "x"])
+
+
+def test_compressed_shards_are_refused(write_shards: WriteShards) -> None:
+    folder = write_shards("a", mixed_samples(3))
+    index = json.loads((folder / "index.json").read_text())
+    shard = index["shards"][0]
+    shard.update(compression="zstd", zip_data=shard["raw_data"])
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="shards are compressed with zstd"):
+        ShardTable.open([folder])
