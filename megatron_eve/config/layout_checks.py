@@ -108,6 +108,28 @@ def _process_problems(config: RunConfig) -> Iterator[str]:
             f"batch.size={batch.size} packs is not a multiple of the {parallel.data} data-parallel "
             f"ranks; use {nearest}, for example."
         )
+    else:
+        yield from _interleaving_problems(config)
+
+
+def _interleaving_problems(config: RunConfig) -> Iterator[str]:
+    """An interleaved schedule needs whole groups of `pipeline` micro-batches (packs) on every rank, every step."""
+    parallel, batch = config.parallel, config.batch
+    if parallel.virtual_pipeline == 1:
+        return
+    block = parallel.pipeline * parallel.data
+    if batch.unit == "samples":
+        yield (
+            f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs batch.unit=packs, found "
+            "samples: packs of a step must be a multiple of the pipeline size, and the packs that "
+            "a number of samples fills vary; use batch.unit=packs or parallel.virtual_pipeline=1."
+        )
+    elif batch.size % block:
+        yield (
+            f"batch.size={batch.size} packs is not a multiple of {block} = {parallel.pipeline} "
+            f"pipeline stages x {parallel.data} data-parallel ranks, which interleaved stages need; "
+            f"use {-(-batch.size // block) * block}, for example."
+        )
 
 
 def _optimizer_problems(config: RunConfig) -> Iterator[str]:

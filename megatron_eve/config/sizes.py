@@ -105,8 +105,9 @@ def largest_image_tokens(*, image_edge: int, max_aspect_ratio: float, pixels_per
     """Tokens of the largest image that the train-time resize can give: patches, one SPL a row, one CLS.
 
     The rule scales an image to at most image_edge^2 pixels, keeps its aspect ratio, then rounds each edge to the
-    nearest multiple. For each number of rows this takes the height (within the rounding interval) that allows the widest
-    image; both rounding ties count upwards, so the result is an upper bound that is reached up to pixel granularity.
+    nearest multiple. For each number of rows this takes the height (within the rounding interval) that allows the
+    widest image; both rounding ties count upwards, so the result is an upper bound that is reached up to
+    the granularity of pixels.
     """
     area = float(image_edge) ** 2
     tallest = math.sqrt(area * max_aspect_ratio)
