@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packs, step by step: the plan's samples read, decoded and assembled, ahead of the trainer.
+
+`next(loader)` is this data-parallel rank's micro-batches of the next global step. All ranks compute the same plan and
+take their share, so the ranks' packs together are the same for any number of ranks, and the packs' bytes are the same
+for any number of worker threads. The state is that after the last step returned, however far ahead the threads are.
+An image that cannot be decoded keeps its sample's place in the pack, with mean-grey pixels and no labels, and is
+reported; anything else that goes wrong in a thread surfaces at `next`, naming the sample.
+"""
+
+import logging
+import math
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_eve.config.schema import BatchConfig, DataConfig, ModelConfig
+from megatron_eve.data.assemble import PackMember, assemble_pack, expand
+from megatron_eve.data.conversation import encode_sample
+from megatron_eve.data.image import ImageDecoder, ImageJob
+from megatron_eve.data.lengths import LengthSettings, SampleLengths, load_lengths, target_sizes
+from megatron_eve.data.packing import Item, PackCost, PackShape, PlannedPack, deal
+from megatron_eve.data.patches import patchify
+from megatron_eve.data.plan import PackPlan, SampleOrder
+from megatron_eve.data.quarantine import Quarantined, Reason, SampleError, append_report
+from megatron_eve.data.sample import Pack, Sample
+from megatron_eve.data.shards import ShardTable
+from megatron_eve.data.tokenizer import Tokenizer
+from megatron_eve.errors import DataError
+
+_LOG = logging.getLogger(__name__)
+_MEAN_GREY = (122, 116, 104)
+"""Pixels in place of an undecodable image: int(255 * CLIP mean), as the official dummy image; about 0 after
+normalisation."""
+
+
+@dataclass(slots=True)
+class LoaderStats:
+    """What this rank's loader has returned so far."""
+
+    num_samples: int = 0
+    num_packs: int = 0
+    real_tokens: int = 0
+    total_tokens: int = 0
+    quarantined: Counter[str] = field(
+        default_factory=Counter
+    )  # left out of the plan, or masked while decoding
+
+    @property
+    def fill(self) -> float:
+        """Real tokens as a fraction of all tokens, padding packs included."""
+        return self.real_tokens / self.total_tokens if self.total_tokens else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _PendingStep:
+    packs: list[Future[tuple[Pack, list[Quarantined]]]]
+    state_after: dict[str, Any]
+
+
+class PackLoader:
+    """Iterator over steps; see the module's docstring. `close()` it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        *,
+        data: DataConfig,
+        batch: BatchConfig,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        data_rank: int,
+        data_size: int,
+        device: Literal["cpu", "cuda"],
+        quarantine_report: Path | None = None,
+    ) -> None:
+        """`quarantine_report`: a quarantine.jsonl to append to; what the plan leaves out by data rank 0 alone."""
+        if not 0 <= data_rank < data_size:
+            raise DataError(f"data_rank={data_rank} is not one of data_size={data_size} ranks")
+        self._data_rank, self._data_size = data_rank, data_size
+        self._report = quarantine_report
+        self._shape = PackShape(pack_tokens=data.pack_tokens, align=data.align)
+        self._cost = PackCost.of_model(model)
+        table = ShardTable.open([source.path for source in data.sources])
+        settings = LengthSettings.of(data, model=model)
+        lengths = load_lengths(table, settings=settings, tokenizer=tokenizer, shape=self._shape)
+        order = SampleOrder(table=table, lengths=lengths, data=data)
+        self._plan = PackPlan(
+            order=order, lengths=lengths, shape=self._shape, batch=batch, open_bins=data.open_bins
+        )
+        self._builder = _PackBuilder(
+            table=table,
+            settings=settings,
+            tokenizer=tokenizer,
+            shape=self._shape,
+            model=model,
+            device=device,
+        )
+        self._ahead = max(1, data.prefetch_steps) if data.num_workers else 1
+        self._pool = (
+            ThreadPoolExecutor(data.num_workers, thread_name_prefix="pack-loader")
+            if data.num_workers
+            else None
+        )
+        self._pending: deque[_PendingStep] = deque()
+        self._state = self._plan.state_dict()
+        self.num_samples = len(order)
+        self.steps_per_epoch = (
+            math.ceil(len(order) / batch.size) if batch.unit == "samples" else None
+        )
+        self.stats = LoaderStats(quarantined=Counter(lengths.reasons))
+        self._report_left_out(lengths, num_total=len(table))
+
+    def __iter__(self) -> Iterator[list[Pack]]:
+        return self
+
+    def __next__(self) -> list[Pack]:
+        while len(self._pending) < self._ahead:
+            self._pending.append(self._submit_step())
+        step = self._pending.popleft()
+        finished = [future.result() for future in step.packs]
+        self._state = step.state_after
+        if self._pool is not None:
+            self._pending.append(self._submit_step())
+        masked = [entry for _, entries in finished for entry in entries]
+        if masked:
+            self._report_masked(masked)
+        packs = [pack for pack, _ in finished]
+        self._count(packs)
+        return packs
+
+    def state_dict(self) -> dict[str, Any]:
+        """State after the last step returned: small, JSON-able, the same on every rank and for any number of them."""
+        return self._state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after the step that the state was taken from. Raises DataError if the data plan is another one."""
+        self._cancel_pending()
+        self._plan.load_state_dict(state)
+        self._state = self._plan.state_dict()
+
+    def close(self) -> None:
+        """Stop the threads. Safe to call twice."""
+        self._cancel_pending()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> "PackLoader":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _submit_step(self) -> _PendingStep:
+        packs = self._plan.next_step()
+        mine = deal(packs, data_size=self._data_size, cost=self._cost, shape=self._shape)
+        futures = [self._submit(pack) for pack in mine[self._data_rank]]
+        return _PendingStep(futures, self._plan.state_dict())
+
+    def _submit(self, planned: PlannedPack) -> Future[tuple[Pack, list[Quarantined]]]:
+        if self._pool is not None:
+            return self._pool.submit(self._builder.build, planned)
+        done: Future[tuple[Pack, list[Quarantined]]] = Future()
+        done.set_result(self._builder.build(planned))
+        return done
+
+    def _cancel_pending(self) -> None:
+        for step in self._pending:
+            for future in step.packs:
+                future.cancel()
+        self._pending.clear()
+
+    def _count(self, packs: Sequence[Pack]) -> None:
+        stats = self.stats
+        stats.num_packs += len(packs)
+        stats.num_samples += sum(len(pack.sample_ids) for pack in packs)
+        stats.real_tokens += sum(pack.num_real_vision + pack.num_real_text for pack in packs)
+        stats.total_tokens += sum(pack.num_tokens for pack in packs)
+
+    def _report_left_out(self, lengths: SampleLengths, *, num_total: int) -> None:
+        if self._data_rank != 0 or not lengths.unfit:
+            return
+        counts = ", ".join(f"{reason} {count:,}" for reason, count in lengths.reasons.most_common())
+        _LOG.warning(
+            "%s of %s samples left out: %s", f"{len(lengths.unfit):,}", f"{num_total:,}", counts
+        )
+        if self._report is not None:
+            append_report(self._report, lengths.unfit.values())
+
+    def _report_masked(self, entries: Sequence[Quarantined]) -> None:
+        for entry in entries:
+            self.stats.quarantined[entry.reason] += 1
+            _LOG.warning("sample %s masked: %s: %s", entry.id, entry.reason, entry.message)
+        if self._report is not None:
+            append_report(self._report, entries)
+
+
+class _PackBuilder:
+    """Turns a planned pack into tensors; called from several threads at once."""
+
+    def __init__(
+        self,
+        *,
+        table: ShardTable,
+        settings: LengthSettings,
+        tokenizer: Tokenizer,
+        shape: PackShape,
+        model: ModelConfig,
+        device: Literal["cpu", "cuda"],
+    ) -> None:
+        self._table = table
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._shape = shape
+        self._patch_stride, self._dense_stride = model.patch_stride, model.dense_stride
+        self._device = device
+        self._of_thread = threading.local()  # a DALI pipeline serves one thread
+
+    def build(self, planned: PlannedPack) -> tuple[Pack, list[Quarantined]]:
+        """The pack, and the samples in it whose labels were masked. Raises DataError naming a sample."""
+        samples = [self._table.read(item.sample) for item in planned]
+        sizes = [target_sizes(sample, settings=self._settings) for sample in samples]
+        images = self._decode(samples, sizes)
+        members: list[PackMember] = []
+        masked: list[Quarantined] = []
+        for item, sample, target in zip(planned, samples, sizes, strict=True):
+            pixels = [next(images) for _ in target]
+            error = next((one for one in pixels if isinstance(one, SampleError)), None)
+            if error is not None:
+                masked.append(Quarantined(sample.id, sample.source, error.reason, error.message))
+            reason = None if error is None else error.reason
+            members.append(self._member(item, sample, target, pixels, reason))
+        pack = assemble_pack(
+            members,
+            shape=self._shape,
+            pad_id=self._tokenizer.pad_id,
+            patch_shape=(self._dense_stride**2, 3 * self._patch_stride**2),
+        )
+        return pack, masked
+
+    def _decode(
+        self, samples: Sequence[Sample], sizes: Sequence[Sequence[tuple[int, int]]]
+    ) -> Iterator[NDArray[np.uint8] | SampleError]:
+        """Every image of the pack in one call, in order."""
+        jobs = [
+            ImageJob(data=data, source_size=source, target_size=target)
+            for sample, targets in zip(samples, sizes, strict=True)
+            for data, source, target in zip(sample.images, sample.image_sizes, targets, strict=True)
+        ]
+        if not jobs:
+            return iter(())
+        decoder: ImageDecoder | None = self._of_thread.__dict__.get("decoder")
+        if decoder is None:
+            decoder = self._of_thread.decoder = ImageDecoder(device=self._device)
+        return iter(decoder.decode(jobs))
+
+    def _member(
+        self,
+        item: Item,
+        sample: Sample,
+        sizes: Sequence[tuple[int, int]],
+        pixels: Sequence[NDArray[np.uint8] | SampleError],
+        reason: Reason | None,
+    ) -> PackMember:
+        encoded = encode_sample(
+            sample.turns,
+            num_images=len(sample.images),
+            template=self._settings.template,
+            tokenizer=self._tokenizer,
+            max_text_tokens=self._settings.max_text_tokens,
+        )
+        edge = self._settings.pixels_per_token
+        tokens = expand(encoded, grids=[(h // edge, w // edge) for h, w in sizes])
+        found = (int(np.count_nonzero(tokens.is_vision)), encoded.num_text)
+        if found != (item.num_vision, item.num_text):
+            raise DataError(
+                f"sample {sample.id!r} has {found} (vision, text) tokens, its plan says "
+                f"{(item.num_vision, item.num_text)}: {self._table.shard_path(item.sample)} changed "
+                "since its lengths were counted; remove lengths-*.npz beside its index.json."
+            )
+        blank = self._patch_stride**2
+        no_patches = np.empty((0, self._dense_stride**2, 3 * blank), np.uint8)
+        patches = [no_patches] + [
+            patchify(
+                np.full((*size, 3), _MEAN_GREY, np.uint8) if isinstance(one, SampleError) else one,
+                patch_stride=self._patch_stride,
+                dense_stride=self._dense_stride,
+            )
+            for one, size in zip(pixels, sizes, strict=True)
+        ]
+        return PackMember(sample.id, tokens, np.concatenate(patches), reason)

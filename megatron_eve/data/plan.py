@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which samples, in which packs, in which step: the global plan that every data-parallel rank computes for itself.
+
+The order of samples is a pure function of (seed, epoch); position in it, and in mode `packs` the open packs, are the
+whole state: a few hundred integers, the same on every rank, independent of the number of ranks and workers. Order
+within a source: mosaicml-streaming's `py1e` shuffle (Stream's default), over the samples that are fit for training.
+Several sources: an epoch has as many samples as all sources together, shared out by proportion; a source continues
+from epoch to epoch where it stopped, so that each of its samples comes once before any comes twice.
+
+Modes (BatchConfig): `samples`, the next `size` samples are one step, packed as they need; `packs`, a step is exactly
+`size` packs from an online packer, which an epoch's end flushes. Source: reference for both is the paper's count of
+samples per step, and fixed tokens per step as in language-model training.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_eve.config.schema import BatchConfig, DataConfig
+from megatron_eve.data.lengths import SampleLengths
+from megatron_eve.data.packing import Item, OpenBins, PackShape, PlannedPack, pack_batch
+from megatron_eve.data.shards import ShardTable
+from megatron_eve.data.streaming_import import get_shuffle
+from megatron_eve.errors import ConfigError, DataError
+
+_SHUFFLE = "py1e"
+
+
+class SampleOrder:
+    """Global sample indices of an epoch, in the order of training."""
+
+    def __init__(self, *, table: ShardTable, lengths: SampleLengths, data: DataConfig) -> None:
+        self._seed = data.seed
+        self._block_size = data.shuffle_block_size
+        usable = lengths.usable
+        self._indices: list[NDArray[np.int64]] = []  # usable global indices of each source
+        self._shard_sizes: list[NDArray[np.int64]] = []  # usable samples of each shard that has any
+        for source in range(table.num_sources):
+            begins = table.source_shard_begins(source)
+            indices = begins[0] + np.flatnonzero(usable[begins[0] : begins[-1]])
+            sizes = np.diff(np.searchsorted(indices, begins))
+            self._indices.append(indices)
+            self._shard_sizes.append(sizes[sizes > 0])
+        self._share = _share_out(
+            [indices.size for indices in self._indices], data=data, lengths=lengths
+        )
+        self._cached: tuple[int, NDArray[np.int64]] | None = None
+        content = [*self._indices, *self._shard_sizes, np.asarray(self._share)]
+        digest = hashlib.sha256(repr((self._seed, self._block_size)).encode())
+        for array in content:
+            digest.update(array.tobytes())
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        return sum(self._share)
+
+    def epoch(self, epoch: int) -> NDArray[np.int64]:
+        """[num_samples] the epoch's samples; the last epoch asked for is kept."""
+        if self._cached is None or self._cached[0] != epoch:
+            self._cached = (epoch, self._shuffled(epoch))
+        return self._cached[1]
+
+    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
+        source_of = np.repeat(np.arange(len(self._share)), self._share)
+        if len(self._share) > 1:
+            np.random.default_rng([self._seed, epoch]).shuffle(source_of)
+        order = np.empty(len(self), np.int64)
+        for source, count in enumerate(self._share):
+            order[source_of == source] = self._stretch(source, begin=epoch * count, count=count)
+        return order
+
+    def _stretch(self, source: int, *, begin: int, count: int) -> NDArray[np.int64]:
+        """`count` samples of a source's endless sequence of shuffled passes, from `begin` on."""
+        if count == 0:
+            return np.empty(0, np.int64)
+        size = self._indices[source].size
+        first, last = begin // size, (begin + count - 1) // size
+        seed = int(np.random.SeedSequence([self._seed, source]).generate_state(1)[0])
+        passes = [
+            get_shuffle(_SHUFFLE, self._shard_sizes[source], 1, seed, number, self._block_size)
+            for number in range(first, last + 1)
+        ]
+        offset = begin - first * size
+        places = np.concatenate(passes)[offset : offset + count]
+        return self._indices[source][places]
+
+
+def _share_out(sizes: list[int], *, data: DataConfig, lengths: SampleLengths) -> list[int]:
+    """Samples of each source in an epoch: the total by proportion, remainders to the largest fractions."""
+    if sum(sizes) == 0:
+        raise DataError(
+            f"data.sources hold no sample fit for training; left out by reason: {dict(lengths.reasons)}. "
+            "See quarantine.jsonl and correct the data or data.template."
+        )
+    if len(sizes) == 1:
+        return sizes
+    weights = [source.proportion for source in data.sources]
+    if min(weights) < 0 or sum(weights) <= 0:
+        raise ConfigError(
+            f"data.sources: proportions are {weights}; use numbers >= 0, not all zero."
+        )
+    for source, size in zip(data.sources, sizes, strict=True):
+        if size == 0 and source.proportion > 0:
+            raise DataError(
+                f"{source.path}: no sample fit for training, but proportion={source.proportion}; "
+                "take the source out of data.sources or correct it (quarantine.jsonl has the reasons)."
+            )
+    exact = np.asarray(weights) / sum(weights) * sum(sizes)
+    share = np.floor(exact).astype(np.int64)
+    largest = np.argsort(-(exact - share), kind="stable")[: sum(sizes) - int(share.sum())]
+    share[largest] += 1
+    result: list[int] = share.tolist()
+    return result
+
+
+class PackPlan:
+    """Steps of packs, one after another, with a state that continues exactly."""
+
+    def __init__(
+        self,
+        *,
+        order: SampleOrder,
+        lengths: SampleLengths,
+        shape: PackShape,
+        batch: BatchConfig,
+        open_bins: int,
+    ) -> None:
+        if batch.size < 1 or open_bins < 1:
+            raise ConfigError(
+                f"batch.size={batch.size} and data.open_bins={open_bins} must be at least 1."
+            )
+        self._order = order
+        self._lengths = lengths
+        self._shape = shape
+        self._batch = batch
+        self._bins = OpenBins(shape=shape, max_open=open_bins)
+        self._epoch = 0
+        self._position = 0
+        # packs in progress depend on what decides a pack; in mode `samples` there are none between steps
+        packing = (shape, open_bins) if batch.unit == "packs" else ()
+        digest = hashlib.sha256(repr((order.fingerprint, batch.unit, packing)).encode())
+        digest.update(lengths.num_vision.tobytes())
+        digest.update(lengths.num_text.tobytes())
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def next_step(self) -> list[PlannedPack]:
+        """The packs of the next step, before padding packs, in an order that does not depend on the ranks."""
+        if self._batch.unit == "samples":
+            items = [self._next_item() for _ in range(self._batch.size)]
+            return pack_batch(items, shape=self._shape)
+        ready = self._bins.ready
+        while len(ready) < self._batch.size:
+            self._bins.put(self._next_item())
+            if self._position == len(self._order):
+                self._bins.flush()
+        step = ready[: self._batch.size]
+        del ready[: self._batch.size]
+        return step
+
+    def _next_item(self) -> Item:
+        if self._position == len(self._order):
+            self._epoch, self._position = self._epoch + 1, 0
+        index = int(self._order.epoch(self._epoch)[self._position])
+        self._position += 1
+        return self._item(index)
+
+    def _item(self, index: int) -> Item:
+        lengths = self._lengths
+        return Item(index, int(lengths.num_vision[index]), int(lengths.num_text[index]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Small and JSON-able; the same on every rank."""
+        return {
+            "fingerprint": self.fingerprint,
+            "epoch": self._epoch,
+            "position": self._position,
+            "open": [[item.sample for item in one.items] for one in self._bins.open],
+            "ready": [[item.sample for item in pack] for pack in self._bins.ready],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after the step that the state was taken from. Raises DataError if the plan is another one."""
+        if state["fingerprint"] != self.fingerprint:
+            raise DataError(
+                f"the checkpoint's data state belongs to plan {state['fingerprint']}, this run has plan "
+                f"{self.fingerprint}: sources, quarantined samples, data.seed, shuffle_block_size, "
+                "tokenizer, template or batch.unit changed (with batch.unit=packs also pack_tokens, align, "
+                "open_bins). Restore them, or start a new run from the weights (checkpoint.load_weights_from)."
+            )
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._bins.load(
+            open_items=[[self._item(i) for i in one] for one in state["open"]],
+            ready=[tuple(self._item(i) for i in pack) for pack in state["ready"]],
+        )
