@@ -10,7 +10,6 @@ reported; anything else that goes wrong in a thread surfaces at `next`, naming t
 
 import logging
 import math
-import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,27 +18,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from megatron_eve.config.schema import BatchConfig, DataConfig, ModelConfig
-from megatron_eve.data.assemble import PackMember, assemble_pack, expand
-from megatron_eve.data.conversation import encode_sample
-from megatron_eve.data.image import ImageDecoder, ImageJob
-from megatron_eve.data.lengths import LengthSettings, SampleLengths, load_lengths, target_sizes
-from megatron_eve.data.packing import Item, PackCost, PackShape, PlannedPack, deal
-from megatron_eve.data.patches import patchify
+from megatron_eve.data.lengths import LengthSettings, SampleLengths, load_lengths
+from megatron_eve.data.pack_builder import PackBuilder
+from megatron_eve.data.packing import PackCost, PackShape, PlannedPack, deal
 from megatron_eve.data.plan import PackPlan, SampleOrder
-from megatron_eve.data.quarantine import Quarantined, Reason, SampleError, append_report
-from megatron_eve.data.sample import Pack, Sample
+from megatron_eve.data.quarantine import Quarantined, append_report
+from megatron_eve.data.sample import Pack
 from megatron_eve.data.shards import ShardTable
 from megatron_eve.data.tokenizer import Tokenizer
 from megatron_eve.errors import DataError
 
 _LOG = logging.getLogger(__name__)
-_MEAN_GREY = (122, 116, 104)
-"""Pixels in place of an undecodable image: int(255 * CLIP mean), as the official dummy image; about 0 after
-normalisation."""
 
 
 @dataclass(slots=True)
@@ -95,7 +85,7 @@ class PackLoader:
         self._plan = PackPlan(
             order=order, lengths=lengths, shape=self._shape, batch=batch, open_bins=data.open_bins
         )
-        self._builder = _PackBuilder(
+        self._builder = PackBuilder(
             table=table,
             settings=settings,
             tokenizer=tokenizer,
@@ -205,99 +195,3 @@ class PackLoader:
             _LOG.warning("sample %s masked: %s: %s", entry.id, entry.reason, entry.message)
         if self._report is not None:
             append_report(self._report, entries)
-
-
-class _PackBuilder:
-    """Turns a planned pack into tensors; called from several threads at once."""
-
-    def __init__(
-        self,
-        *,
-        table: ShardTable,
-        settings: LengthSettings,
-        tokenizer: Tokenizer,
-        shape: PackShape,
-        model: ModelConfig,
-        device: Literal["cpu", "cuda"],
-    ) -> None:
-        self._table = table
-        self._settings = settings
-        self._tokenizer = tokenizer
-        self._shape = shape
-        self._patch_stride, self._dense_stride = model.patch_stride, model.dense_stride
-        self._device = device
-        self._of_thread = threading.local()  # a DALI pipeline serves one thread
-
-    def build(self, planned: PlannedPack) -> tuple[Pack, list[Quarantined]]:
-        """The pack, and the samples in it whose labels were masked. Raises DataError naming a sample."""
-        samples = [self._table.read(item.sample) for item in planned]
-        sizes = [target_sizes(sample, settings=self._settings) for sample in samples]
-        images = self._decode(samples, sizes)
-        members: list[PackMember] = []
-        masked: list[Quarantined] = []
-        for item, sample, target in zip(planned, samples, sizes, strict=True):
-            pixels = [next(images) for _ in target]
-            error = next((one for one in pixels if isinstance(one, SampleError)), None)
-            if error is not None:
-                masked.append(Quarantined(sample.id, sample.source, error.reason, error.message))
-            reason = None if error is None else error.reason
-            members.append(self._member(item, sample, target, pixels, reason))
-        pack = assemble_pack(
-            members,
-            shape=self._shape,
-            pad_id=self._tokenizer.pad_id,
-            patch_shape=(self._dense_stride**2, 3 * self._patch_stride**2),
-        )
-        return pack, masked
-
-    def _decode(
-        self, samples: Sequence[Sample], sizes: Sequence[Sequence[tuple[int, int]]]
-    ) -> Iterator[NDArray[np.uint8] | SampleError]:
-        """Every image of the pack in one call, in order."""
-        jobs = [
-            ImageJob(data=data, source_size=source, target_size=target)
-            for sample, targets in zip(samples, sizes, strict=True)
-            for data, source, target in zip(sample.images, sample.image_sizes, targets, strict=True)
-        ]
-        if not jobs:
-            return iter(())
-        decoder: ImageDecoder | None = self._of_thread.__dict__.get("decoder")
-        if decoder is None:
-            decoder = self._of_thread.decoder = ImageDecoder(device=self._device)
-        return iter(decoder.decode(jobs))
-
-    def _member(
-        self,
-        item: Item,
-        sample: Sample,
-        sizes: Sequence[tuple[int, int]],
-        pixels: Sequence[NDArray[np.uint8] | SampleError],
-        reason: Reason | None,
-    ) -> PackMember:
-        encoded = encode_sample(
-            sample.turns,
-            num_images=len(sample.images),
-            template=self._settings.template,
-            tokenizer=self._tokenizer,
-            max_text_tokens=self._settings.max_text_tokens,
-        )
-        edge = self._settings.pixels_per_token
-        tokens = expand(encoded, grids=[(h // edge, w // edge) for h, w in sizes])
-        found = (int(np.count_nonzero(tokens.is_vision)), encoded.num_text)
-        if found != (item.num_vision, item.num_text):
-            raise DataError(
-                f"sample {sample.id!r} has {found} (vision, text) tokens, its plan says "
-                f"{(item.num_vision, item.num_text)}: {self._table.shard_path(item.sample)} changed "
-                "since its lengths were counted; remove lengths-*.npz beside its index.json."
-            )
-        blank = self._patch_stride**2
-        no_patches = np.empty((0, self._dense_stride**2, 3 * blank), np.uint8)
-        patches = [no_patches] + [
-            patchify(
-                np.full((*size, 3), _MEAN_GREY, np.uint8) if isinstance(one, SampleError) else one,
-                patch_stride=self._patch_stride,
-                dense_stride=self._dense_stride,
-            )
-            for one, size in zip(pixels, sizes, strict=True)
-        ]
-        return PackMember(sample.id, tokens, np.concatenate(patches), reason)

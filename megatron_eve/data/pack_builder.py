@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A planned pack to a `Pack`: read the samples, decode their images, encode their text, assemble. Thread-safe.
+
+An image that cannot be decoded leaves its sample in place, so that the plan holds: mean-grey pixels, no labels, and an
+entry for the report. Everything else that differs from what the plan was made of is a DataError that names the sample.
+"""
+
+import threading
+from collections.abc import Sequence
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_eve.config.schema import ModelConfig
+from megatron_eve.data.assemble import ExpandedSample, PackMember, assemble_pack, expand
+from megatron_eve.data.conversation import encode_sample
+from megatron_eve.data.image import ImageDecoder, ImageJob
+from megatron_eve.data.lengths import LengthSettings, target_sizes
+from megatron_eve.data.packing import Item, PackShape, PlannedPack
+from megatron_eve.data.patches import patchify
+from megatron_eve.data.quarantine import Quarantined, SampleError
+from megatron_eve.data.sample import Pack, Sample
+from megatron_eve.data.shards import ShardTable
+from megatron_eve.data.tokenizer import Tokenizer
+from megatron_eve.errors import DataError
+
+_MEAN_GREY = (122, 116, 104)
+"""Pixels in place of an undecodable image: int(255 * CLIP mean), about 0 after normalisation (official dummy image)."""
+
+Pixels = NDArray[np.uint8] | SampleError
+"""A decoded image [H, W, 3], or why it could not be decoded."""
+
+
+class PackBuilder:
+    """Turns planned packs into tensors; called from several threads at once."""
+
+    def __init__(
+        self,
+        *,
+        table: ShardTable,
+        settings: LengthSettings,
+        tokenizer: Tokenizer,
+        shape: PackShape,
+        model: ModelConfig,
+        device: Literal["cpu", "cuda"],
+    ) -> None:
+        self._table = table
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._shape = shape
+        self._patch_stride, self._dense_stride = model.patch_stride, model.dense_stride
+        self._device: Literal["cpu", "cuda"] = device
+        self._of_thread = threading.local()  # a DALI pipeline serves one thread
+
+    def build(self, planned: PlannedPack) -> tuple[Pack, list[Quarantined]]:
+        """The pack, and the samples in it whose labels were masked. Raises DataError naming a sample."""
+        samples = [self._table.read(item.sample) for item in planned]
+        jobs = [self._jobs(sample) for sample in samples]
+        decoded = iter(self._decoder().decode([job for group in jobs for job in group]))
+        members: list[PackMember] = []
+        masked: list[Quarantined] = []
+        for item, sample, group in zip(planned, samples, jobs, strict=True):
+            images = list(islice(decoded, len(group)))
+            error = next((image for image in images if isinstance(image, SampleError)), None)
+            if error is not None:
+                masked.append(Quarantined(sample.id, sample.source, error.reason, error.message))
+            members.append(
+                PackMember(
+                    id=sample.id,
+                    tokens=self._tokens(item, sample, group),
+                    patches=self._patches(images, group),
+                    quarantined=None if error is None else error.reason,
+                )
+            )
+        pack = assemble_pack(
+            members,
+            shape=self._shape,
+            pad_id=self._tokenizer.pad_id,
+            patch_shape=self._patch_shape,
+        )
+        return pack, masked
+
+    @property
+    def _patch_shape(self) -> tuple[int, int]:
+        return self._dense_stride**2, 3 * self._patch_stride**2
+
+    def _decoder(self) -> ImageDecoder:
+        decoder: ImageDecoder | None = self._of_thread.__dict__.get("decoder")
+        if decoder is None:
+            decoder = self._of_thread.decoder = ImageDecoder(device=self._device)
+        return decoder
+
+    def _jobs(self, sample: Sample) -> list[ImageJob]:
+        try:
+            targets = target_sizes(sample, settings=self._settings)
+        except SampleError as error:
+            raise self._changed(sample, str(error)) from error
+        return [
+            ImageJob(data=data, source_size=source, target_size=target)
+            for data, source, target in zip(sample.images, sample.image_sizes, targets, strict=True)
+        ]
+
+    def _tokens(self, item: Item, sample: Sample, jobs: Sequence[ImageJob]) -> ExpandedSample:
+        """The sample's tokens. Raises DataError if they are not those that the plan counted."""
+        try:
+            encoded = encode_sample(
+                sample.turns,
+                num_images=len(jobs),
+                template=self._settings.template,
+                tokenizer=self._tokenizer,
+                max_text_tokens=self._settings.max_text_tokens,
+            )
+        except SampleError as error:
+            raise self._changed(sample, str(error)) from error
+        edge = self._settings.pixels_per_token
+        grids = [(job.target_size[0] // edge, job.target_size[1] // edge) for job in jobs]
+        tokens = expand(encoded, grids=grids)
+        found = (int(np.count_nonzero(tokens.is_vision)), encoded.num_text)
+        if found != (item.num_vision, item.num_text):
+            counted = (item.num_vision, item.num_text)
+            raise self._changed(sample, f"{found} (vision, text) tokens, {counted} were counted")
+        return tokens
+
+    def _patches(self, images: Sequence[Pixels], jobs: Sequence[ImageJob]) -> NDArray[np.uint8]:
+        """Patch rows of all images of a sample; grey where an image could not be decoded."""
+        parts = [np.empty((0, *self._patch_shape), np.uint8)]
+        for image, job in zip(images, jobs, strict=True):
+            if isinstance(image, SampleError):
+                image = np.full((*job.target_size, 3), _MEAN_GREY, np.uint8)
+            parts.append(
+                patchify(image, patch_stride=self._patch_stride, dense_stride=self._dense_stride)
+            )
+        return np.concatenate(parts)
+
+    def _changed(self, sample: Sample, what: str) -> DataError:
+        folders = ", ".join(str(folder) for folder in self._table.folders)
+        return DataError(
+            f"sample {sample.id!r} is not as it was when its length was counted: {what}. The shards "
+            f"changed; remove lengths-*.npz in {folders} and start again."
+        )
