@@ -18,6 +18,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -193,17 +194,24 @@ class Ranks:
             signal.signal(number, signal.SIG_IGN)
 
 
-def is_cancelled(job: Job) -> bool:
-    """Whether scancel ended this job: requeueing would bring it back against its owner's will."""
+def slurm_is_ending_it(job: Job) -> str | None:
+    """Why requeueing is not this process's business: after scancel it would bring the job back against its owner's
+    will, after a node's death or a requeue by hand Slurm does it. None while the job counts as running, and at the time
+    limit, when a save outlasted the signal's ten minutes."""
     command = ["scontrol", "show", "job", "--oneliner", job.job_id]
     text = subprocess.run(command, capture_output=True, text=True).stdout
-    return "JobState=CANCELLED" in text
+    fields = dict(re.findall(r"(\w+)=(\S+)", text))
+    state = fields.get("JobState", "RUNNING")
+    if state == "RUNNING" or fields.get("Reason") == "TimeLimit":
+        return None
+    return f"Slurm is ending the job by itself, JobState={state}"
 
 
 def requeue(job: Job, *, folder: RunFolder, ranks: Ranks, why: str, exclude: Sequence[str]) -> int:
     """Put the job back into the queue, or say why not. Returns the exit code of this process."""
-    if is_cancelled(job):
-        log.info("not requeued (%s): the job was cancelled", why)
+    ending = slurm_is_ending_it(job)
+    if ending:
+        log.info("not requeued (%s): %s", why, ending)
         return 1
     if job.restart >= job.max_restarts:
         log.error("not requeued (%s): EVE_MAX_RESTARTS=%d is used up", why, job.max_restarts)

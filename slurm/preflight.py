@@ -146,7 +146,7 @@ def check_nodes(hosts: Sequence[str], *, run_dir: Path) -> list[str]:
         "--ntasks-per-node=1",
         "--kill-on-bad-exit=0",
     ]
-    command += [sys.executable, "-m", "slurm.preflight", str(run_dir)]
+    command += [os.environ.get("PYTHON", sys.executable), "-m", "slurm.preflight", str(run_dir)]
     try:
         text = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S).stdout
     except subprocess.TimeoutExpired as error:

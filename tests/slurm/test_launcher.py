@@ -109,10 +109,17 @@ def test_restarts_are_limited(stub_slurm: StubSlurm) -> None:
 
 
 def test_cancelled_job_stays_cancelled(stub_slurm: StubSlurm) -> None:
-    process = stub_slurm.sbatch_file(TRAIN_CMD="true", STUB_STATE="CANCELLED")
-    assert "the job was cancelled" in output(process)
+    process = stub_slurm.sbatch_file(TRAIN_CMD="true", STUB_STATE="COMPLETING Reason=None")
+    assert "Slurm is ending the job by itself, JobState=COMPLETING" in output(process)
     assert process.returncode == 1
     assert not requeued(stub_slurm)
+
+
+def test_timed_out_job_is_requeued(stub_slurm: StubSlurm) -> None:
+    process = stub_slurm.sbatch_file(TRAIN_CMD="true", STUB_STATE="COMPLETING Reason=TimeLimit")
+    text = output(process)
+    assert process.returncode == KILLED_BY_SLURM, text
+    assert requeued(stub_slurm)
 
 
 def test_refused_requeue_is_said(stub_slurm: StubSlurm) -> None:
