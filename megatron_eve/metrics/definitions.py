@@ -7,7 +7,7 @@ the value is already the same on every rank (a global loss, a learning rate, a r
 from dataclasses import dataclass
 from typing import Literal
 
-Reduction = Literal["sum", "mean", "max", "same"]
+Reduction = Literal["sum", "max", "same"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

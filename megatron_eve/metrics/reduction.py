@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from megatron_eve.metrics.definitions import METRICS, Reduction
+from megatron_eve.metrics.definitions import METRICS
 
 
 def reduce_over_ranks(
@@ -18,18 +18,10 @@ def reduce_over_ranks(
     A collective: every rank calls it with the same names. float64 on the device, so counts stay exact to 2^53.
     """
     result = dict(values)
-    summed = _names(values, "sum") + _names(values, "mean")
-    totals = _all_reduce(values, names=summed, op=dist.ReduceOp.SUM, group=group, device=device)
-    for name, total in totals.items():
-        is_mean = METRICS[name].reduction == "mean"
-        result[name] = total / dist.get_world_size(group) if is_mean else total
-    largest = _names(values, "max")
-    result |= _all_reduce(values, names=largest, op=dist.ReduceOp.MAX, group=group, device=device)
+    for reduction, op in (("sum", dist.ReduceOp.SUM), ("max", dist.ReduceOp.MAX)):
+        names = [name for name in values if METRICS[name].reduction == reduction]
+        result |= _all_reduce(values, names=names, op=op, group=group, device=device)
     return result
-
-
-def _names(values: Mapping[str, float], reduction: Reduction) -> list[str]:
-    return [name for name in values if METRICS[name].reduction == reduction]
 
 
 def _all_reduce(
