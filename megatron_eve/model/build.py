@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a configuration to the model chunks of this process."""
 
+import logging
+
 from megatron.core.transformer import TransformerConfig
 
 from megatron_eve.config.megatron import transformer_config
@@ -26,6 +28,7 @@ def build_model(
         model, parallel=parallel, dtype=dtype, recompute=recompute, deterministic=deterministic
     )
     chunks = []
+    _silence_unknown_mlp_warning()
     for chunk in range(parallel.virtual_pipeline):
         first = state.is_first_stage and chunk == 0
         last = state.is_last_stage and chunk == parallel.virtual_pipeline - 1
@@ -44,3 +47,10 @@ def build_model(
     for built in chunks:
         built.to(state.device)
     return chunks, config
+
+
+def _silence_unknown_mlp_warning() -> None:
+    # TransformerLayer warns, once per layer, that it does not know our MLP class and builds it with default arguments,
+    # which is what it is made for.
+    name = "megatron.core.transformer.transformer_layer"
+    logging.getLogger(name).setLevel(logging.ERROR)

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import (
     vocab_parallel_cross_entropy,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
@@ -48,6 +49,7 @@ class EveModel(LanguageModule):
         seed: int,
     ) -> None:
         super().__init__(config, pg_collection=groups)
+        self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedules ask for it
         self.model_config = model
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = model.tie_word_embeddings

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One optimizer step: forward and backward of all micro-batches by megatron-core's schedule, then the update."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_eve.config.schema import RunConfig
+from megatron_eve.data.sample import Pack
+from megatron_eve.errors import EveError
+from megatron_eve.loop.loss import micro_batch_loss
+from megatron_eve.parallel.batch import MicroBatch, micro_batch
+from megatron_eve.parallel.groups import ParallelState
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step did, summed over all processes; the same on every one."""
+
+    loss: float
+    num_labels: int
+    grad_norm: float
+    learning_rate: float
+    num_tokens: int  # of all packs, padding included
+    num_real_tokens: int
+    num_vision_tokens: int  # real ones
+    num_samples: int
+    num_quarantined: int  # samples whose image could not be decoded
+    stop_requested: bool
+
+
+class NonFiniteLossError(EveError):
+    """The loss of a step is not a number or infinite; nothing was updated."""
+
+
+def to_device(packs: Sequence[Pack], *, config: RunConfig, state: ParallelState) -> list[MicroBatch]:
+    """This rank's part of each micro-batch."""
+    parallel = config.parallel
+    return [
+        micro_batch(
+            pack,
+            tp_rank=state.tp_rank,
+            tp_size=parallel.tensor,
+            sequence_parallel=parallel.sequence_parallel,
+            split_attention=config.model.split.attention,
+            label_multiple=config.data.align,
+            device=state.device,
+        )
+        for pack in packs
+    ]
+
+
+def forward_backward(
+    model: Sequence[DistributedDataParallel], packs: Sequence[Pack], *, config: RunConfig, state: ParallelState
+) -> list[Tensor]:
+    """Accumulate the gradients of one global batch. Returns the logged [2] sums of each micro-batch on the last stage."""
+    batches = to_device(packs, config=config, state=state)
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    iterators = [iter(batches) for _ in model]  # every chunk of an interleaved schedule walks the same micro-batches
+    run_schedule = get_forward_backward_func()
+    return run_schedule(
+        forward_step_func=partial(_forward_step, normalization=config.optim.loss_normalization),
+        data_iterator=iterators if len(model) > 1 else iterators[0],
+        model=list(model) if len(model) > 1 else model[0],
+        num_microbatches=len(batches),
+        seq_length=config.data.pack_tokens,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+
+
+def _forward_step(
+    batches: Iterator[MicroBatch], chunk: torch.nn.Module, *, normalization: Any
+) -> tuple[Tensor, Any]:
+    batch = next(batches)
+
+    def loss_func(row_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss = micro_batch_loss(row_losses, batch=batch, normalization=normalization)
+        return loss.numerator, loss.denominator, loss.logged
+
+    return chunk(batch), loss_func
+
+
+def train_step(
+    model: Sequence[DistributedDataParallel],
+    packs: Sequence[Pack],
+    *,
+    optimizer: MegatronOptimizer,
+    schedule: OptimizerParamScheduler,
+    config: RunConfig,
+    state: ParallelState,
+    stop_requested: bool,
+) -> StepResult:
+    """One update. `stop_requested` on any process is true in the result of every process.
+
+    Raises: NonFiniteLossError before the weights are touched.
+    """
+    optimizer.zero_grad()
+    logged = forward_backward(model, packs, config=config, state=state)
+    sums = _reduce(logged, packs, state=state, stop_requested=stop_requested)
+    loss = sums[0] / max(sums[1], 1)
+    if not torch.isfinite(torch.tensor(loss)):
+        names = ", ".join(name for pack in packs for name in pack.sample_ids[:4])
+        raise NonFiniteLossError(
+            f"loss is {loss}; the weights were not updated. First samples of this rank's packs: {names}. "
+            "Lower optim.peak_lr, set optim.clip_grad, or look at these samples with `python -m data_prep inspect`"
+        )
+    learning_rate = get_canonical_lr_for_logging(optimizer.param_groups)
+    if learning_rate is None:  # only the patch embedding trains
+        learning_rate = optimizer.param_groups[0]["lr"]
+    _, grad_norm, _ = optimizer.step()
+    schedule.step(increment=1)
+    return StepResult(
+        loss=loss,
+        num_labels=int(sums[2]),
+        grad_norm=float(grad_norm),
+        learning_rate=float(learning_rate),
+        num_tokens=int(sums[3]),
+        num_real_tokens=int(sums[4]),
+        num_vision_tokens=int(sums[5]),
+        num_samples=int(sums[6]),
+        num_quarantined=int(sums[7]),
+        stop_requested=sums[8] > 0,
+    )
+
+
+def _reduce(
+    logged: Sequence[Tensor], packs: Sequence[Pack], *, state: ParallelState, stop_requested: bool
+) -> list[float]:
+    """Sum over all processes, each quantity counted once: the loss on the last stage, the packs on the first."""
+    sums = torch.zeros(9, dtype=torch.float64, device=state.device)
+    if logged and state.is_last_stage and state.tp_rank == 0:
+        sums[:2] = torch.stack(list(logged)).sum(0)
+    if state.is_data_leader:
+        sums[2] = sum(pack.label_rows.numel() for pack in packs)
+        sums[3] = sum(pack.num_tokens for pack in packs)
+        sums[4] = sum(pack.num_real_vision + pack.num_real_text for pack in packs)
+        sums[5] = sum(pack.num_real_vision for pack in packs)
+        sums[6] = sum(len(pack.sample_ids) for pack in packs)
+        sums[7] = sum(len(pack.quarantined) for pack in packs)
+    sums[8] = float(stop_requested)
+    torch.distributed.all_reduce(sums)
+    return sums.tolist()

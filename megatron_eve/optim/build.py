@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW on megatron-core's optimizers, with a learning rate of its own for the patch embedding, and its schedule.
+
+The official code has two groups of learning rates: `vision_tower_lr` and the rest (EVEv2 eve_trainer.py:149-197)."""
+
+from collections.abc import Sequence
+
+from megatron_eve import device
+from megatron_eve.config.schema import RunConfig
+from megatron_eve.config.sizes import warmup_steps
+from megatron_eve.parallel.groups import ParallelState
+
+device.install()
+
+from megatron.core.distributed import DistributedDataParallel  # noqa: E402
+from megatron.core.optimizer import MegatronOptimizer, ParamKey, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer_param_scheduler import (  # noqa: E402
+    OptimizerParamScheduler,
+    ParamGroupOverride,
+)
+
+from megatron_eve.config.megatron import optimizer_config  # noqa: E402
+
+
+def build_optimizer(
+    model: Sequence[DistributedDataParallel], *, config: RunConfig, state: ParallelState
+) -> MegatronOptimizer:
+    """The optimizer of the trainable parameters of these chunks."""
+    overrides = {
+        ParamKey(name="*patch_embedding*"): ParamGroupOverride(
+            max_lr=config.optim.patch_embedding_lr, min_lr=config.optim.min_lr
+        )
+    }
+    return get_megatron_optimizer(
+        optimizer_config(config.optim, config=config),
+        list(model),
+        config_overrides=overrides,
+        use_gloo_process_groups=device.has_gpu(),
+        pg_collection=state.groups if not device.has_gpu() else None,
+    )
+
+
+def build_schedule(
+    optimizer: MegatronOptimizer, *, config: RunConfig, steps: int
+) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then cosine to `min_lr`, counted in optimizer steps."""
+    optim = config.optim
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.peak_lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=min(warmup_steps(config, steps=steps), steps - 1),
+        lr_decay_steps=steps,
+        lr_decay_style="cosine",
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )
