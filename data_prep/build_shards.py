@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EVE/LLaVA annotations and an image folder -> a folder of MDS shards that the trainer reads.
+
+    OUT/index.json          all shards of all parts, in order; written last: its presence means "complete"
+    OUT/dataset.json        input, options, counts, quarantine reasons
+    OUT/quarantine.jsonl    one line per entry that did not become a row
+    OUT/part-00000/         shard.*.mds, index.json, part.json, quarantine.jsonl
+
+Every entry of the input ends in exactly one of shards and quarantine. A build that was killed goes on where it was: run
+the same command again; finished parts are kept, and the result has the same bytes as an uninterrupted build. Refused: a
+folder that holds something else, or parts of another input or other options; two builds in one folder at a time.
+"""
+
+import itertools
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep.build_options import BuildOptions
+from data_prep.output import TEMPORARY_PREFIX, write_json
+from data_prep.ownership import DATASET_FILE, claim, only_build
+from data_prep.parts import (
+    INDEX_FILE,
+    QUARANTINE_FILE,
+    Counts,
+    PartJob,
+    entries_hash,
+    part_name,
+    read_part,
+)
+from data_prep.quarantine import QuarantineRecord
+from data_prep.readers import InputSummary, iterate_entries, scan_input
+from data_prep.samples import check_entry
+from data_prep.workers import part_builders
+from megatron_eve.errors import DataError
+
+DRY_RUN_SAMPLES = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildReport:
+    """What a finished build consists of."""
+
+    counts: Counts
+    num_parts: int
+    num_shards: int
+    num_kept_parts: int  # finished by an earlier run
+
+
+def dry_run(options: BuildOptions) -> list[str]:
+    """Plan the build, check its first samples, write nothing. Returns the lines to print."""
+    summary = scan_input(options.data)
+    entries = itertools.islice(iterate_entries(options.data), DRY_RUN_SAMPLES)
+    checked = [check_entry(entry, context=options.context) for entry in entries]
+    refused = [record for record in checked if isinstance(record, QuarantineRecord)]
+    return [
+        *options.plan_lines(summary),
+        f"first {len(checked):,} samples = {len(checked) - len(refused):,} good + {len(refused):,} "
+        "for quarantine",
+        *(f"  {record.id}: {record.reason}: {record.message}" for record in refused[:10]),
+        f"dry run: nothing was written to {options.out}",
+    ]
+
+
+def build_shards(options: BuildOptions, *, overwrite: bool = False) -> BuildReport:
+    """Build, or go on building, the shard folder `options.out`.
+
+    Raises: ConfigError if the folder is taken or belongs to another build; DataError if the input is broken as a whole,
+    files cannot be accessed, or no sample is good.
+    """
+    summary = scan_input(options.data)
+    if summary.num_entries == 0:
+        raise DataError(f"{options.data} holds no samples; there is nothing to build.")
+    for line in options.plan_lines(summary):
+        print(line, file=sys.stderr)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with only_build(options.out):
+        claim(options.out, identity=options.identity(summary), overwrite=overwrite)
+        num_kept = _build_parts(options, summary=summary)
+        return _finish(options, summary=summary, num_kept=num_kept)
+
+
+def _build_parts(options: BuildOptions, *, summary: InputSummary) -> int:
+    """Build the parts that are missing. Returns how many were there already."""
+    num_kept = 0
+    progress = _Progress(num_samples=summary.num_entries, num_parts=options.num_parts(summary))
+    waiting: deque[tuple[int, Future[Counts]]] = deque()
+    with part_builders(num_workers=options.workers) as submit:
+        for job in _jobs(options, summary=summary):
+            folder = options.out / part_name(job.number)
+            if folder.is_dir():
+                progress.report(job.number, _kept_counts(folder, job=job), state="kept")
+                num_kept += 1
+                continue
+            waiting.append((job.number, submit(job)))
+            while len(waiting) > 2 * options.workers:
+                _await_first(waiting, progress=progress)
+        while waiting:
+            _await_first(waiting, progress=progress)
+    progress.bar.close()
+    return num_kept
+
+
+def _jobs(options: BuildOptions, *, summary: InputSummary) -> Iterator[PartJob]:
+    entries = iterate_entries(options.data)
+    for number in range(options.num_parts(summary)):
+        yield PartJob(
+            number=number,
+            entries=list(itertools.islice(entries, options.samples_per_part)),
+            out=options.out,
+            shard_bytes=options.shard_bytes,
+            context=options.context,
+        )
+
+
+def _kept_counts(folder: Path, *, job: PartJob) -> Counts:
+    counts, digest = read_part(folder)
+    if digest != entries_hash(job.entries):
+        raise DataError(f"{folder} was made from other samples; delete that folder and run again.")
+    return counts
+
+
+def _await_first(waiting: "deque[tuple[int, Future[Counts]]]", *, progress: "_Progress") -> None:
+    number, future = waiting.popleft()
+    try:
+        progress.report(number, future.result(), state="done")
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"a worker died while it built {part_name(number)} or a part near it (out of memory?); "
+            "run the same command again, with fewer --workers if memory was short."
+        ) from error
+
+
+class _Progress:
+    """On stderr: a bar on a terminal, else one line per part."""
+
+    def __init__(self, *, num_samples: int, num_parts: int) -> None:
+        self.num_parts, self.num_samples = num_parts, num_samples
+        self.total = Counts()
+        self.is_terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=num_samples, unit="sample", file=sys.stderr, disable=not self.is_terminal
+        )
+
+    def report(self, number: int, counts: Counts, *, state: str) -> None:
+        self.total.add(counts)
+        self.bar.update(counts.entries)
+        self.bar.set_postfix(quarantined=self.total.num_quarantined)
+        if not self.is_terminal:
+            print(
+                f"{part_name(number)} {state} ({number + 1:,}/{self.num_parts:,}) | samples "
+                f"{self.total.entries:,}/{self.num_samples:,} | quarantined "
+                f"{self.total.num_quarantined:,}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _finish(options: BuildOptions, *, summary: InputSummary, num_kept: int) -> BuildReport:
+    """Add up the parts' counts, join their quarantines and indices; publish the index last."""
+    out, total = options.out, Counts()
+    shards: list[dict[str, Any]] = []
+    folders = [out / part_name(number) for number in range(options.num_parts(summary))]
+    for folder in folders:
+        total.add(read_part(folder)[0])
+        shards += _part_shards(folder)
+    rows = sum(shard["samples"] for shard in shards)
+    if total.entries != summary.num_entries or total.samples != rows:
+        raise DataError(
+            f"{out} does not add up: {summary.num_entries:,} samples in the input, {total.entries:,} "
+            f"in the parts, {rows:,} rows in shards; delete the folder and build again."
+        )
+    _join_files([folder / QUARANTINE_FILE for folder in folders], out=out / QUARANTINE_FILE)
+    content = {
+        **options.identity(summary),
+        "complete": total.samples > 0,
+        "parts": len(folders),
+        "shards": len(shards),
+        "counts": asdict(total),
+    }
+    write_json(out / DATASET_FILE, content)
+    if total.samples == 0:
+        raise DataError(
+            f"all {total.entries:,} samples went to quarantine ({_reasons(total)}); see "
+            f"{out / QUARANTINE_FILE}, repair the input and build with --overwrite."
+        )
+    write_json(out / INDEX_FILE, {"version": 2, "shards": shards}, indent=None)
+    return BuildReport(
+        counts=total, num_parts=len(folders), num_shards=len(shards), num_kept_parts=num_kept
+    )
+
+
+def _join_files(paths: list[Path], *, out: Path) -> None:
+    """Write the files one after another; `out` appears whole or not at all."""
+    temporary = out.parent / f"{TEMPORARY_PREFIX}{out.name}"
+    with temporary.open("wb") as file:
+        for path in paths:
+            file.write(path.read_bytes())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, out)
+
+
+def _part_shards(folder: Path) -> list[dict[str, Any]]:
+    """The shards of a part as the joint index names them: files relative to the whole folder."""
+    shards = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["shards"]
+    for shard in shards:
+        shard["raw_data"]["basename"] = f"{folder.name}/{shard['raw_data']['basename']}"
+    return list(shards)
+
+
+def _reasons(counts: Counts) -> str:
+    return ", ".join(f"{reason} {number:,}" for reason, number in counts.quarantined.items())
+
+
+def report_lines(report: BuildReport, *, out: Path) -> list[str]:
+    """What the user reads at the end; the last line says what was written where."""
+    counts = report.counts
+    lines = [
+        f"{counts.entries:,} samples = {counts.samples:,} in shards + {counts.num_quarantined:,} "
+        "in quarantine"
+    ]
+    if counts.quarantined:
+        lines.append(f"quarantine: {_reasons(counts)}")
+    if counts.changed:
+        changed = ", ".join(f"{name} {number:,}" for name, number in counts.changed.items())
+        lines.append(f"re-encoded images: {changed}")
+    kept = f" ({report.num_kept_parts:,} kept from before)" if report.num_kept_parts else ""
+    lines.append(
+        f"wrote {report.num_shards:,} shards in {report.num_parts:,} parts{kept} with "
+        f"{counts.images:,} images ({counts.image_bytes:,} bytes) to {out}"
+    )
+    return lines

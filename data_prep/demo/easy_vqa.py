@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""easy-VQA (5,000 images of a coloured shape, 48,248 questions; MIT licence) as EVE/LLaVA annotations.
+
+    OUT/images/{train,test}/ID.png   the package's files, unchanged
+    OUT/captions_{train,test}.json   stages 1 and 2.1: image -> one sentence
+    OUT/questions_train.json         stages 2.2 and 3: one conversation per image with all its questions
+    OUT/questions_test.json          evaluation: one record per question: id, image, question, answer, type
+    OUT/text.json                    first training of a tiny language model: the same language, without images
+    OUT/about.json                   counts and origin
+
+The split is the official one. Captions say what the official answers say; an image whose answers leave its shape or
+colour open has no caption (it keeps its questions), and about.json counts it. All choices are functions of the id.
+
+Source: the PyPI package easy-vqa 1.0 (https://github.com/vzhou842/easy-VQA).
+"""
+
+import importlib
+import random
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from data_prep.demo.packages import package_folder
+from data_prep.demo.shape_facts import (
+    CAPTIONS,
+    COLORS,
+    SHAPES,
+    Facts,
+    Question,
+    ask_everything,
+    caption,
+    derive_facts,
+)
+from data_prep.output import new_folder, write_json
+
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+TEXT_ROUNDS = 4
+"""How often text.json goes through all facts and context sentences."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EasyVqaImage:
+    """One image and everything that is asked about it, in the package's order."""
+
+    split: Split
+    number: int
+    path: Path
+    questions: tuple[Question, ...]
+
+    @property
+    def id(self) -> str:
+        return f"easy-vqa-{self.split}-{self.number}"
+
+    @property
+    def relative_path(self) -> str:
+        return f"images/{self.split}/{self.number}.png"
+
+
+def write_easy_vqa(out: Path, *, overwrite: bool) -> dict[str, int]:
+    """Write everything to `out`; returns the counts of about.json."""
+    images = {split: read_split(split) for split in SPLITS}
+    counts: dict[str, int] = {}
+    with new_folder(out, overwrite=overwrite) as folder:
+        for split in SPLITS:
+            _copy_images(images[split], folder=folder)
+            captions = [record for image in images[split] for record in caption_records(image)]
+            write_json(folder / f"captions_{split}.json", captions)
+            counts[f"images_{split}"] = len(images[split])
+            counts[f"captions_{split}"] = len(captions)
+            counts[f"images_without_caption_{split}"] = len(images[split]) - len(captions)
+            counts[f"questions_{split}"] = sum(len(image.questions) for image in images[split])
+        conversations = [conversation_record(image) for image in images["train"]]
+        write_json(folder / "questions_train.json", conversations)
+        tests = [record for image in images["test"] for record in question_records(image)]
+        write_json(folder / "questions_test.json", tests)
+        texts = text_records()
+        write_json(folder / "text.json", texts)
+        counts["text_conversations"] = len(texts)
+        about = {"package": "easy-vqa 1.0", "license": "MIT", "counts": counts}
+        write_json(folder / "about.json", about)
+    return counts
+
+
+def read_split(split: Split) -> list[EasyVqaImage]:
+    """The images of one official split, by number."""
+    package_folder("easy_vqa", install="easy-vqa")
+    package = importlib.import_module("easy_vqa")
+    if split == "train":
+        paths, columns = package.get_train_image_paths(), package.get_train_questions()
+    else:
+        paths, columns = package.get_test_image_paths(), package.get_test_questions()
+    by_image: dict[int, list[Question]] = defaultdict(list)
+    for text, answer, number in zip(*columns, strict=True):
+        by_image[number].append(Question(text=text, answer=answer))
+    return [
+        EasyVqaImage(split=split, number=number, path=Path(path), questions=tuple(by_image[number]))
+        for number, path in sorted(paths.items())
+    ]
+
+
+def caption_records(image: EasyVqaImage) -> list[dict[str, object]]:
+    """The caption of an image as a list of one sample, or of none if its facts are not complete."""
+    facts = derive_facts(image.questions)
+    if facts.shape is None or facts.color is None:
+        return []
+    text = caption(facts, rng=random.Random(f"caption {image.id}"))
+    turns = _turns([("<image>", text)])
+    return [{"id": image.id, "image": image.relative_path, "conversations": turns}]
+
+
+def conversation_record(image: EasyVqaImage) -> dict[str, object]:
+    """All questions of an image as one conversation."""
+    questions = list(image.questions)
+    random.Random(f"questions {image.id}").shuffle(questions)
+    pairs = [(question.text, question.answer) for question in questions]
+    pairs[0] = (f"<image>\n{pairs[0][0]}", pairs[0][1])
+    return {"id": image.id, "image": image.relative_path, "conversations": _turns(pairs)}
+
+
+def question_records(image: EasyVqaImage) -> list[dict[str, object]]:
+    """The questions of an image, one evaluation record each."""
+    return [
+        {
+            "id": f"{image.id}-{number}",
+            "image": image.relative_path,
+            "question": question.text,
+            "answer": question.answer,
+            "type": question.type,
+        }
+        for number, question in enumerate(image.questions)
+    ]
+
+
+def text_records() -> list[dict[str, object]]:
+    """Conversations without images about every shape, colour and context sentence: half of all question forms each, and
+    for every sentence one request to say it."""
+    records: list[dict[str, object]] = []
+    for turn in range(TEXT_ROUNDS):
+        for shape in SHAPES:
+            for color in COLORS:
+                facts = Facts(shape=shape, color=color)
+                for number, form in enumerate(CAPTIONS):
+                    name = f"easy-vqa-text-{turn}-{shape}-{color}-{number}"
+                    context = form.format(shape=shape, color=color)
+                    rng = random.Random(name)
+                    questions = ask_everything(facts, rng=rng)
+                    middle = len(questions) // 2
+                    records += [
+                        _text_record(f"{name}-a", context, questions[:middle]),
+                        _text_record(f"{name}-b", context, questions[middle:]),
+                        _retelling(f"{name}-c", context, facts=facts, rng=rng),
+                    ]
+    random.Random("easy-vqa text").shuffle(records)
+    return records
+
+
+def _text_record(name: str, context: str, questions: Iterable[Question]) -> dict[str, object]:
+    pairs = [(question.text, question.answer) for question in questions]
+    pairs[0] = (f"{context} {pairs[0][0]}", pairs[0][1])
+    return {"id": name, "conversations": _turns(pairs)}
+
+
+def _retelling(name: str, context: str, *, facts: Facts, rng: random.Random) -> dict[str, object]:
+    request = f"{context} Describe the image in one sentence."
+    return {"id": name, "conversations": _turns([(request, caption(facts, rng=rng))])}
+
+
+def _turns(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    return [
+        turn
+        for question, answer in pairs
+        for turn in ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
+    ]
+
+
+def _copy_images(images: Iterable[EasyVqaImage], *, folder: Path) -> None:
+    for image in images:
+        path = folder / image.relative_path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(image.path, path)

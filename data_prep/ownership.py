@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may write to a shard folder: one build at a time, and only the build that began it.
+
+dataset.json is written when a build begins and names its input and options; a folder without it must be empty. A lock
+keeps a second process out.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_prep.output import TEMPORARY_PREFIX, write_json
+from data_prep.parts import INDEX_FILE, QUARANTINE_FILE
+from megatron_eve.errors import ConfigError
+
+DATASET_FILE, LOCK_FILE = "dataset.json", ".lock"
+Identity = dict[str, object]
+
+
+@contextmanager
+def only_build(out: Path) -> Iterator[None]:
+    """Hold a lock on the folder, so that no second build writes to it. The lock dies with the process."""
+    with (out / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another build is writing to {out}; wait for it or choose another folder."
+            ) from error
+        except OSError as error:  # some network file systems have no locks
+            print(f"warning: {out} cannot be locked ({error}); start one build", file=sys.stderr)
+        yield
+
+
+def claim(out: Path, *, identity: Identity, overwrite: bool) -> None:
+    """Make sure that `out` is empty or belongs to this very build, and clear what a killed run left half done.
+
+    Raises: ConfigError if the folder holds something else, or belongs to another build and `overwrite` is false.
+    """
+    found = _read_identity(out, fields=tuple(identity))
+    foreign = sorted(set(os.listdir(out)) - {LOCK_FILE, f"{TEMPORARY_PREFIX}{DATASET_FILE}"})
+    if found is None and foreign:
+        raise ConfigError(
+            f"{out} is not a shard folder but holds {foreign[:3]}; give an empty or new folder."
+        )
+    if found is not None and overwrite:
+        _clear(out)
+    elif found is not None and found != identity:
+        raise ConfigError(
+            f"{out} was built from something else: {_difference(found, identity)}; use the same "
+            "input and options, another folder, or --overwrite."
+        )
+    for leftover in out.glob(f"{TEMPORARY_PREFIX}*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    if not (out / DATASET_FILE).exists():
+        write_json(out / DATASET_FILE, {**identity, "complete": False})
+
+
+def _clear(out: Path) -> None:
+    """Remove a shard folder's content: the index first, so that nobody takes the rest for complete; dataset.json last,
+    so that a clearing that is killed can go on."""
+    for name in (INDEX_FILE, QUARANTINE_FILE):
+        (out / name).unlink(missing_ok=True)
+    for folder in out.glob("part-*"):
+        shutil.rmtree(folder)
+    (out / DATASET_FILE).unlink()
+
+
+def _read_identity(out: Path, *, fields: tuple[str, ...]) -> Identity | None:
+    """The identity of the build that owns the folder; None if nobody does."""
+    path = out / DATASET_FILE
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {key: content[key] for key in fields}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({type(error).__name__}: {error}); choose another folder."
+        ) from error
+
+
+def _difference(found: Identity, expected: Identity) -> str:
+    """The first field in which two identities differ."""
+    for key, value in expected.items():
+        other = found[key]
+        if isinstance(value, dict) and isinstance(other, dict):
+            for inner in sorted({*value, *other}):
+                if other.get(inner) != value.get(inner):
+                    return f"{key}.{inner} is {other.get(inner)!r} there, {value.get(inner)!r} now"
+        elif other != value:
+            return f"{key} is {other!r} there, {value!r} now"
+    raise AssertionError("the identities are equal")

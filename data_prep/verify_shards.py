@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is a shard folder what its builder wrote? Hashes every shard, decodes every row, compares counts and file lists.
+
+In: a folder made by build-shards. Out: the list of problems, empty if there are none. The trainer only compares file
+sizes when it starts; this is the thorough check, after a copy or when a disk is in doubt.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from data_prep.ownership import DATASET_FILE
+from data_prep.parts import INDEX_FILE, QUARANTINE_FILE, SHARD_HASH
+from megatron_eve.data.row import from_row
+from megatron_eve.data.streaming_import import reader_from_json
+from megatron_eve.errors import DataError
+
+READ_BYTES = 1 << 22
+
+
+@dataclass(kw_only=True, slots=True)
+class Verification:
+    """What was looked at, and what is wrong with it. Filled shard by shard."""
+
+    num_shards: int = 0
+    num_samples: int = 0
+    num_images: int = 0
+    num_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def verify_shards(folder: Path) -> Verification:
+    """Check the whole folder. Raises DataError if it has no index, so that there is nothing to check against."""
+    index, dataset = read_index(folder), _read_json(folder / DATASET_FILE)
+    result = Verification()
+    for shard in index["shards"]:
+        _verify_shard(folder, shard, result=result)
+    _verify_files(folder, index["shards"], result=result)
+    _verify_counts(folder, dataset, result=result)
+    return result
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """index.json of a complete shard folder."""
+    if not (folder / INDEX_FILE).is_file():
+        raise DataError(
+            f"{folder} has no {INDEX_FILE}: it is no shard folder, or its build is not complete; "
+            "run build-shards (again)."
+        )
+    content = _read_json(folder / INDEX_FILE)
+    if not isinstance(content.get("shards"), list):
+        raise DataError(f"{folder / INDEX_FILE} has no list `shards`; build the folder again.")
+    return content
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); restore it or build again.") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} does not hold a JSON object; restore it or build again.")
+    return content
+
+
+def _verify_shard(folder: Path, shard: dict[str, Any], *, result: Verification) -> None:
+    name = shard["raw_data"]["basename"]
+    path = folder / name
+    result.num_shards += 1
+    if not path.is_file():
+        result.problems.append(f"{name}: missing")
+        return
+    size, expected = path.stat().st_size, shard["raw_data"]["bytes"]
+    result.num_bytes += size
+    if size != expected:
+        result.problems.append(f"{name}: {size:,} bytes, the index says {expected:,}")
+        return
+    digest, wanted = _hash_file(path), shard["raw_data"]["hashes"][SHARD_HASH]
+    if digest != wanted:
+        result.problems.append(f"{name}: {SHARD_HASH} is {digest}, the index says {wanted}")
+        return
+    _verify_rows(folder, shard, result=result)
+
+
+def _hash_file(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _verify_rows(folder: Path, shard: dict[str, Any], *, result: Verification) -> None:
+    reader = reader_from_json(str(folder), None, shard)
+    name = shard["raw_data"]["basename"]
+    for number in range(shard["samples"]):
+        try:
+            sample = from_row(reader[number])
+        except Exception as error:  # whatever the MDS decoder meets in damaged bytes
+            result.problems.append(f"{name}: row {number}: {type(error).__name__}: {error}")
+            continue
+        result.num_samples += 1
+        result.num_images += len(sample.images)
+
+
+def _verify_files(folder: Path, shards: list[dict[str, Any]], *, result: Verification) -> None:
+    """Shard files that the index does not know, and files that it names twice."""
+    named = Counter(shard["raw_data"]["basename"] for shard in shards)
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*.mds")}
+    result.problems += [f"{name}: not in the index" for name in sorted(present - set(named))]
+    result.problems += [f"{name}: twice in the index" for name, n in named.items() if n > 1]
+
+
+def _verify_counts(folder: Path, dataset: dict[str, Any], *, result: Verification) -> None:
+    """Rows and quarantine lines against dataset.json. Rows only where every shard could be read."""
+    counts = dataset.get("counts")
+    if not isinstance(counts, dict):
+        result.problems.append(f"{DATASET_FILE}: no counts, the build is not complete")
+        return
+    path = folder / QUARANTINE_FILE
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    quarantined = dict(sorted(Counter(json.loads(line)["reason"] for line in lines).items()))
+    if quarantined != counts["quarantined"]:
+        result.problems.append(
+            f"{QUARANTINE_FILE}: {quarantined}, {DATASET_FILE} says {counts['quarantined']}"
+        )
+    if not result.problems:
+        for what, found in (("samples", result.num_samples), ("images", result.num_images)):
+            if found != counts[what]:
+                result.problems.append(
+                    f"{DATASET_FILE}: {counts[what]:,} {what}, the shards hold {found:,}"
+                )
