@@ -89,10 +89,10 @@ def _steps(config: RunConfig, *, num_samples: int | None) -> str:
     train, batch = config.train, config.batch
     steps = total_steps(config, num_samples=num_samples)
     if steps is None:
-        return f"floor({train.epochs:g} epochs x samples / {batch.size:,}), known once the shards are read"
+        return f"ceil({train.epochs:g} epochs x samples / {batch.size:,}), known once the shards are read"
     if train.steps is not None:
         return f"{steps:,}"
-    return f"{steps:,} = floor({train.epochs:g} epochs x {num_samples:,} samples / {batch.size:,})"
+    return f"{steps:,} = ceil({train.epochs:g} epochs x {num_samples:,} samples / {batch.size:,})"
 
 
 def _schedule(config: RunConfig, *, num_samples: int | None) -> str:

@@ -26,7 +26,6 @@ _AT_LEAST_ONE = (
     "data.align",
     "data.open_bins",
     "data.shuffle_block_size",
-    "data.num_workers",
     "data.prefetch_steps",
     "parallel.num_nodes",
     "parallel.gpus_per_node",
@@ -51,7 +50,13 @@ _ABOVE_ZERO = (
     "optim.adam_eps",
     "optim.clip_grad",
 )
-_NOT_NEGATIVE = ("data.seed", "train.seed", "optim.min_lr", "optim.weight_decay")
+_NOT_NEGATIVE = (
+    "data.num_workers",
+    "data.seed",
+    "train.seed",
+    "optim.min_lr",
+    "optim.weight_decay",
+)
 _BELOW_ONE = ("optim.warmup_fraction", "optim.adam_beta1", "optim.adam_beta2")
 _NOT_EMPTY = (
     "recipe",

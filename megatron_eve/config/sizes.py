@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 from megatron_eve.config.schema import ModelConfig, RunConfig, TrainableGroup
-from megatron_eve.errors import ConfigError
 
 BYTES_PER_VALUE = {"bf16": 2, "fp32": 4}
 _FP32 = 4
@@ -134,22 +133,13 @@ def largest_sample_tokens(config: RunConfig) -> int:
 
 
 def total_steps(config: RunConfig, *, num_samples: int | None) -> int | None:
-    """Steps of the run: `train.steps`, or what `train.epochs` over `num_samples` gives without the incomplete last
-    global batch; None when that number is needed and not known.
-
-    Raises: ConfigError if the samples do not fill one global batch.
-    """
+    """Steps of the run: `train.steps`, or as many as let `train.epochs` times `num_samples` come at least; the last
+    global batch is filled from the next epoch. None when the number of samples is needed and not known."""
     if config.train.steps is not None or config.train.epochs is None:
         return config.train.steps
     if num_samples is None:
         return None
-    steps = math.floor(config.train.epochs * num_samples) // config.batch.size
-    if steps == 0:
-        raise ConfigError(
-            f"train.epochs={config.train.epochs} over {num_samples:,} samples does not fill one global batch of "
-            f"batch.size={config.batch.size:,}; use a smaller batch.size, more epochs, or train.steps."
-        )
-    return steps
+    return math.ceil(config.train.epochs * num_samples / config.batch.size)
 
 
 def warmup_steps(config: RunConfig, *, steps: int) -> int:

@@ -1,75 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts what a rank does between two logged steps, and turns the reduced counts into rates.
+"""Gathers the values of each step and makes one record of those since the last record, with the rates that follow.
 
-    meter.add_step(packs, step_time_s=..., data_wait_s=...)      every step, no synchronisation
-    counts = reduce_over_ranks(meter.take(), group=..., device=...)    at a logged step
-    values |= counts | rates(counts, world_size=..., steps_left=...)
+    meter.add({"loss": ..., "vision_tokens": ..., "step_time_s": ..., ...})            every step
+    sinks.log(step, meter.take(world_size=..., steps_left=...))                  every logged step
 
-Token and sample counts are those of one step on average over the interval, so that a longer `logging.every_steps` does
-not change their meaning."""
+How steps become one value stands in definitions.py. Plain arithmetic on the host: no device, no collective."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
-from megatron_eve.data.sample import Pack
+from megatron_eve.metrics.definitions import METRICS
+
+NEEDED = ("vision_tokens", "text_tokens", "computed_tokens", "step_time_s", "data_wait_s")
+"""What every step must give, because the rates are made from it; `step_time_s` includes `data_wait_s`."""
 
 
-@dataclass(kw_only=True, slots=True)
 class StepMeter:
-    """Sums of one data-parallel rank since the last `take`."""
+    """The values of the steps since the last record."""
 
-    _num_steps: int = 0
-    _sums: dict[str, float] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._steps: list[dict[str, float]] = []
 
-    def add_step(self, packs: Iterable[Pack], *, step_time_s: float, data_wait_s: float) -> None:
-        """Count one step of this rank. `step_time_s` includes `data_wait_s`."""
-        self._num_steps += 1
-        self._add("step_time_s", step_time_s)
-        self._add("data_wait_s", data_wait_s)
-        for pack in packs:
-            self._add("packs", 1 if pack.sample_ids else 0)
-            self._add("samples", len(pack.sample_ids))
-            self._add("vision_tokens", pack.num_real_vision)
-            self._add("text_tokens", pack.num_real_text)
-            self._add("label_tokens", pack.label_targets.numel())
-            self._add("computed_tokens", pack.num_tokens)
-            self._add("quarantined", len(pack.quarantined))
+    def add(self, values: Mapping[str, float]) -> None:
+        """Count one step. The names are declared ones, the same in every step, with all of NEEDED among them."""
+        assert set(NEEDED) <= set(values) <= set(METRICS), f"values of a step are {sorted(values)}"
+        self._steps.append(dict(values))
 
-    def take(self) -> dict[str, float]:
-        """Averages per step since the last call; starts anew.
-
-        The names are the same on every rank. Raises: ValueError if no step was added since.
-        """
-        if self._num_steps == 0:
-            raise ValueError("no step was added since the last take()")
-        averages = {name: self._sums.get(name, 0.0) / self._num_steps for name in _COUNTED}
-        self._num_steps, self._sums = 0, {}
-        return averages
-
-    def _add(self, name: str, amount: float) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + amount
+    def take(self, *, world_size: int, steps_left: int) -> dict[str, float]:
+        """One record of the steps since the last call, by the reduction of each metric; starts anew."""
+        assert self._steps, "no step was added since the last record"
+        steps, self._steps = self._steps, []
+        record = {name: _reduce(name, [step[name] for step in steps]) for name in steps[0]}
+        return record | _rates(steps, world_size=world_size, steps_left=steps_left)
 
 
-_COUNTED = (
-    "samples",
-    "packs",
-    "vision_tokens",
-    "text_tokens",
-    "label_tokens",
-    "computed_tokens",
-    "quarantined",
-    "step_time_s",
-    "data_wait_s",
-)
+def _reduce(name: str, values: list[float]) -> float:
+    match METRICS[name].reduction:
+        case "last":
+            return values[-1]
+        case "mean":
+            return sum(values) / len(values)
+        case "max":
+            return max(values)
+        case "sum":
+            return sum(values)
 
 
-def rates(counts: Mapping[str, float], *, world_size: int, steps_left: int) -> dict[str, float]:
-    """Speed, fill, share of waiting and time left, from counts reduced over the data-parallel ranks."""
-    useful = counts["vision_tokens"] + counts["text_tokens"]
-    seconds = counts["step_time_s"]
+def _rates(steps: list[dict[str, float]], *, world_size: int, steps_left: int) -> dict[str, float]:
+    seconds = sum(step["step_time_s"] for step in steps)
+    useful = [step["vision_tokens"] + step["text_tokens"] for step in steps]
     return {
-        "tokens_per_s_per_gpu": useful / seconds / world_size,
-        "fill": useful / counts["computed_tokens"],
-        "data_wait_fraction": counts["data_wait_s"] / seconds,
-        "eta_s": steps_left * seconds,
+        "fill": useful[-1] / steps[-1]["computed_tokens"],
+        "data_wait_fraction": sum(step["data_wait_s"] for step in steps) / seconds,
+        "tokens_per_s_per_gpu": sum(useful) / seconds / world_size,
+        "eta_s": steps_left * seconds / len(steps),
     }

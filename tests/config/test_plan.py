@@ -27,9 +27,9 @@ def test_plan_of_the_7b_stage_2_1() -> None:
     )
     assert plan["batch"] == "1,024 samples a step = 32 data-parallel ranks x 32.0 on average"
     assert plan["pack"] == "8,192 tokens = 64 x 128 (align)"
-    assert plan["steps"] == "28,320 = floor(1 epochs x 29,000,000 samples / 1,024)"
+    assert plan["steps"] == "28,321 = ceil(1 epochs x 29,000,000 samples / 1,024)"
     assert plan["schedule"].startswith(
-        "warm-up 850 steps = ceil(0.03 x 28,320) to 0.0001, cosine to 0, no clipping"
+        "warm-up 850 steps = ceil(0.03 x 28,321) to 0.0001, cosine to 0, no clipping"
     )
     assert plan["parameters"].startswith(
         "14,156,712,960 = patch_embedding 15,478,272 + vision 6,525,618,176"
@@ -40,7 +40,7 @@ def test_plan_of_the_7b_stage_2_1() -> None:
 
 def test_plan_before_the_shards_are_read() -> None:
     plan = lines("eve7b_stage1", num_samples=None)
-    assert plan["steps"] == "floor(1 epochs x samples / 1,024), known once the shards are read"
+    assert plan["steps"] == "ceil(1 epochs x samples / 1,024), known once the shards are read"
     assert plan["schedule"].startswith("warm-up 0.03 of the steps to 0.0002")
 
 

@@ -17,7 +17,6 @@ from megatron_eve.config.sizes import (
     warmup_steps,
 )
 from megatron_eve.config.variants import VARIANTS
-from megatron_eve.errors import ConfigError
 
 
 def test_parameter_counts_are_those_of_the_official_7b_checkpoint() -> None:
@@ -83,22 +82,19 @@ def test_vocabulary_is_padded_to_the_tensor_size() -> None:
     assert [padded_vocab_size(model, tensor=tensor) for tensor in (1, 2, 4)] == [513, 514, 516]
 
 
-def test_steps_of_an_epoch_leave_out_the_incomplete_batch() -> None:
+def test_steps_of_an_epoch_let_every_sample_come() -> None:
     config = load_recipe("eve7b_stage1")
-    assert total_steps(config, num_samples=10_000_000) == 9765
+    assert total_steps(config, num_samples=10_000_000) == 9766
     assert total_steps(config, num_samples=None) is None
     assert (
         total_steps(load_recipe("eve_tiny_stage1"), num_samples=None)
         == load_recipe("eve_tiny_stage1").train.steps
     )
-    assert warmup_steps(config, steps=9765) == 293
+    assert warmup_steps(config, steps=9766) == 293
 
 
-def test_epoch_smaller_than_a_batch_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"over 1,023 samples does not fill one global batch of batch.size=1,024"
-    ):
-        total_steps(load_recipe("eve7b_stage1"), num_samples=1023)
+def test_epoch_smaller_than_a_batch_is_one_step() -> None:
+    assert total_steps(load_recipe("eve7b_stage1"), num_samples=1023) == 1
 
 
 def test_memory_of_a_hand_counted_rank() -> None:
