@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the data tests share: the real Qwen2.5 tokenizer, encoded images, and small folders of MDS shards."""
 
+import dataclasses
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from data_prep.tokenizer import build_qwen25
+from megatron_eve.config.schema import DataConfig, ModelConfig, ShardSource, SplitConfig
 from megatron_eve.data.row import MDS_COLUMNS, to_row
 from megatron_eve.data.sample import Sample, Turn
 from megatron_eve.data.streaming_import import MDSWriter
@@ -87,3 +89,48 @@ def write_shards(tmp_path: Path) -> WriteShards:
         return folder
 
     return write
+
+
+def data_config(folders: Sequence[Path], *, tokenizer: Path, **changes: object) -> DataConfig:
+    """A small data configuration over shard folders; `proportions` weights the sources."""
+    proportions = changes.pop("proportions", [1.0] * len(folders))
+    assert isinstance(proportions, list)
+    config = DataConfig(
+        sources=tuple(
+            ShardSource(path=str(folder), proportion=proportion)
+            for folder, proportion in zip(folders, proportions, strict=True)
+        ),
+        tokenizer=str(tokenizer),
+        template="qwen2",
+        image_edge=128,
+        max_aspect_ratio=10.0,
+        max_text_tokens=200,
+        pack_tokens=256,
+        align=16,
+        open_bins=4,
+        shuffle_block_size=256,
+        num_workers=0,
+        prefetch_steps=2,
+        seed=3,
+    )
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=128,
+    num_attention_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=151_680,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    tie_word_embeddings=False,
+    init_std=0.02,
+    split=SplitConfig(norm=True, attention=True, ffn=True),
+    patch_stride=16,
+    dense_stride=2,
+    patch_embed_dim=32,
+)
