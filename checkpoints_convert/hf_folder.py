@@ -18,6 +18,12 @@ from megatron_eve.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 MAX_SHARD_BYTES = 5_000_000_000  # transformers' default
 
 
@@ -30,11 +36,33 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         self._file_of = _file_of_each_tensor(folder)
 
     def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file(name).get_tensor(name)
+        return tensor
+
+    def _file(self, name: str) -> Any:
         file = self._file_of[name]
         if file not in self._files:
             self._files[file] = _open(self._folder / file)
-        tensor: Tensor = self._files[file].get_tensor(name)
-        return tensor
+        return self._files[file]
+
+    def header(self, name: str) -> Tensor:
+        """Shape and dtype of a tensor as a tensor without data (device "meta"); reads no weights."""
+        part = self._file(name).get_slice(name)
+        return torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
+
+    def headers(self) -> dict[str, Tensor]:
+        """`header` of every tensor."""
+        return {name: self.header(name) for name in self}
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of all tensors. Raises CheckpointError if they differ."""
+        found = {header.dtype: name for name, header in self.headers().items()}
+        if len(found) != 1:
+            listing = ", ".join(f"{dtype} ({name})" for dtype, name in found.items())
+            raise CheckpointError(
+                f"{self._folder} mixes dtypes: {listing}; choose one with --dtype."
+            )
+        return next(iter(found))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -118,14 +146,3 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (FileNotFoundError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); download it again.") from error
-
-
-def common_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype of all tensors. Raises CheckpointError if they differ."""
-    found: dict[torch.dtype, str] = {}
-    for name in tensors:
-        found.setdefault(tensors[name].dtype, name)
-    if len(found) != 1:
-        listing = ", ".join(f"{dtype} ({name})" for dtype, name in found.items())
-        raise CheckpointError(f"The checkpoint mixes dtypes: {listing}; choose one with --dtype.")
-    return next(iter(found))

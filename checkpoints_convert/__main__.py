@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command line of checkpoint conversion: python -m checkpoints_convert COMMAND ...
+
+    hf-to-megatron SOURCE DEST    Qwen2, Qwen2.5 or EVE folder -> distributed checkpoint for any layout
+    megatron-to-hf SOURCE DEST    distributed checkpoint -> folder that transformers loads
+    verify A B                    compare weights byte by byte, or logits
+
+Exit codes: 0 done, 1 a check failed or a checkpoint is bad, 2 wrong usage. The last line of output says what was
+written where.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_eve.config.schema import SplitConfig
+from megatron_eve.errors import ConfigError, EveError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    command: Command = arguments.command
+    try:
+        return command(arguments)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except EveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m checkpoints_convert", description="Convert and compare checkpoints."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_import(
+        _command(
+            commands,
+            "hf-to-megatron",
+            _import,
+            "Hugging Face folder -> distributed checkpoint",
+            "hf-to-megatron models/Qwen2.5-7B-Instruct checkpoints/qwen2.5-7b --dtype bf16",
+        )
+    )
+    _add_export(
+        _command(
+            commands,
+            "megatron-to-hf",
+            _export,
+            "distributed checkpoint -> Hugging Face folder",
+            "megatron-to-hf runs/eve7b_stage3/checkpoints/step-14300 releases/eve-7b",
+        )
+    )
+    _add_verify(
+        _command(
+            commands,
+            "verify",
+            _verify,
+            "compare two sets of weights",
+            "verify models/Qwen2.5-7B-Instruct checkpoints/qwen2.5-7b",
+        )
+    )
+    return parser
+
+
+def _command(
+    commands: Any, name: str, function: Command, summary: str, example: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example: python -m checkpoints_convert {example}",
+    )
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="folder with config.json and *.safetensors")
+    parser.add_argument("dest", type=Path, help="checkpoint folder to write")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: as stored")
+    parser.add_argument(
+        "--split",
+        type=_split,
+        metavar="PARTS",
+        help="components with vision weights of their own, made as copies of the text weights: 'all', or some of "
+        "norm,attention,ffn joined by commas; default: as stored (none in a plain language model)",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="ROWS",
+        help="rows of embedding and output layer: cut, or pad with zeros; default: as stored",
+    )
+    parser.add_argument(
+        "--patch-embed-dim",
+        type=int,
+        default=1024,
+        metavar="CHANNELS",
+        help="channels between the convolutions of a new patch embedding (default 1024)",
+    )
+    parser.add_argument(
+        "--special-token-std",
+        type=float,
+        default=1.0,
+        metavar="STD",
+        help="standard deviation of a new CLS and SPL embedding (default 1.0, as official)",
+    )
+    parser.add_argument("--seed", type=int, default=42, help="of a new patch embedding")
+    _add_writing(parser)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="checkpoint folder of a run or of a converter")
+    parser.add_argument("dest", type=Path, help="Hugging Face folder to write")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: the run's")
+    parser.add_argument(
+        "--image-edge",
+        type=int,
+        metavar="PIXELS",
+        help="images are scaled to at most this squared; default: the run's",
+    )
+    parser.add_argument(
+        "--max-shard-gb", type=float, default=5.0, metavar="GB", help="per safetensors file"
+    )
+    _add_writing(parser)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("first", type=Path, help="Hugging Face folder or distributed checkpoint")
+    parser.add_argument("second", type=Path, help="what it is compared with")
+    parser.add_argument(
+        "--logits",
+        action="store_true",
+        help="compare logits on a fixed question about a fixed picture instead (released folders)",
+    )
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="of --logits (default 1e-5)")
+
+
+def _add_writing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check, list the mapping, write nothing"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing destination")
+
+
+def _split(text: str) -> SplitConfig:
+    parts = {"norm", "attention", "ffn"} if text == "all" else set(text.split(","))
+    if unknown := parts - {"norm", "attention", "ffn"}:
+        raise argparse.ArgumentTypeError(
+            f"{sorted(unknown)[0]!r} is no component; use all, or some of norm,attention,ffn"
+        )
+    return SplitConfig(norm="norm" in parts, attention="attention" in parts, ffn="ffn" in parts)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from checkpoints_convert.hf_to_megatron import ImportOptions, import_hf, planned_mapping
+
+    options = ImportOptions(
+        dtype=arguments.dtype,
+        split=arguments.split,
+        vocab_size=arguments.vocab_size,
+        patch_embed_dim=arguments.patch_embed_dim,
+        special_token_std=arguments.special_token_std,
+        seed=arguments.seed,
+        overwrite=arguments.overwrite,
+    )
+    if arguments.dry_run:
+        mapping = planned_mapping(arguments.source, options)
+        for line in mapping:
+            print(line)
+        print(f"{len(mapping)} tensors would be written to {arguments.dest}")
+        return 0
+    written = import_hf(arguments.source, arguments.dest, options)
+    print(f"wrote {written.num_tensors} {written.dtype} tensors to {arguments.dest}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from checkpoints_convert.megatron_to_hf import ExportOptions, export_hf, planned_mapping
+
+    options = ExportOptions(
+        tokenizer=arguments.tokenizer,
+        image_edge=arguments.image_edge,
+        max_shard_bytes=int(arguments.max_shard_gb * 1e9),
+        overwrite=arguments.overwrite,
+    )
+    if arguments.dry_run:
+        mapping = planned_mapping(arguments.source, options)
+        for line in mapping:
+            print(line)
+        print(f"{len(mapping)} tensors would be written to {arguments.dest}")
+        return 0
+    num_bytes = export_hf(arguments.source, arguments.dest, options)
+    print(f"wrote {num_bytes / 1e6:,.1f} MB of weights, processor and code to {arguments.dest}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from checkpoints_convert.verify import compare_tensors, logits_gap
+
+    first, second = arguments.first, arguments.second
+    if arguments.logits:
+        gap = logits_gap(first, second)
+        same = gap <= arguments.tolerance
+        print(
+            f"logits of {first} and {second} differ by {gap:.3g} at most: "
+            f"{'within' if same else 'beyond'} {arguments.tolerance:g}"
+        )
+        return 0 if same else 1
+    result = compare_tensors(first, second)
+    for difference in result.differences:
+        print(f"{difference.name}: {difference.reason}")
+    verdict = f"{len(result.differences)} differ" if result.differences else "all the same"
+    print(
+        f"{result.num_tensors} tensors, {result.num_bytes / 1e6:,.1f} MB, of {first} and {second}: {verdict}"
+    )
+    return 1 if result.differences else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A distributed checkpoint -> a Hugging Face folder with the official EVE names that `from_pretrained` loads.
+
+The tokenizer and the image area come from the run that wrote the checkpoint unless they are given. Weights keep their
+bytes and their dtype.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from checkpoints_convert.megatron_folder import read_megatron
+from checkpoints_convert.model_text import model_from_text, run_from_text
+from checkpoints_convert.names import tensor_rules
+from checkpoints_convert.release import Release, write_release
+from checkpoints_convert.tensors import iter_hf
+from megatron_eve.checkpoint.weights import CONFIG, check_folder, read_config_text
+from megatron_eve.config.schema import RunConfig
+from megatron_eve.errors import CheckpointError, ConfigError
+
+_TORCH_NAMES: dict[str, Literal["bfloat16", "float32"]] = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportOptions:
+    """How a distributed checkpoint is released."""
+
+    tokenizer: Path | None  # None: the run's
+    image_edge: int | None  # None: the run's
+    max_shard_bytes: int
+    overwrite: bool
+
+
+def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
+    """Convert the checkpoint folder `source` to the Hugging Face folder `dest`; returns the bytes of its weights."""
+    weights = read_megatron(source)
+    release = Release(
+        model=weights.model,
+        dtype=_TORCH_NAMES[weights.dtype],
+        tokenizer=_tokenizer(weights.run, options),
+        image_edge=_image_edge(weights.run, options),
+        run=weights.run,
+        origin=f"{source.parent.name}/{source.name}",
+    )
+    return write_release(
+        dest,
+        release,
+        iter_hf(weights.tensors, weights.model, resize_vocabulary=False),
+        overwrite=options.overwrite,
+        max_shard_bytes=options.max_shard_bytes,
+    )
+
+
+def planned_mapping(source: Path, options: ExportOptions) -> list[str]:
+    """One line for each tensor of the checkpoint, after the export's checks; for a dry run."""
+    check_folder(source)
+    text = read_config_text(source)
+    _tokenizer(run_from_text(text), options)
+    _image_edge(run_from_text(text), options)
+    model = model_from_text(text, where=str(source / CONFIG))
+    return [f"{rule.eve} -> {', '.join(rule.hf)}" for rule in tensor_rules(model)]
+
+
+def _tokenizer(run: RunConfig | None, options: ExportOptions) -> Path:
+    if options.tokenizer is not None:
+        return options.tokenizer
+    if run is None:
+        raise ConfigError("The checkpoint names no tokenizer; give its folder with --tokenizer.")
+    path = Path(run.data.tokenizer)
+    if not path.is_dir():
+        raise ConfigError(
+            f"The run's tokenizer folder {path} is not here; give it with --tokenizer."
+        )
+    return path
+
+
+def _image_edge(run: RunConfig | None, options: ExportOptions) -> int:
+    if options.image_edge is not None:
+        return options.image_edge
+    if run is None:
+        raise CheckpointError(
+            "The checkpoint was not written by a run, so it does not say to which area images were scaled; give it "
+            "with --image-edge (800 or 1600 in the official stages)."
+        )
+    return run.data.image_edge

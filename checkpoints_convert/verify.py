@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Are two sets of weights the same? Tensor by tensor, byte by byte; and two released folders by their logits.
+
+Either side of the comparison of tensors is a Hugging Face folder or a distributed checkpoint, which is compared under
+its Hugging Face names.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints_convert.hf_folder import SafetensorsFolder
+from checkpoints_convert.tensors import canonical_hf_names, eve_to_hf
+from megatron_eve.checkpoint.weights import COMPLETE
+
+QUESTION = "What is in the image? Describe it in one sentence."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """One tensor that is not the same on both sides."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorComparison:
+    """Result of `compare_tensors`."""
+
+    num_tensors: int
+    num_bytes: int
+    differences: tuple[Difference, ...]
+
+
+def compare_tensors(first: Path, second: Path) -> TensorComparison:
+    """Compare names, shapes, dtypes and bytes."""
+    sides = [open_weights(first), open_weights(second)]
+    names = [canonical_hf_names(side) for side in sides]
+    differences = [
+        Difference(name=name, reason=f"only in {first if name in names[0] else second}")
+        for name in sorted(names[0].keys() ^ names[1].keys())
+    ]
+    num_bytes = 0
+    common = sorted(names[0].keys() & names[1].keys())
+    for name in common:
+        a, b = (side[named[name]] for side, named in zip(sides, names, strict=True))
+        num_bytes += a.nbytes
+        if reason := difference(a, b):
+            differences.append(Difference(name=name, reason=reason))
+    return TensorComparison(
+        num_tensors=len(common), num_bytes=num_bytes, differences=tuple(differences)
+    )
+
+
+def open_weights(folder: Path) -> Mapping[str, Tensor]:
+    """Hugging Face names and tensors of a folder of either kind."""
+    if (folder / COMPLETE).is_file():
+        from checkpoints_convert.megatron_folder import read_megatron
+
+        weights = read_megatron(folder)
+        return eve_to_hf(weights.tensors, weights.model)
+    return SafetensorsFolder(folder)
+
+
+def difference(a: Tensor, b: Tensor) -> str | None:
+    """Why two tensors are not the same bytes; None if they are."""
+    if a.shape != b.shape:
+        return f"shape {list(a.shape)} against {list(b.shape)}"
+    if a.dtype != b.dtype:
+        return f"dtype {a.dtype} against {b.dtype}"
+    same = a.contiguous().view(torch.uint8) == b.contiguous().view(torch.uint8)
+    if bool(same.all()):
+        return None
+    gap = (a.double() - b.double()).abs().max().item()
+    values = int((a != b).sum())
+    return f"{values} of {a.numel()} values differ, by {gap:.3g} at most"
+
+
+def logits_gap(first: Path, second: Path) -> float:
+    """Largest difference of the logits of two released folders on a fixed question about a fixed picture."""
+    a, b = _logits(first), _logits(second)
+    if a.shape != b.shape:
+        return float("inf")
+    return (a - b).abs().max().item()
+
+
+@torch.no_grad()
+def _logits(folder: Path) -> Tensor:
+    import numpy as np
+    from PIL import Image
+    from transformers import AutoModelForCausalLM, AutoProcessor
+
+    rows, cols = np.mgrid[0:96, 0:128]
+    picture = np.stack((rows * 2, cols * 2 - 1, (rows * cols) % 256), axis=-1).astype(np.uint8)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+    inputs = processor(text=processor.prompt(QUESTION), images=Image.fromarray(picture))
+    logits: Tensor = model(**inputs).logits[0]
+    return logits
