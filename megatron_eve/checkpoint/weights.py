@@ -8,7 +8,7 @@ along a leading axis.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,12 @@ def finish_folder(folder: Path, *, config_text: str, facts: dict[str, Any]) -> N
     if torch.distributed.get_rank() == 0:
         (folder / CONFIG).write_text(config_text)
         sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
-        _write_atomically(folder / COMPLETE, json.dumps({**facts, "files": sizes}, indent=1))
+        write_atomically(folder / COMPLETE, json.dumps({**facts, "files": sizes}, indent=1))
     torch.distributed.barrier()
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file; after a crash it holds the old or the new text."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w") as file:
         file.write(text)
@@ -118,21 +119,29 @@ def check_folder(folder: str | Path) -> dict[str, Any]:
     return facts
 
 
+def weights_folder(path: str | Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the newest checkpoint if it is a run directory."""
+    path = Path(path)
+    latest = path / "checkpoints" / "latest"
+    return latest.parent / latest.read_text().strip() if latest.exists() else path
+
+
 def read_config_text(folder: str | Path) -> str:
     """The resolved configuration of the run or model that wrote the checkpoint."""
-    return (Path(folder) / CONFIG).read_text()
+    return (weights_folder(folder) / CONFIG).read_text()
 
 
 def load_weights(
     chunks: Sequence[EveModel], folder: str | Path, *, copy_text_to_vision: bool
 ) -> None:
-    """Load weights written in any layout into these chunks. Collective.
+    """Load weights written in any layout into these chunks. `folder`: see weights_folder. Collective.
 
     With `copy_text_to_vision`, a component that is split here but not in the checkpoint gets the checkpoint's weight in
     both branches (between stages 1 and 2.1; official repeat_moe.py:160-172).
 
     Raises: CheckpointError if the folder is incomplete, or names the tensors that are missing or of another shape.
     """
+    folder = weights_folder(folder)
     check_folder(folder)
     sharded = sharded_weights(chunks)
     stored = set(dist_checkpointing.load_tensors_metadata(str(folder)))
@@ -151,8 +160,14 @@ def load_weights(
             continue
         for key, tensors in _load(part, folder).items():
             loaded[key].update(tensors)
+    load_chunks(chunks, loaded)
+
+
+def load_chunks(chunks: Sequence[EveModel], loaded: Mapping[str, Any]) -> None:
+    """Put the tensors that a load of `sharded_weights` returned into the chunks."""
     for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(_with_extra_state(chunk, loaded[chunk_key(index, len(chunks))]), strict=True)
+        tensors = loaded[chunk_key(index, len(chunks))]
+        chunk.load_state_dict(_with_extra_state(chunk, tensors), strict=True)
 
 
 def _load(part: dict[str, Any], folder: str | Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One optimizer step: forward and backward of all micro-batches by megatron-core's schedule, then the update."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -23,18 +24,20 @@ from megatron_eve.parallel.groups import ParallelState
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step did, summed over all processes; the same on every one."""
+    """What a step did; the same on every process."""
 
-    loss: float
-    num_labels: int
-    grad_norm: float
-    learning_rate: float
-    num_tokens: int  # of all packs, padding included
-    num_real_tokens: int
-    num_vision_tokens: int  # real ones
-    num_samples: int
-    num_quarantined: int  # samples whose image could not be decoded
+    metrics: dict[str, float]  # by names of metrics/definitions.py
     stop_requested: bool
+
+
+COUNTS = (
+    "label_tokens",
+    "computed_tokens",
+    "vision_tokens",
+    "text_tokens",
+    "samples",
+    "quarantined",
+)
 
 
 class NonFiniteLossError(EveError):
@@ -106,47 +109,52 @@ def train_step(
     """
     optimizer.zero_grad()
     logged = forward_backward(model, packs, config=config, state=state)
-    sums = _reduce(logged, packs, state=state, stop_requested=stop_requested)
-    loss = sums[0] / max(sums[1], 1)
-    if not torch.isfinite(torch.tensor(loss)):
+    metrics, stop = _reduce(logged, packs, state=state, stop_requested=stop_requested)
+    if not math.isfinite(metrics["loss"]):
         names = ", ".join(name for pack in packs for name in pack.sample_ids[:4])
         raise NonFiniteLossError(
-            f"loss is {loss}; the weights were not updated. First samples of this rank's packs: {names}. "
-            "Lower optim.peak_lr, set optim.clip_grad, or look at these samples with `python -m data_prep inspect`"
+            f"loss is {metrics['loss']}; the weights were not updated. First samples of this rank's "
+            f"packs: {names}. Lower optim.peak_lr, set optim.clip_grad, or look at these samples "
+            "with `python -m data_prep inspect`"
         )
-    learning_rate = get_canonical_lr_for_logging(optimizer.param_groups)
-    if learning_rate is None:  # only the patch embedding trains
-        learning_rate = optimizer.param_groups[0]["lr"]
+    rates = _learning_rates(optimizer)
     _, grad_norm, _ = optimizer.step()
     schedule.step(increment=1)
-    return StepResult(
-        loss=loss,
-        num_labels=int(sums[2]),
-        grad_norm=float(grad_norm),
-        learning_rate=float(learning_rate),
-        num_tokens=int(sums[3]),
-        num_real_tokens=int(sums[4]),
-        num_vision_tokens=int(sums[5]),
-        num_samples=int(sums[6]),
-        num_quarantined=int(sums[7]),
-        stop_requested=sums[8] > 0,
-    )
+    return StepResult(metrics | rates | {"grad_norm": float(grad_norm)}, stop)
+
+
+def _learning_rates(optimizer: MegatronOptimizer) -> dict[str, float]:
+    """Of the decoder and of the patch embedding, whichever are trained."""
+    groups = optimizer.param_groups
+    decoder = [g["lr"] for g in groups if g["default_config"]]
+    patch = [g["lr"] for g in groups if not g["default_config"]]
+    rates = {"lr": float((decoder or patch)[0])}
+    return rates | ({"patch_embedding_lr": float(patch[0])} if patch else {})
 
 
 def _reduce(
     logged: Sequence[Tensor], packs: Sequence[Pack], *, state: ParallelState, stop_requested: bool
-) -> list[float]:
-    """Sum over all processes, each quantity counted once: the loss on the last stage, the packs on the first."""
-    sums = torch.zeros(9, dtype=torch.float64, device=state.device)
+) -> tuple[dict[str, float], bool]:
+    """Sums over all processes, each quantity counted once: the loss on the last stage, the packs on the data leader."""
+    sums = torch.zeros(3 + len(COUNTS), dtype=torch.float64, device=state.device)
+    sums[0] = float(stop_requested)
     if logged and state.is_last_stage and state.tp_rank == 0:
-        sums[:2] = torch.stack(list(logged)).sum(0)
+        sums[1:3] = torch.stack(list(logged)).sum(0)
     if state.is_data_leader:
-        sums[2] = sum(pack.label_rows.numel() for pack in packs)
-        sums[3] = sum(pack.num_tokens for pack in packs)
-        sums[4] = sum(pack.num_real_vision + pack.num_real_text for pack in packs)
-        sums[5] = sum(pack.num_real_vision for pack in packs)
-        sums[6] = sum(len(pack.sample_ids) for pack in packs)
-        sums[7] = sum(len(pack.quarantined) for pack in packs)
-    sums[8] = float(stop_requested)
+        counts = _counts(packs)
+        sums[3:] = torch.tensor([counts[name] for name in COUNTS], dtype=torch.float64)
     torch.distributed.all_reduce(sums)
-    return sums.tolist()
+    stops, numerator, denominator, *counted = sums.tolist()
+    loss = numerator / max(denominator, 1.0)
+    return {"loss": loss, **dict(zip(COUNTS, counted, strict=True))}, stops > 0
+
+
+def _counts(packs: Sequence[Pack]) -> dict[str, float]:
+    return {
+        "label_tokens": sum(pack.label_targets.numel() for pack in packs),
+        "computed_tokens": sum(pack.num_tokens for pack in packs),
+        "vision_tokens": sum(pack.num_real_vision for pack in packs),
+        "text_tokens": sum(pack.num_real_text for pack in packs),
+        "samples": sum(len(pack.sample_ids) for pack in packs),
+        "quarantined": sum(len(pack.quarantined) for pack in packs),
+    }

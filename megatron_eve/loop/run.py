@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run from start to end, on every process: set-up, resume, the loop over steps, checkpoints.
+
+    RUN_DIR/config.txt      the resolved configuration        RUN_DIR/metrics.jsonl   one record a logged step
+    RUN_DIR/checkpoints/    see checkpoint/manager.py         RUN_DIR/quarantine.jsonl  samples that were refused
+    RUN_DIR/DONE            written when the last step is done and saved
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_eve import device
+from megatron_eve.checkpoint.manager import CheckpointManager, TrainingState
+from megatron_eve.checkpoint.weights import load_weights
+from megatron_eve.config.plan import plan_text
+from megatron_eve.config.schema import RunConfig
+from megatron_eve.config.sizes import total_steps
+from megatron_eve.config.text_form import config_text
+from megatron_eve.data.loader import PackLoader
+from megatron_eve.data.tokenizer import load_tokenizer
+from megatron_eve.errors import ConfigError
+from megatron_eve.loop.feed import next_step
+from megatron_eve.loop.signals import DONE_FILE, StopFlag, stop_on_signal
+from megatron_eve.loop.step import train_step
+from megatron_eve.metrics.sinks import Sinks
+from megatron_eve.metrics.throughput import StepMeter
+from megatron_eve.model.build import build_model
+from megatron_eve.model.stages import freeze
+from megatron_eve.optim.build import build_optimizer, build_schedule
+from megatron_eve.parallel.groups import ParallelState, init_distributed, init_model_parallel
+from megatron_eve.parallel.wrap import wrap_for_training
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything that lives as long as the run."""
+
+    config: RunConfig
+    run_dir: Path
+    state: ParallelState
+    model: Sequence[DistributedDataParallel]
+    training: TrainingState
+    loader: PackLoader | None  # on data leaders
+    checkpoints: CheckpointManager
+    steps: int
+
+
+def run(config: RunConfig) -> None:
+    """Train as `config` (resolved) says; resumes from the newest checkpoint of its run directory.
+
+    Returns when the run is done or was asked to stop; RUN_DIR/DONE tells which.
+    """
+    init_distributed(timeout_s=config.train.distributed_timeout_s)
+    state = init_model_parallel(config.parallel, seed=config.train.seed)
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    run_dir = Path(config.run_dir)
+    if state.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.txt").write_text(config_text(config))
+    with stop_on_signal(run_dir) as stop:
+        assembled = _assemble(config, state=state, run_dir=run_dir)
+        try:
+            _train(assembled, stop=stop)
+        finally:
+            if assembled.loader is not None:
+                assembled.loader.close()
+
+
+def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
+    checkpoints = CheckpointManager(
+        run_dir, keep_last=config.checkpoint.keep_last, config_text=config_text(config)
+    )
+    loader = _open_loader(config, state=state, run_dir=run_dir)
+    num_samples = _from_rank0(loader.num_samples if loader is not None else 0)
+    steps = total_steps(config, num_samples=num_samples)
+    if not steps:
+        raise ConfigError(
+            f"the sources hold {num_samples} usable samples, less than one step of {config.batch.size}; "
+            "set train.steps or a smaller batch.size"
+        )
+    if state.rank == 0:
+        _LOG.info("plan\n%s", plan_text(config, num_samples=num_samples))
+    chunks, mcore = build_model(
+        config.model,
+        parallel=config.parallel,
+        state=state,
+        dtype=config.train.dtype,
+        backend=config.train.backend,
+        recompute=config.train.recompute,
+        deterministic=config.train.deterministic,
+        seed=config.train.seed,
+    )
+    newest = checkpoints.newest()
+    if newest is None and config.checkpoint.load_weights_from is not None:
+        load_weights(
+            chunks,
+            config.checkpoint.load_weights_from,
+            copy_text_to_vision=config.checkpoint.copy_text_to_vision,
+        )
+    freeze(chunks, trainable=config.stage.trainable)
+    model = wrap_for_training(chunks, config=mcore, parallel=config.parallel, state=state)
+    optimizer = build_optimizer(model, config=config, state=state)
+    mcore.grad_scale_func = optimizer.scale_loss
+    schedule = build_schedule(optimizer, config=config, steps=steps)
+    training = TrainingState(chunks, optimizer, schedule)
+    return Run(config, run_dir, state, model, training, loader, checkpoints, steps)
+
+
+def _open_loader(config: RunConfig, *, state: ParallelState, run_dir: Path) -> PackLoader | None:
+    if not state.is_data_leader:
+        return None
+    return PackLoader(
+        data=config.data,
+        batch=config.batch,
+        model=config.model,
+        tokenizer=load_tokenizer(config.data.tokenizer),
+        data_rank=state.dp_rank,
+        data_size=state.dp_size,
+        device="cuda" if device.has_gpu() else "cpu",
+        quarantine_report=run_dir / "quarantine.jsonl",
+    )
+
+
+def _from_rank0(value: Any) -> Any:
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _resume(run: Run) -> int:
+    """Steps already done; the loader and every live object are then as after them."""
+    newest = run.checkpoints.newest()
+    if newest is None:
+        return 0
+    resumed = run.checkpoints.load(run.training, newest)
+    if run.loader is not None:
+        run.loader.load_state_dict(resumed.data)
+    if run.state.rank == 0:
+        _LOG.info("resumed from %s", newest)
+    return resumed.step
+
+
+def _train(run: Run, *, stop: StopFlag) -> None:
+    config, state = run.config, run.state
+    done = _resume(run)
+    sinks = Sinks.open(
+        config, run_dir=run.run_dir, start_step=done, total_steps=run.steps, is_writer=state.rank == 0
+    )
+    meter = StepMeter()
+    stopping = False
+    while done < run.steps and not stopping:
+        started = time.perf_counter()
+        packs = next_step(run.loader, state=state)
+        waited = time.perf_counter() - started
+        result = train_step(
+            run.model,
+            packs,
+            optimizer=run.training.optimizer,
+            schedule=run.training.schedule,
+            config=config,
+            state=state,
+            stop_requested=stop(),
+        )
+        done += 1
+        stopping = result.stop_requested
+        meter.add(
+            result.metrics
+            | {"step_time_s": time.perf_counter() - started, "data_wait_s": waited}
+            | _memory()
+        )
+        last = stopping or done == run.steps
+        if done % config.logging.every_steps == 0 or last:
+            steps_left = run.steps - done
+            sinks.log(done, meter.take(world_size=state.world_size, steps_left=steps_left))
+        if done % config.checkpoint.save_every_steps == 0 or last:
+            _save(run, step=done)
+            sinks.close()
+    _finish(run, done=done)
+
+
+def _memory() -> dict[str, float]:
+    return {"memory_gib": torch.cuda.max_memory_allocated() / 2**30} if device.has_gpu() else {}
+
+
+def _save(run: Run, *, step: int) -> None:
+    # The plan's position is the same on every data leader; megatron-core wants it the same on every process.
+    data = _from_rank0(run.loader.state_dict() if run.loader is not None else None)
+    path = run.checkpoints.save(run.training, step=step, data=data, facts={})
+    if run.state.rank == 0:
+        _LOG.info("saved %s", path)
+
+
+def _finish(run: Run, *, done: int) -> None:
+    if run.state.rank != 0:
+        return
+    if done == run.steps:
+        (run.run_dir / DONE_FILE).write_text(f"{done}\n")
+        _LOG.info("done: %d steps, checkpoints in %s", done, run.checkpoints.folder)
+    else:
+        _LOG.info("stopped on request after step %d of %d; start again to go on", done, run.steps)

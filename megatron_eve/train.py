@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train: `python -m megatron_eve.train RECIPE [section.key=value ...] [--dry-run]`.
+
+On one process as it is; on several under torchrun or the files in slurm/. Exit codes: 0 the run is done or was asked to
+stop (RUN_DIR/DONE tells which) or the dry run is printed, 1 the run failed, 2 wrong usage or configuration."""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+from megatron_eve.config.overrides import apply_overrides
+from megatron_eve.config.plan import plan_text
+from megatron_eve.config.recipes import RECIPES
+from megatron_eve.config.resolve import resolve
+from megatron_eve.config.schema import RunConfig
+from megatron_eve.config.text_form import config_text
+from megatron_eve.errors import ConfigError, EveError
+
+EXAMPLE = """example:
+  python -m megatron_eve.train eve7b_stage2_2 optim.peak_lr=1e-5 --dry-run
+  torchrun --nproc-per-node 2 -m megatron_eve.train eve_tiny_stage2_2 run_dir=runs/mine"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = _parse(argv)
+    _log_to_stderr()
+    try:
+        config = configure(args.recipe, overrides=args.overrides)
+    except ConfigError as error:
+        print(f"ConfigError: {error}", file=sys.stderr)
+        return 2
+    if args.dry_run:
+        print(config_text(config))
+        print(plan_text(config, num_samples=None))
+        return 0
+    return _train(config)
+
+
+def configure(recipe: str, *, overrides: Sequence[str]) -> RunConfig:
+    """Recipe, overrides, checks. Raises: ConfigError."""
+    if recipe not in RECIPES:
+        raise ConfigError(f"there is no recipe {recipe!r}; choose one of {', '.join(sorted(RECIPES))}")
+    return resolve(apply_overrides(RECIPES[recipe](), overrides))
+
+
+def _train(config: RunConfig) -> int:
+    # The tokenizer's threads are done when a checkpoint forks its writers; its warning about it would be noise.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from megatron_eve.loop.run import run  # torch and megatron-core: not for a dry run
+
+    try:
+        run(config)
+    except EveError as error:
+        print(f"rank {os.environ.get('RANK', 0)}: {type(error).__name__}: {error}", file=sys.stderr)
+    except Exception:
+        print(f"rank {os.environ.get('RANK', 0)}:\n{traceback.format_exc()}", file=sys.stderr)
+    else:
+        return 0
+    sys.stderr.flush()
+    os._exit(1)  # destructors of a wedged communicator can hang for ever
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_eve.train",
+        description="Train one stage of EVEv2 as a recipe says.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="name of a recipe: " + ", ".join(sorted(RECIPES)))
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit")
+    return parser.parse_args(argv)
+
+
+def _log_to_stderr() -> None:
+    rank = int(os.environ.get("RANK", 0))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.ERROR,
+        format="%(asctime)s %(message)s" if rank == 0 else f"%(asctime)s rank {rank} %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
