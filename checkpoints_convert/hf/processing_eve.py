@@ -11,6 +11,7 @@ tokens. Batches are padded on the left, so that `generate` continues each prompt
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil, sqrt
 from typing import Any, ClassVar, Literal
 
@@ -33,6 +34,23 @@ SYSTEM_TEXT = (
 STOP_TEXT = "<|im_end|>"
 FILLER_TOKEN = "<|image_pad|>"
 """What `input_ids` holds at vision tokens, if the tokenizer has it; else the end token. The model does not read it."""
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """One image as the model reads it."""
+
+    patches: np.ndarray  # [P, dense_stride ** 2, 3 * patch_stride ** 2] float32, reading order
+    kinds: np.ndarray  # [P + rows + 1] int64: CLS, then PATCH .. PATCH SPL of each row
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """One prompt as the model reads it, not padded."""
+
+    ids: np.ndarray  # [L] int64
+    kinds: np.ndarray  # [L] int64
+    patches: np.ndarray  # of all its images
 
 
 def target_size(
@@ -91,10 +109,8 @@ class EVEImageProcessor(BaseImageProcessor):
         )
         return image.resize(size, Image.Resampling.BICUBIC)
 
-    def image_tokens(
-        self, image: Image.Image, *, rule: ResizeRule | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Patches [P, dense_stride ** 2, 3 * patch_stride ** 2] float32 and the kinds of the image's tokens."""
+    def image_tokens(self, image: Image.Image, *, rule: ResizeRule | None = None) -> ImageTokens:
+        """Resize, normalise and cut one image."""
         resized = self.resize(image, rule=rule)
         edge = self.patch_stride * self.dense_stride
         cols, rows = resized.width // edge, resized.height // edge
@@ -105,7 +121,7 @@ class EVEImageProcessor(BaseImageProcessor):
             (pixels - mean) / std, patch_stride=self.patch_stride, dense_stride=self.dense_stride
         )
         row = np.asarray([PATCH] * cols + [SPL], dtype=np.int64)
-        return patches, np.concatenate(([CLS], np.tile(row, rows)))
+        return ImageTokens(patches, np.concatenate(([CLS], np.tile(row, rows))))
 
     def preprocess(
         self,
@@ -117,8 +133,8 @@ class EVEImageProcessor(BaseImageProcessor):
         tokens = [self.image_tokens(image, rule=resize_rule) for image in found]
         return BatchFeature(
             {
-                "pixel_values": [patches for patches, _ in tokens],
-                "token_kinds": [kinds for _, kinds in tokens],
+                "pixel_values": [image.patches for image in tokens],
+                "token_kinds": [image.kinds for image in tokens],
             }
         )
 
@@ -172,57 +188,56 @@ class EVEProcessor(ProcessorMixin):
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r} is not supported; use 'pt'.")
         texts = [text] if isinstance(text, str) else list(text)
-        per_text = assign_images(texts, images)
-        flat = [image for group in per_text for image in group]
-        prepared = iter(
-            [self.image_processor.image_tokens(image, rule=resize_rule) for image in flat]
-        )
-        return self.collate(
-            [
-                self.expand(one, [next(prepared) for _ in group])
-                for one, group in zip(texts, per_text, strict=True)
-            ]
-        )
+        groups = assign_images(texts, images)
+        prepared = [
+            [self.image_processor.image_tokens(image, rule=resize_rule) for image in group]
+            for group in groups
+        ]
+        return self.collate(self.expand(texts, prepared))
 
     def expand(
-        self, text: str, images: Sequence[tuple[np.ndarray, np.ndarray]]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, kinds and patches of one prompt whose images are already `image_tokens`.
+        self, texts: Sequence[str], images: Sequence[Sequence[ImageTokens]]
+    ) -> list[PromptTokens]:
+        """Token ids, kinds and patches of prompts whose images are already `image_tokens`, unpadded.
 
         Each piece of text between marks is tokenised by itself, as in training."""
-        pieces = text.split(IMAGE_MARK)
-        ids: list[int] = []
-        kinds: list[int] = []
-        for index, piece in enumerate(pieces):
-            if index > 0:
-                image_kinds = images[index - 1][1]
-                ids += [self.filler_id] * len(image_kinds)
-                kinds += image_kinds.tolist()
-            piece_ids = self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
-            ids += piece_ids
-            kinds += [TEXT] * len(piece_ids)
+        pieces = [text.split(IMAGE_MARK) for text in texts]
+        flat = [piece for of_text in pieces for piece in of_text]
+        encoded = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"])
+        filler = self.filler_id
         shape = (
             self.image_processor.dense_stride**2,
             3 * self.image_processor.patch_stride**2,
         )
-        empty = np.zeros((0, *shape), dtype=np.float32)
-        patches = np.concatenate([empty, *(patches for patches, _ in images)])
-        return np.asarray(ids, dtype=np.int64), np.asarray(kinds, dtype=np.int64), patches
+        no_patches = np.zeros((0, *shape), dtype=np.float32)
+        prompts = []
+        for of_text, of_images in zip(pieces, images, strict=True):
+            ids, kinds = list(next(encoded)), []
+            kinds += [TEXT] * len(ids)
+            for _, image in zip(of_text[1:], of_images, strict=True):
+                after = next(encoded)
+                ids += [filler] * len(image.kinds) + after
+                kinds += image.kinds.tolist() + [TEXT] * len(after)
+            patches = np.concatenate([no_patches, *(image.patches for image in of_images)])
+            prompts.append(
+                PromptTokens(np.asarray(ids, np.int64), np.asarray(kinds, np.int64), patches)
+            )
+        return prompts
 
-    def collate(self, samples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> BatchFeature:
+    def collate(self, prompts: Sequence[PromptTokens]) -> BatchFeature:
         """Expanded prompts -> padded tensors: tokens on the left, patches at the end."""
-        length = max(len(ids) for ids, _, _ in samples)
-        most = max(len(patches) for _, _, patches in samples)
-        shape = (len(samples), length)
+        length = max(len(prompt.ids) for prompt in prompts)
+        most = max(len(prompt.patches) for prompt in prompts)
+        shape = (len(prompts), length)
         input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)
         mask, token_kinds = torch.zeros(shape, dtype=torch.int64), torch.full(shape, TEXT)
-        pixels = torch.zeros(len(samples), most, *samples[0][2].shape[1:])
-        for row, (ids, kinds, patches) in enumerate(samples):
-            start = length - len(ids)
-            input_ids[row, start:] = torch.from_numpy(ids)
+        pixels = torch.zeros(len(prompts), most, *prompts[0].patches.shape[1:])
+        for row, prompt in enumerate(prompts):
+            start = length - len(prompt.ids)
+            input_ids[row, start:] = torch.from_numpy(prompt.ids)
             mask[row, start:] = 1
-            token_kinds[row, start:] = torch.from_numpy(kinds)
-            pixels[row, : len(patches)] = torch.from_numpy(patches)
+            token_kinds[row, start:] = torch.from_numpy(prompt.kinds)
+            pixels[row, : len(prompt.patches)] = torch.from_numpy(prompt.patches)
         batch = {"input_ids": input_ids, "attention_mask": mask}
         if most:
             batch |= {"token_kinds": token_kinds, "pixel_values": pixels}
@@ -231,8 +246,9 @@ class EVEProcessor(ProcessorMixin):
     @property
     def filler_id(self) -> int:
         """What `input_ids` holds at vision tokens."""
-        vocabulary = self.tokenizer.get_vocab()
-        return vocabulary.get(FILLER_TOKEN, self.tokenizer.eos_token_id)
+        found = self.tokenizer.convert_tokens_to_ids(FILLER_TOKEN)
+        is_missing = found is None or found == self.tokenizer.unk_token_id
+        return self.tokenizer.eos_token_id if is_missing else found
 
     @property
     def pad_id(self) -> int:
