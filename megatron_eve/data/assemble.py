@@ -50,7 +50,6 @@ class PackMember:
 
     id: str
     tokens: ExpandedSample
-    patches: NDArray[np.uint8]  # [P, dense_stride**2, 3 * patch_stride**2], all its images
     quarantined: Reason | None  # set: the sample keeps its place but carries no label
 
 
@@ -82,13 +81,14 @@ def expand(encoded: EncodedSample, *, grids: Sequence[tuple[int, int]]) -> Expan
 def assemble_pack(
     members: Sequence[PackMember],
     *,
+    patches: NDArray[np.uint8],
     shape: PackShape,
     pad_id: int,
-    patch_shape: tuple[int, int],
 ) -> Pack:
     """The pack of these samples, in this order; without samples a pack of padding, which has no label.
 
-    `patch_shape` is (dense_stride**2, 3 * patch_stride**2). Raises DataError if the samples do not fit."""
+    `patches` [P, dense_stride**2, 3 * patch_stride**2]: of all images of all samples, in order. Raises DataError if the
+    samples do not fit or the patches are not as many as the samples' tokens say."""
     tokens = [member.tokens for member in members]
     padding, num_vision, num_real = _padding_after(tokens, shape=shape, pad_id=pad_id)
     every = [*tokens, padding]
@@ -102,10 +102,9 @@ def assemble_pack(
     targets_in_order = targets[order]
     label_rows = np.flatnonzero(targets_in_order != IGNORE)
     lengths = [one.ids.size for one in tokens] + _padding_lengths(padding.ids.size, shape=shape)
-    patches = np.concatenate(
-        [np.empty((0, *patch_shape), np.uint8), *(member.patches for member in members)]
-    )
-    assert len(patches) == np.count_nonzero(kinds == VISION_PATCH)
+    num_patches = int(np.count_nonzero(kinds == VISION_PATCH))
+    if len(patches) != num_patches:
+        raise DataError(f"{len(patches)} patches given, the samples' images have {num_patches}")
     return Pack(
         num_vision=num_vision,
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),

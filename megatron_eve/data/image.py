@@ -103,7 +103,7 @@ class ImageDecoder:
             size=[np.asarray(job.target_size, np.float32) for job in jobs],
         )
         on_host = images if self._device == "cpu" else images.as_cpu()
-        return [np.array(on_host.at(i)) for i in range(len(jobs))]
+        return [on_host.at(i) for i in range(len(jobs))]  # `at` copies: the pipeline may run again
 
 
 def _build_pipeline(

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from megatron_eve.config.schema import ModelConfig
@@ -52,44 +53,40 @@ class PackBuilder:
         self._shape = shape
         self._patch_stride, self._dense_stride = model.patch_stride, model.dense_stride
         self._device: Literal["cpu", "cuda"] = device
+        # asked here, because worker threads start on device 0 whatever this process has chosen
+        self._device_id = torch.cuda.current_device() if device == "cuda" else 0
         self._of_thread = threading.local()  # a DALI pipeline serves one thread
 
     def build(self, planned: PlannedPack) -> tuple[Pack, list[Quarantined]]:
         """The pack, and the samples in it whose labels were masked. Raises DataError naming a sample."""
         samples = [self._table.read(item.sample) for item in planned]
         jobs = [self._jobs(sample) for sample in samples]
-        decoded = iter(self._decoder().decode([job for group in jobs for job in group]))
+        every_job = [job for group in jobs for job in group]
+        images = self._decoder().decode(every_job)
         members: list[PackMember] = []
         masked: list[Quarantined] = []
+        of_sample = iter(images)
         for item, sample, group in zip(planned, samples, jobs, strict=True):
-            images = list(islice(decoded, len(group)))
-            error = next((image for image in images if isinstance(image, SampleError)), None)
-            if error is not None:
-                masked.append(Quarantined(sample.id, sample.source, error.reason, error.message))
-            members.append(
-                PackMember(
-                    id=sample.id,
-                    tokens=self._tokens(item, sample, group),
-                    patches=self._patches(images, group),
-                    quarantined=None if error is None else error.reason,
-                )
-            )
+            errors = [one for one in islice(of_sample, len(group)) if isinstance(one, SampleError)]
+            reason = errors[0].reason if errors else None
+            if errors:
+                message = errors[0].message
+                masked.append(Quarantined(sample.id, sample.source, errors[0].reason, message))
+            members.append(PackMember(sample.id, self._tokens(item, sample, group), reason))
         pack = assemble_pack(
             members,
+            patches=self._patches(images, every_job),
             shape=self._shape,
             pad_id=self._tokenizer.pad_id,
-            patch_shape=self._patch_shape,
         )
         return pack, masked
-
-    @property
-    def _patch_shape(self) -> tuple[int, int]:
-        return self._dense_stride**2, 3 * self._patch_stride**2
 
     def _decoder(self) -> ImageDecoder:
         decoder: ImageDecoder | None = self._of_thread.__dict__.get("decoder")
         if decoder is None:
-            decoder = self._of_thread.decoder = ImageDecoder(device=self._device)
+            decoder = self._of_thread.decoder = ImageDecoder(
+                device=self._device, device_id=self._device_id
+            )
         return decoder
 
     def _jobs(self, sample: Sample) -> list[ImageJob]:
@@ -124,15 +121,16 @@ class PackBuilder:
         return tokens
 
     def _patches(self, images: Sequence[Pixels], jobs: Sequence[ImageJob]) -> NDArray[np.uint8]:
-        """Patch rows of all images of a sample; grey where an image could not be decoded."""
-        parts = [np.empty((0, *self._patch_shape), np.uint8)]
-        for image, job in zip(images, jobs, strict=True):
+        """Patch rows of all images of a pack; mean-grey where an image could not be decoded."""
+        patch, dense = self._patch_stride, self._dense_stride
+        areas = [job.target_size[0] * job.target_size[1] for job in jobs]
+        ends = np.cumsum([0, *areas]) // (patch * dense) ** 2
+        patches = np.empty((ends[-1], dense**2, 3 * patch**2), np.uint8)
+        for image, job, begin, end in zip(images, jobs, ends[:-1], ends[1:], strict=True):
             if isinstance(image, SampleError):
                 image = np.full((*job.target_size, 3), _MEAN_GREY, np.uint8)
-            parts.append(
-                patchify(image, patch_stride=self._patch_stride, dense_stride=self._dense_stride)
-            )
-        return np.concatenate(parts)
+            patchify(image, patch_stride=patch, dense_stride=dense, out=patches[begin:end])
+        return patches
 
     def _changed(self, sample: Sample, what: str) -> DataError:
         folders = ", ".join(str(folder) for folder in self._table.folders)

@@ -14,12 +14,16 @@ from megatron_eve.errors import DataError
 
 
 def patchify(
-    image_HWC: NDArray[np.uint8], *, patch_stride: int = 16, dense_stride: int = 2
+    image_HWC: NDArray[np.uint8],
+    *,
+    patch_stride: int = 16,
+    dense_stride: int = 2,
+    out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """Rows of an image in reading order of its tokens.
 
     Shapes: image_HWC [H, W, 3], H and W multiples of e -> [P, d*d, 3*p*p]; of token P the d*d squares of p * p pixels
-    in reading order, each flattened channel first, as Conv2d weights are.
+    in reading order, each flattened channel first, as Conv2d weights are. Written to `out` (contiguous) if given.
     Raises: DataError if H or W is no multiple of e.
     """
     edge = patch_stride * dense_stride
@@ -32,7 +36,10 @@ def patchify(
     rows, cols = height // edge, width // edge
     grid = image_HWC.reshape(rows, dense_stride, patch_stride, cols, dense_stride, patch_stride, 3)
     patches = grid.transpose(0, 3, 1, 4, 6, 2, 5)  # row, col, sub-row, sub-col, channel, y, x
-    return np.ascontiguousarray(patches).reshape(rows * cols, dense_stride**2, 3 * patch_stride**2)
+    if out is None:
+        out = np.empty((rows * cols, dense_stride**2, 3 * patch_stride**2), np.uint8)
+    out.reshape(patches.shape)[...] = patches
+    return out
 
 
 def unpatchify(

@@ -13,6 +13,8 @@ samples per step, and fixed tokens per step as in language-model training.
 """
 
 import hashlib
+import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +28,7 @@ from megatron_eve.data.shards import ShardTable
 from megatron_eve.data.streaming_import import get_shuffle
 from megatron_eve.errors import ConfigError, DataError
 
+_LOG = logging.getLogger(__name__)
 _SHUFFLE = "py1e"
 
 
@@ -47,12 +50,23 @@ class SampleOrder:
         self._share = _share_out(
             [indices.size for indices in self._indices], data=data, lengths=lengths
         )
+        self._warn_of_small_blocks()
         self._cached: tuple[int, NDArray[np.int64]] | None = None
         content = [*self._indices, *self._shard_sizes, np.asarray(self._share)]
         digest = hashlib.sha256(repr((self._seed, self._block_size)).encode())
         for array in content:
             digest.update(array.tobytes())
         self.fingerprint = digest.hexdigest()[:16]
+
+    def _warn_of_small_blocks(self) -> None:
+        largest = max(int(sizes.max()) for sizes in self._shard_sizes if sizes.size)
+        if 0.75 * self._block_size < largest:
+            _LOG.warning(
+                "data.shuffle_block_size=%d is too small to mix shards of %d samples with their neighbours; "
+                "use at least twice the largest shard",
+                self._block_size,
+                largest,
+            )
 
     def __len__(self) -> int:
         """Samples of an epoch."""
@@ -80,10 +94,12 @@ class SampleOrder:
         size = self._indices[source].size
         first, last = begin // size, (begin + count - 1) // size
         seed = int(np.random.SeedSequence([self._seed, source]).generate_state(1)[0])
-        passes = [
-            get_shuffle(_SHUFFLE, self._shard_sizes[source], 1, seed, number, self._block_size)
-            for number in range(first, last + 1)
-        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # small blocks: __init__ has said it once
+            passes = [
+                get_shuffle(_SHUFFLE, self._shard_sizes[source], 1, seed, number, self._block_size)
+                for number in range(first, last + 1)
+            ]
         offset = begin - first * size
         places = np.concatenate(passes)[offset : offset + count]
         return self._indices[source][places]

@@ -17,6 +17,8 @@ import tokenizers
 
 from megatron_eve.errors import ConfigError
 
+_FEW_TEXTS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
@@ -37,7 +39,9 @@ class Tokenizer:
         return ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
+        """`encode` of each text; many texts go through all cores, a few through this one (threads cost more)."""
+        if len(texts) <= _FEW_TEXTS:
+            return [self.encode(text) for text in texts]
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 

@@ -132,5 +132,19 @@ def test_bomb_is_refused_by_its_header() -> None:
     assert len(bomb) < 100_000
 
 
+@pytest.mark.gpu
+def test_gpu_decodes_like_the_cpu(decoder: ImageDecoder) -> None:
+    """nvJPEG and libjpeg-turbo differ by rounding; with nearest chroma upsampling the mean would exceed 1."""
+    jobs = []
+    for seed in range(8):
+        image = smooth_image(300 + 40 * seed, 400, seed=seed)
+        jobs.append(job_of(encode_image(image, quality=90), target=(256, 320)))
+    jobs.append(ImageJob(bad_files()["truncated JPEG"], (200, 200), (64, 96)))
+    on_cpu, on_gpu = decoder.decode(jobs), ImageDecoder(device="cuda").decode(jobs)
+    for found, expected in zip(on_gpu[:-1], on_cpu[:-1], strict=True):
+        assert np.abs(pixels(found) - pixels(expected)).mean() < 1.0
+    assert isinstance(on_gpu[-1], SampleError)
+
+
 def test_no_images_at_all(decoder: ImageDecoder) -> None:
     assert decoder.decode([]) == []

@@ -15,6 +15,7 @@ import torch
 
 from megatron_eve.config.schema import BatchConfig, DataConfig
 from megatron_eve.data.image import decode_reference
+from megatron_eve.data.image_size import train_size
 from megatron_eve.data.loader import PackLoader
 from megatron_eve.data.patches import unpatchify
 from megatron_eve.data.sample import VISION_PATCH, VISION_SPL, Pack, Sample
@@ -168,6 +169,25 @@ def test_pixels_and_text_are_those_of_the_sample(
     assert int((pack.vision_kind == VISION_PATCH).sum()) == 12
     first_row = int(pack.label_rows[0])
     assert pack.vision_kind[first_row] == VISION_SPL, "the image's last token predicts the text"
+
+
+def test_pixels_lie_in_the_order_of_the_samples(data: DataConfig, qwen: Tokenizer) -> None:
+    samples = {sample.id: sample for sample in mixed_samples(20) + mixed_samples(14, start=20)}
+    packs = [pack for step in run(open_loader(data, qwen), 2) for pack in step]
+    assert max(len(pack.sample_ids) for pack in packs) > 2
+    for pack in packs:
+        assert pack.patches is not None
+        patches, position = pack.patches.numpy(), 0
+        for name in pack.sample_ids:
+            sample = samples[name]
+            for image, (height, width) in zip(sample.images, sample.image_sizes, strict=True):
+                size = train_size(height, width, edge=128)
+                count = size[0] * size[1] // 1024
+                found = unpatchify(patches[position : position + count], rows=size[0] // 32)
+                expected = decode_reference(image, target_size=size)
+                assert np.abs(found.astype(int) - expected).mean() < 0.5
+                position += count
+        assert position == len(patches)
 
 
 def broken_image_set() -> list[Sample]:

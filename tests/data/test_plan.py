@@ -105,6 +105,13 @@ def test_proportions_share_out_the_epoch_and_sources_continue() -> None:
     assert Counter(Counter(first.tolist()).values()) == {2: 100}
 
 
+def test_block_smaller_than_a_shard_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    order_of(table_of([30, 50]), lengths_of(80), shuffle_block_size=70)
+    assert not caplog.text
+    order_of(table_of([30, 50]), lengths_of(80), shuffle_block_size=60)
+    assert "data.shuffle_block_size=60 is too small to mix shards of 50 samples" in caplog.text
+
+
 def test_source_without_proportion_is_left_out() -> None:
     order = order_of(table_of([40], [50]), lengths_of(90), proportions=[1.0, 0.0])
     assert (order.epoch(0) < 40).all()

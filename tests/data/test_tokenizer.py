@@ -22,7 +22,8 @@ def test_published_ids(qwen: Tokenizer) -> None:
 
 def test_round_trip_and_batch_equal_single(qwen: Tokenizer) -> None:
     texts = ["", "naïve 你好\n\n  x", "3.14 = π<|im_end|>"]
-    assert qwen.encode_many(texts) == [qwen.encode(text) for text in texts]
+    for count in (1, 50):  # one by one, and through all cores
+        assert qwen.encode_many(texts * count) == [qwen.encode(text) for text in texts] * count
     assert [qwen.decode(qwen.encode(text)) for text in texts] == texts
     assert qwen.decode(qwen.encode(texts[2]), skip_special=True) == "3.14 = π"
 
