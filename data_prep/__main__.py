@@ -171,7 +171,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-aspect-ratio", type=float, default=100.0, help="images beyond it go to quarantine"
     )
-    parser.add_argument("--source", help="name stored with every sample (default: DATA's stem)")
+    parser.add_argument("--source", help="name stored with every sample; None: the stem of DATA")
     parser.add_argument(
         "--dry-run",
         action="store_true",

@@ -48,11 +48,22 @@ def publish_folder(temporary: Path, *, final: Path) -> None:
         os.close(descriptor)
 
 
+def _refuse_foreign_files(final: Path, *, new: Path) -> None:
+    """Replacing a folder must not delete what it holds beside results of the same kind."""
+    if final.is_dir():
+        foreign = sorted(set(os.listdir(final)) - set(os.listdir(new)))
+        if foreign:
+            raise ConfigError(
+                f"{final} also holds {', '.join(foreign[:3])}, which --overwrite would delete; "
+                "move that away or choose another folder."
+            )
+
+
 @contextmanager
 def new_folder(final: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give an empty folder to fill; it becomes `final` when the block ends, and vanishes when the block raises.
 
-    Raises: ConfigError if `final` exists and `overwrite` is false.
+    Raises: ConfigError if `final` exists and `overwrite` is false, or if it holds files that the new one lacks.
     """
     refuse_existing(final, overwrite=overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +72,7 @@ def new_folder(final: Path, *, overwrite: bool) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        _refuse_foreign_files(final, new=temporary)
         publish_folder(temporary, final=final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

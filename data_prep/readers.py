@@ -130,6 +130,15 @@ class _Window:
             if not self.refill(CHUNK_CHARACTERS):
                 return ""
 
+    def _is_complete(self, value: object, *, end: int) -> bool:
+        """Whether the value cannot go on behind position `end`; a number goes on until something else follows."""
+        following = self.text[end : end + 1]
+        return (
+            following in (",", "]", " ", "\n", "\r", "\t")
+            if isinstance(value, int | float)
+            else following != ""
+        )
+
     def next_value(self) -> object:
         """Take one JSON value. A value that touches the end of the window may go on after it, so more is read."""
         self.next_character()
@@ -138,7 +147,7 @@ class _Window:
             problem = "the value is not complete"
             try:
                 value, end = self.decoder.raw_decode(self.text, self.position)
-                if end < len(self.text):
+                if self._is_complete(value, end=end):
                     self.position = end
                     return value
             except json.JSONDecodeError as error:

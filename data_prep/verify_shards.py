@@ -115,16 +115,27 @@ def _verify_files(folder: Path, shards: list[dict[str, Any]], *, result: Verific
     result.problems += [f"{name}: twice in the index" for name, n in named.items() if n > 1]
 
 
+def _count_reasons(path: Path, *, result: Verification) -> dict[str, int] | None:
+    """Reason -> lines of quarantine.jsonl; None if a line is damaged."""
+    counts: Counter[str] = Counter()
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            counts[json.loads(line)["reason"]] += 1
+        except (ValueError, KeyError, TypeError) as error:
+            result.problems.append(f"{path.name}: line {number}: {type(error).__name__}: {error}")
+            return None
+    return dict(sorted(counts.items()))
+
+
 def _verify_counts(folder: Path, dataset: dict[str, Any], *, result: Verification) -> None:
     """Rows and quarantine lines against dataset.json. Rows only where every shard could be read."""
     counts = dataset.get("counts")
     if not isinstance(counts, dict):
         result.problems.append(f"{DATASET_FILE}: no counts, the build is not complete")
         return
-    path = folder / QUARANTINE_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    quarantined = dict(sorted(Counter(json.loads(line)["reason"] for line in lines).items()))
-    if quarantined != counts["quarantined"]:
+    quarantined = _count_reasons(folder / QUARANTINE_FILE, result=result)
+    if quarantined is not None and quarantined != counts["quarantined"]:
         result.problems.append(
             f"{QUARANTINE_FILE}: {quarantined}, {DATASET_FILE} says {counts['quarantined']}"
         )
