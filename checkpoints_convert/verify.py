@@ -96,7 +96,7 @@ def _logits(folder: Path) -> Tensor:
 
     rows, cols = np.mgrid[0:96, 0:128]
     picture = np.stack((rows * 2, cols * 2 - 1, (rows * cols) % 256), axis=-1).astype(np.uint8)
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, use_fast=False)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
     inputs = processor(text=processor.prompt(QUESTION), images=Image.fromarray(picture))
     logits: Tensor = model(**inputs).logits[0]

@@ -62,7 +62,7 @@ def load_released(folder: Path, *, device: str | None = None) -> ReleasedModel:
             "`python -m checkpoints_convert megatron-to-hf`."
         )
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True, use_fast=False)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
     return ReleasedModel(model=model.to(target).eval(), processor=processor)
 
