@@ -5,13 +5,16 @@ place, synced to disk, and renamed. Refuses to replace anything unless the calle
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_eve.errors import ConfigError
 
 TEMPORARY_PREFIX = ".tmp-"
+SYNC_THREADS = 16
 
 
 def refuse_existing(out: Path, *, overwrite: bool) -> None:
@@ -25,14 +28,20 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush every file below `folder`, and the folders themselves, to disk."""
-    for parent, _, files in os.walk(folder):
-        for name in [*files, "."]:
-            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    """Flush every file below `folder`, and the folders themselves, to disk; many at a time, which journals combine."""
+    paths = [
+        os.path.join(parent, name) for parent, _, files in os.walk(folder) for name in [*files, "."]
+    ]
+    with ThreadPoolExecutor(max_workers=SYNC_THREADS) as pool:
+        deque(pool.map(_sync, paths), maxlen=0)
+
+
+def _sync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def publish_folder(temporary: Path, *, final: Path) -> None:
@@ -41,11 +50,7 @@ def publish_folder(temporary: Path, *, final: Path) -> None:
     if final.is_dir() and not final.is_symlink():
         shutil.rmtree(final)
     os.rename(temporary, final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync(final.parent)
 
 
 def _refuse_foreign_files(final: Path, *, new: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from data_prep.output import TEMPORARY_PREFIX, publish_folder, write_json
+from data_prep.output import TEMPORARY_PREFIX, publish_folder
 from data_prep.quarantine import QuarantineRecord
 from data_prep.readers import RawEntry
 from data_prep.samples import SampleContext, check_entry
@@ -139,5 +139,5 @@ def _write_part(job: PartJob, *, folder: Path) -> Counts:
         "entries_sha256": entries_hash(job.entries),
         "counts": asdict(counts),
     }
-    write_json(folder / PART_FILE, content)
+    (folder / PART_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return counts
