@@ -19,8 +19,8 @@ SHELL_WORDS = {"mkdir", "git", "cd"}
 
 
 def python_commands() -> list[list[str]]:
-    """[module, argument, ...] of every `python -m` in shell blocks, quoted values included; what stands behind `--` (slurm.jobs)
-    is a command of its own."""
+    """[module, argument, ...] of every `python -m` in shell blocks, quoted values included; what stands behind `--`
+    (slurm.jobs) is a command of its own."""
     found = []
     for document in documents():
         for command in commands(document):
