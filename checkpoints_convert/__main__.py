@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
             "megatron-to-hf",
             _export,
             "distributed checkpoint -> Hugging Face folder",
-            "megatron-to-hf runs/eve7b_stage3/checkpoints/step-14300 releases/eve-7b",
+            "megatron-to-hf runs/eve7b_stage3 releases/eve-7b",
         )
     )
     _add_verify(
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
             "verify",
             _verify,
             "compare two sets of weights",
-            "verify models/Qwen2.5-7B-Instruct checkpoints/qwen2.5-7b",
+            "verify models/Qwen2.5-7B-Instruct checkpoints/qwen2.5-7b --allow-extra",
         )
     )
     return parser
@@ -119,7 +119,9 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="checkpoint folder of a run or of a converter")
+    parser.add_argument(
+        "source", type=Path, help="run directory (its newest checkpoint), or a checkpoint folder"
+    )
     parser.add_argument("dest", type=Path, help="Hugging Face folder to write")
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: the run's")
     parser.add_argument(
@@ -137,6 +139,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", type=Path, help="Hugging Face folder or distributed checkpoint")
     parser.add_argument("second", type=Path, help="what it is compared with")
+    parser.add_argument(
+        "--allow-extra",
+        action="store_true",
+        help="tensors that only the second has are no difference",
+    )
     parser.add_argument(
         "--logits",
         action="store_true",
@@ -216,7 +223,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             f"{'within' if same else 'beyond'} {arguments.tolerance:g}"
         )
         return 0 if same else 1
-    result = compare_tensors(first, second)
+    result = compare_tensors(first, second, allow_extra=arguments.allow_extra)
     for difference in result.differences:
         print(f"{difference.name}: {difference.reason}")
     verdict = f"{len(result.differences)} differ" if result.differences else "all the same"

@@ -144,13 +144,14 @@ def generation_json(*, eos_id: int, pad_id: int) -> dict[str, Any]:
 
 
 def preprocessor_json(model: ModelConfig, *, image_edge: int) -> dict[str, Any]:
-    """Official fields and values, and what lets AutoProcessor and AutoImageProcessor find our classes."""
+    """Official fields and values, and what lets AutoProcessor and AutoImageProcessor find our classes.
+
+    Without `image_processor_type` on purpose: with it, transformers 4.57 warns that a faster class may exist."""
     return {
         "auto_map": {
             "AutoImageProcessor": "processing_eve.EVEImageProcessor",
             "AutoProcessor": "processing_eve.EVEProcessor",
         },
-        "image_processor_type": "EVEImageProcessor",
         "processor_class": "EVEProcessor",
         "feature_extractor_type": "CLIPFeatureExtractor",
         "do_resize": False,

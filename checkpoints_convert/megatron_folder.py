@@ -21,6 +21,7 @@ from megatron_eve.checkpoint.weights import (
     load_weights,
     read_config_text,
     save_weights,
+    weights_folder,
 )
 from megatron_eve.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_eve.errors import CheckpointError
@@ -87,7 +88,8 @@ def write_megatron(
 
 
 def read_megatron(folder: Path) -> MegatronWeights:
-    """Read the model weights of a checkpoint of a run or of a converter."""
+    """Read the model weights of a checkpoint of a run (or of the newest one in its folder) or of a converter."""
+    folder = weights_folder(folder)
     check_folder(folder)
     text = read_config_text(folder)
     model = model_from_text(text, where=str(folder / CONFIG))

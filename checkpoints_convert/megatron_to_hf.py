@@ -14,7 +14,7 @@ from checkpoints_convert.model_text import model_from_text, run_from_text
 from checkpoints_convert.names import tensor_rules
 from checkpoints_convert.release import Release, write_release
 from checkpoints_convert.tensors import iter_hf
-from megatron_eve.checkpoint.weights import CONFIG, check_folder, read_config_text
+from megatron_eve.checkpoint.weights import CONFIG, check_folder, read_config_text, weights_folder
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.errors import CheckpointError, ConfigError
 
@@ -40,7 +40,7 @@ def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
         tokenizer=_tokenizer(weights.run, options),
         image_edge=_image_edge(weights.run, options),
         run=weights.run,
-        origin=f"{source.parent.name}/{source.name}",
+        origin=_origin(weights_folder(source)),
     )
     return write_release(
         dest,
@@ -53,12 +53,19 @@ def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
 
 def planned_mapping(source: Path, options: ExportOptions) -> list[str]:
     """One line for each tensor of the checkpoint, after the export's checks; for a dry run."""
+    source = weights_folder(source)
     check_folder(source)
     text = read_config_text(source)
     _tokenizer(run_from_text(text), options)
     _image_edge(run_from_text(text), options)
     model = model_from_text(text, where=str(source / CONFIG))
     return [f"{rule.eve} -> {', '.join(rule.hf)}" for rule in tensor_rules(model)]
+
+
+def _origin(folder: Path) -> str:
+    """RUN/STEP of a run's checkpoint, else the folder's name; no path of this machine."""
+    is_step = folder.parent.name == "checkpoints"
+    return f"{folder.parent.parent.name}, {folder.name}" if is_step else folder.name
 
 
 def _tokenizer(run: RunConfig | None, options: ExportOptions) -> Path:

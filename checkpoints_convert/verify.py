@@ -14,7 +14,7 @@ from torch import Tensor
 
 from checkpoints_convert.hf_folder import SafetensorsFolder
 from checkpoints_convert.tensors import canonical_hf_names, eve_to_hf
-from megatron_eve.checkpoint.weights import COMPLETE
+from megatron_eve.checkpoint.weights import COMPLETE, weights_folder
 
 QUESTION = "What is in the image? Describe it in one sentence."
 
@@ -36,13 +36,15 @@ class TensorComparison:
     differences: tuple[Difference, ...]
 
 
-def compare_tensors(first: Path, second: Path) -> TensorComparison:
-    """Compare names, shapes, dtypes and bytes."""
+def compare_tensors(first: Path, second: Path, *, allow_extra: bool = False) -> TensorComparison:
+    """Compare names, shapes, dtypes and bytes. `allow_extra`: tensors that only `second` has are no difference (a
+    language model against the EVE model that was made from it)."""
     sides = [open_weights(first), open_weights(second)]
     names = [canonical_hf_names(side) for side in sides]
     differences = [
         Difference(name=name, reason=f"only in {first if name in names[0] else second}")
         for name in sorted(names[0].keys() ^ names[1].keys())
+        if not (allow_extra and name in names[1])
     ]
     num_bytes = 0
     common = sorted(names[0].keys() & names[1].keys())
@@ -58,7 +60,7 @@ def compare_tensors(first: Path, second: Path) -> TensorComparison:
 
 def open_weights(folder: Path) -> Mapping[str, Tensor]:
     """Hugging Face names and tensors of a folder of either kind."""
-    if (folder / COMPLETE).is_file():
+    if (weights_folder(folder) / COMPLETE).is_file():
         from checkpoints_convert.megatron_folder import read_megatron
 
         weights = read_megatron(folder)

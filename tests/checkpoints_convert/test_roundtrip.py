@@ -4,8 +4,6 @@ and the logits of both models. Everything that needs megatron-core runs in worke
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -332,42 +330,3 @@ def test_dry_run_lists_and_writes_nothing(full_release: FullRelease) -> None:
             full_release[0],
             dataclasses.replace(IMPORT, split=dataclasses.replace(ALL, norm=False)),
         )
-
-
-def test_command_line(full_release: FullRelease, tmp_path: Path) -> None:
-    """The three commands as a user types them, with exit codes and last lines."""
-    folder = full_release[0]
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "checkpoints_convert", *map(str, arguments)],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        return done.returncode, done.stdout.strip().split("\n")[-1], done.stderr
-
-    dest, back = tmp_path / "megatron", tmp_path / "back"
-    code, last, _ = command("hf-to-megatron", folder, dest, "--dry-run")
-    assert (code, last) == (0, f"37 tensors would be written to {dest}")
-    assert not dest.exists()
-    assert command("hf-to-megatron", folder, dest)[:2] == (0, f"wrote 37 fp32 tensors to {dest}")
-    code, last, _ = command("verify", folder, dest)
-    assert code == 0
-    assert last.endswith("all the same")
-    code, last, errors = command("megatron-to-hf", dest, back, "--image-edge", 16)
-    assert code == 2
-    assert "names no tokenizer" in errors
-    arguments = ("megatron-to-hf", dest, back, "--image-edge", 16, "--tokenizer", folder)
-    assert command(*arguments)[0] == 0
-    code, _, errors = command(*arguments)
-    assert code == 1
-    assert "back exists" in errors
-    code, last, _ = command("verify", folder, back, "--logits")
-    assert code == 0
-    assert "differ by 0 at most: within 1e-05" in last
-    state = load_file(back / "model.safetensors")
-    state["model.norm.weight"][3] += 1
-    save_file(state, back / "model.safetensors")
-    code, last, _ = command("verify", folder, back)
-    assert code == 1
-    assert last.endswith("1 differ")
-    assert command("hf-to-megatron", folder, dest, "--split", "norm,heads")[0] == 2

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m checkpoints_convert` as a user types it: exit codes, last lines, errors."""
+
+import contextlib
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from checkpoints_convert.__main__ import main
+from tests.support.reference_eve import ReferenceEve
+
+
+def run_main(*arguments: object) -> tuple[int, list[str], str]:
+    """In a worker: exit code, lines of stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse
+            code = int(stop.code or 0)
+    return code, out.getvalue().splitlines(), err.getvalue()
+
+
+@pytest.fixture
+def command(gloo1: Any) -> Any:
+    """Run one command line in a worker process."""
+    return lambda *arguments: gloo1.run(run_main, *arguments)[0]
+
+
+def test_from_folder_to_folder(
+    full_release: tuple[Path, ReferenceEve], tmp_path: Path, command: Any
+) -> None:
+    folder = full_release[0]
+    dest, back = tmp_path / "megatron", tmp_path / "back"
+    code, lines, _ = command("hf-to-megatron", folder, dest, "--dry-run")
+    assert (code, lines[-1]) == (0, f"37 tensors would be written to {dest}")
+    assert len(lines) == 38
+    assert not dest.exists()
+    code, lines, _ = command("hf-to-megatron", folder, dest)
+    assert (code, lines[-1]) == (0, f"wrote 37 fp32 tensors to {dest}")
+    code, lines, _ = command("hf-to-megatron", folder, dest)
+    assert code == 1
+    assert command("hf-to-megatron", folder, dest, "--overwrite")[0] == 0
+    code, lines, _ = command("verify", folder, dest)
+    assert code == 0
+    assert lines[-1].endswith("all the same")
+
+    code, _, errors = command("megatron-to-hf", dest, back, "--image-edge", 16)
+    assert code == 2
+    assert "names no tokenizer" in errors
+    arguments = ("megatron-to-hf", dest, back, "--image-edge", 16, "--tokenizer", folder)
+    code, lines, _ = command(*arguments, "--dry-run")
+    assert (code, lines[-1]) == (0, f"37 tensors would be written to {back}")
+    assert not back.exists()
+    code, lines, _ = command(*arguments, "--max-shard-gb", 1e-4)
+    assert code == 0
+    assert lines[-1].endswith(f"MB of weights, processor and code to {back}")
+    assert len(list(back.glob("*.safetensors"))) > 1
+    code, _, errors = command(*arguments)
+    assert code == 1
+    assert "back exists" in errors
+
+
+def test_verify_finds_one_changed_value(
+    full_release: tuple[Path, ReferenceEve], tmp_path: Path, command: Any
+) -> None:
+    folder = full_release[0]
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in folder.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    code, lines, _ = command("verify", folder, other, "--logits")
+    assert code == 0
+    assert "differ by 0 at most: within 1e-05" in lines[-1]
+    state = load_file(other / "model.safetensors")
+    state["model.norm.weight"][3] += 1
+    save_file(state, other / "model.safetensors")
+    code, lines, _ = command("verify", folder, other)
+    assert code == 1
+    assert lines[0] == "model.norm.weight: 1 of 32 values differ, by 1 at most"
+    assert lines[-1].endswith("1 differ")
+    assert command("verify", folder, other, "--logits")[0] == 1
+    assert command("verify", folder, other, "--logits", "--tolerance", 1e9)[0] == 0
+
+    del state["model.norm.weight"]
+    save_file(state, other / "model.safetensors")
+    code, lines, _ = command("verify", other, folder)
+    assert code == 1
+    assert lines[0] == f"model.norm.weight: only in {folder}"
+    assert command("verify", other, folder, "--allow-extra")[0] == 0
+    assert command("verify", folder, other, "--allow-extra")[0] == 1
+
+
+def test_wrong_usage(tmp_path: Path, command: Any) -> None:
+    code, _, errors = command("hf-to-megatron", tmp_path, tmp_path / "out", "--split", "norm,heads")
+    assert code == 2
+    assert "'heads' is no component; use all, or some of norm,attention,ffn" in errors
+    assert command("hf-to-megatron", tmp_path)[0] == 2
+    assert command("verify", tmp_path, tmp_path)[0] == 1
+
+
+def test_as_a_module() -> None:
+    """--help of each command, with its example."""
+    for name in ("hf-to-megatron", "megatron-to-hf", "verify"):
+        done = subprocess.run(
+            [sys.executable, "-m", "checkpoints_convert", name, "--help"],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0
+        assert f"python -m checkpoints_convert {name} " in " ".join(done.stdout.split())
