@@ -12,8 +12,8 @@ from megatron_eve.data.quarantine import SampleError
 
 PIXELS_PER_TOKEN = 32
 """Edge of the square that one vision token covers in every released EVEv2 model."""
-MAX_IMAGE_PIXELS = 89_478_485
-"""Largest image that is decoded at all (Pillow's own limit): 0.27 GB as RGB."""
+MAX_IMAGE_PIXELS = 120_000_000
+"""Largest image that is decoded at all: 0.36 GB as RGB. The default limit of data_prep."""
 
 
 def train_size(
