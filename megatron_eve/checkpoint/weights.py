@@ -158,8 +158,9 @@ def load_weights(
     for part in parts:
         if not _any_process_needs(part):
             continue
-        for key, tensors in _load(part, folder).items():
-            loaded[key].update(tensors)
+        result = _load(part, folder)  # a run's checkpoint also returns its schedule, step, ...
+        for key, tensors in loaded.items():
+            tensors.update(result[key])
     load_chunks(chunks, loaded)
 
 
