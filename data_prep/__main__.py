@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EveError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # disk full, no permission, ...
+        print(f"error: {error}; nothing incomplete was published", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 1

@@ -54,6 +54,16 @@ def test_a_taken_folder_is_2_and_bad_data_are_1(
     assert "does not hold a JSON list" in errors
 
 
+def test_a_fault_of_the_disk_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "b.txt").write_text("a blue circle\n")
+    arguments = ["tokenizer", "train", str(tmp_path / "b.txt"), str(tmp_path / "file/out")]
+    assert main([*arguments, "--vocab-size", "300"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_build_reports_parts_on_stderr_and_the_result_last(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
