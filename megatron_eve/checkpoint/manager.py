@@ -40,10 +40,10 @@ from megatron_eve.checkpoint.weights import (
     write_atomically,
 )
 from megatron_eve.errors import CheckpointError
-from megatron_eve.loop.signals import LATEST_STEP_FILE
 from megatron_eve.model.eve_model import EveModel
 
 _LOG = logging.getLogger(__name__)
+LATEST_STEP_FILE = "latest_step"
 _STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 

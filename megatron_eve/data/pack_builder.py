@@ -55,7 +55,9 @@ class PackBuilder:
         self._device: Literal["cpu", "cuda"] = device
         # asked here, because worker threads start on device 0 whatever this process has chosen
         self._device_id = torch.cuda.current_device() if device == "cuda" else 0
-        self._of_thread = threading.local()  # a DALI pipeline serves one thread
+        # By thread, since a DALI pipeline serves one. Not threading.local(): when a checkpoint forks its writers, the
+        # child drops the other threads' locals, and the destructor of a DALI pipeline without its threads never returns.
+        self._decoders: dict[int, ImageDecoder] = {}
 
     def build(self, planned: PlannedPack) -> tuple[Pack, list[Quarantined]]:
         """The pack, and the samples in it whose labels were masked. Raises DataError naming a sample."""
@@ -82,12 +84,10 @@ class PackBuilder:
         return pack, masked
 
     def _decoder(self) -> ImageDecoder:
-        decoder: ImageDecoder | None = self._of_thread.__dict__.get("decoder")
-        if decoder is None:
-            decoder = self._of_thread.decoder = ImageDecoder(
-                device=self._device, device_id=self._device_id
-            )
-        return decoder
+        thread = threading.get_ident()
+        if thread not in self._decoders:
+            self._decoders[thread] = ImageDecoder(device=self._device, device_id=self._device_id)
+        return self._decoders[thread]
 
     def _jobs(self, sample: Sample) -> list[ImageJob]:
         try:

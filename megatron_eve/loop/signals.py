@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-STOP_FILE, DONE_FILE, LATEST_STEP_FILE = "STOP", "DONE", "latest_step"
+STOP_FILE, DONE_FILE = "STOP", "DONE"
 
 
 class StopFlag:

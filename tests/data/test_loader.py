@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import multiprocessing
 import threading
 from collections import Counter
 from pathlib import Path
@@ -269,3 +270,17 @@ def test_sample_that_changed_since_it_was_counted_is_named(
 def test_rank_outside_is_refused(data: DataConfig, qwen: Tokenizer) -> None:
     with pytest.raises(DataError, match="data_rank=2 is not one of data_size=2"):
         open_loader(data, qwen, rank=2, size=2)
+
+
+def test_a_process_forked_while_threads_hold_decoders_can_exit(
+    data: DataConfig, qwen: Tokenizer
+) -> None:
+    """megatron-core forks its checkpoint writers; with the decoders in thread-local storage the child hung for ever."""
+    with open_loader(dataclasses.replace(data, num_workers=2), qwen) as loader:
+        next(loader)
+        child = multiprocessing.get_context("fork").Process(target=len, args=((),))
+        child.start()
+        child.join(timeout=30)
+        stuck = child.is_alive()
+        child.kill()
+    assert not stuck

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer as a user starts it: real processes, real shards; kill -9 and resume, stop on request, stages, errors."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+TIMEOUT_S = 150
+
+
+def start(overrides: list[str], *, processes: int = 1, recipe: str = "eve_tiny_stage3") -> subprocess.Popen[str]:
+    """The training command of the README."""
+    command = [sys.executable, "-m", "megatron_eve.train", recipe, *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        launcher = ["torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port]
+        command = [sys.executable, "-m", *launcher, *command[1:]]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def train(overrides: list[str], **options) -> tuple[int, str]:  # type: ignore[no-untyped-def]
+    process = start(overrides, **options)
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+def records(run_dir: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what depends on the clock."""
+    clock = ("time", "step_time_s", "data_wait_s", "tokens_per_s_per_gpu", "data_wait_fraction", "eta_s")
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            if records(run_dir)[-1]["step"] >= step:
+                return
+        except (OSError, IndexError, json.JSONDecodeError):
+            pass
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def with_run_dir(overrides: list[str], run_dir: Path) -> list[str]:
+    return [*overrides, f"run_dir={run_dir}"]
+
+
+def test_kill_and_resume_gives_the_same_bits(overrides, tmp_path):  # type: ignore[no-untyped-def]
+    """Same losses, gradient norms and samples as an uninterrupted run, to the last bit, killed twice on the way."""
+    from megatron_eve.checkpoint.weights import weights_folder
+
+    parallel = ["parallel.gpus_per_node=2", "parallel.tensor=2", "parallel.sequence_parallel=true"]
+    overrides = [*overrides, *parallel, "data.num_workers=2"]
+    code, output = train(with_run_dir(overrides, tmp_path / "whole"), processes=2)
+    assert code == 0, output
+    broken = with_run_dir(overrides, tmp_path / "broken")
+    for step in (3, 7):  # before the first checkpoint, and between two
+        process = start(broken, processes=2)
+        wait_for_step(tmp_path / "broken", step)
+        subprocess.run(["pkill", "-9", "-f", f"run_dir={tmp_path / 'broken'}"], check=False)
+        process.communicate(timeout=60)
+    code, output = train(broken, processes=2)
+    assert code == 0, output
+    assert "resumed from" in output
+    assert records(tmp_path / "broken") == records(tmp_path / "whole")
+    assert len({record["samples_checksum"] for record in records(tmp_path / "whole")}) == 12
+    names = [sorted(p.name for p in weights_folder(tmp_path / r).glob("*.distcp")) for r in ("whole", "broken")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("how", ["SIGUSR2", "SIGTERM", "STOP file"])
+def test_stops_on_request_after_a_step_and_goes_on(overrides, tmp_path, how):  # type: ignore[no-untyped-def]
+    run_dir = tmp_path / "run"
+    process = start([*overrides, "train.steps=4000", "checkpoint.save_every_steps=1000"])
+    wait_for_step(run_dir, 2)
+    if how == "STOP file":
+        (run_dir / "STOP").touch()
+    else:
+        process.send_signal(getattr(signal, how))
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, output
+    assert "stopped on request" in output
+    assert not (run_dir / "DONE").exists()
+    step = int((run_dir / "latest_step").read_text())
+    assert records(run_dir)[-1]["step"] == step
+    (run_dir / "STOP").unlink(missing_ok=True)
+    code, output = train([*overrides, f"train.steps={step + 2}"])
+    assert code == 0, output
+    assert (run_dir / "DONE").read_text().strip() == str(step + 2)
+
+
+def test_a_broken_newest_checkpoint_is_skipped(overrides, tmp_path):  # type: ignore[no-untyped-def]
+    run_dir = tmp_path / "run"
+    assert train(overrides)[0] == 0
+    first = records(run_dir)
+    (run_dir / "DONE").unlink()
+    shard = next((run_dir / "checkpoints" / "step_00000012").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    code, output = train(overrides)
+    assert code == 0, output
+    assert "skipping a broken checkpoint" in output
+    assert "step_00000008" in re.search(r"resumed from (\S+)", output).group(1)  # type: ignore[union-attr]
+    assert records(run_dir) == first
+
+
+ERRORS = {
+    "data.sources.0.path=/nowhere/shards": r"DataError: .*/nowhere/shards",
+    "data.tokenizer=/nowhere/tokenizer": r"/nowhere/tokenizer",
+    "checkpoint.load_weights_from=/nowhere/weights": r"CheckpointError: no checkpoint folder /nowhere/weights",
+    "parallel.gpus_per_node=2": r"ParallelError: 1 processes are running but .* is 2",
+    "train.backend=te": r"ConfigError: .*te",
+}
+
+
+@pytest.mark.parametrize("override", ERRORS)
+def test_errors_name_the_field_or_file(overrides, override):  # type: ignore[no-untyped-def]
+    code, output = train([*overrides, override])
+    assert code != 0
+    assert re.search(ERRORS[override], output), output[-2000:]
+    assert "Traceback" not in output
+
+
+def test_dry_run_touches_no_device() -> None:
+    """Torch is not even imported."""
+    code = (
+        "import sys; from megatron_eve.train import main; "
+        "code = main(['eve7b_stage2_2', '--dry-run']); assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "14,156,712,960" in done.stdout
+    assert "128 = 16 nodes x 8" in done.stdout
+
+
+def test_wrong_key_and_impossible_layout_are_refused() -> None:
+    for override, message in (
+        ("optim.peak_learning_rate=1", "peak_lr"),
+        ("parallel.tensor=3", "parallel.tensor=3"),
+    ):
+        code, output = train([override, "--dry-run"], recipe="eve7b_stage2_2")
+        assert code == 2
+        assert message in output
+        assert "Traceback" not in output
