@@ -107,7 +107,7 @@ def _name_shards(folder: Path, shards: list[dict[str, int]]) -> int:
     if len(shards) == 1:
         _unnamed(folder, 1).rename(folder / SINGLE_FILE)
         return total
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _unnamed(folder, number).rename(folder / name)

@@ -14,7 +14,7 @@ Legend: B batch, L padded length, T real tokens, V vision tokens among them, H h
 heads, D head dim, P patch tokens of a sample.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,15 @@ def rotate(x_BNLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class EVEAttention(nn.Module):
     """Joint causal attention over vision and text tokens; the projections may be split."""
 
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    moe_q_proj: nn.Linear | None
+    moe_k_proj: nn.Linear | None
+    moe_v_proj: nn.Linear | None
+    moe_o_proj: nn.Linear | None
+
     def __init__(self, config: EVEQwen2Config, layer_index: int) -> None:
         super().__init__()
         self.layer_index, self.head_dim = layer_index, config.head_dim
@@ -128,6 +137,11 @@ class EVEAttention(nn.Module):
 class EVEDecoderLayer(nn.Module):
     """Pre-norm layer; norms, attention and FFN each with or without weights of their own for vision tokens."""
 
+    input_layernorm: EVERMSNorm
+    post_attention_layernorm: EVERMSNorm
+    moe_input_layernorm: EVERMSNorm | None
+    moe_post_attention_layernorm: EVERMSNorm | None
+
     def __init__(self, config: EVEQwen2Config, layer_index: int) -> None:
         super().__init__()
         self.self_attn = EVEAttention(config, layer_index)
@@ -172,10 +186,12 @@ class EVEVisionTower(nn.Module):
 
     def forward(self, patches: Tensor, kinds_V: Tensor) -> Tensor:
         """Patches [number of PATCH in kinds_V, dense_stride ** 2, 3 * patch_stride ** 2] -> tokens [V, H]."""
-        first, gelu, second = self.patch_embedding
+        first, second = self.patch_embedding[0], self.patch_embedding[2]
+        assert isinstance(first, nn.Conv2d)
+        assert isinstance(second, nn.Conv2d)
         x = F.linear(patches.to(first.weight.dtype), first.weight.flatten(1), first.bias)
         weight = second.weight.permute(0, 2, 3, 1).flatten(1)  # channels last, as in x
-        x = F.linear(gelu(x).flatten(1), weight, second.bias)
+        x = F.linear(F.gelu(x).flatten(1), weight, second.bias)
         tokens = torch.where((kinds_V == CLS)[:, None], self.class_embedding, self.split_embedding)
         return tokens.index_copy(0, (kinds_V == PATCH).nonzero()[:, 0], x)
 
@@ -185,15 +201,15 @@ class EVEQwen2PreTrainedModel(PreTrainedModel):
 
     config_class = EVEQwen2Config
     base_model_prefix = "model"
-    _no_split_modules: ClassVar[list[str]] = ["EVEDecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules = ["EVEDecoderLayer"]  # noqa: RUF012 (declared so upstream)
+    _skip_keys_device_placement = "past_key_values"  # type: ignore[assignment]
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
             module.weight.data.normal_(std=std)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.data.zero_()
         elif isinstance(module, nn.Conv2d):
             module.reset_parameters()
@@ -258,10 +274,10 @@ class EVEQwen2Model(EVEQwen2PreTrainedModel):
         return order.scatter(self.norm(h_TH))
 
 
-class EVEQwen2ForCausalLM(EVEQwen2PreTrainedModel, GenerationMixin):
+class EVEQwen2ForCausalLM(EVEQwen2PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """EVEv2 with its output layer. `generate` takes what EVEProcessor returns."""
 
-    _tied_weights_keys: ClassVar[list[str]] = ["lm_head.weight"]
+    _tied_weights_keys = ["lm_head.weight"]  # type: ignore[assignment]  # noqa: RUF012
 
     def __init__(self, config: EVEQwen2Config) -> None:
         super().__init__(config)
@@ -317,10 +333,14 @@ class EVEQwen2ForCausalLM(EVEQwen2PreTrainedModel, GenerationMixin):
         if labels is not None:
             shifted = F.pad(labels[:, 1:], (0, 1), value=-100)[:, -logits_to_keep:]
             loss = F.cross_entropy(logits.flatten(0, 1), shifted.flatten(), ignore_index=-100)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        output = CausalLMOutputWithPast(
+            loss=loss,  # type: ignore[arg-type]
+            logits=logits,
+            past_key_values=past_key_values,
+        )
         return output if return_dict else output.to_tuple()
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         past_key_values: DynamicCache | None = None,

@@ -61,7 +61,10 @@ def target_size(
     if rule == "eval":
         return ceil(width / ratio / edge) * edge, ceil(height / ratio / edge) * edge
     ratio = max(ratio, 1.0)
-    return tuple(max(round(side / ratio / edge), 1) * edge for side in (width, height))
+    return (
+        max(round(width / ratio / edge), 1) * edge,
+        max(round(height / ratio / edge), 1) * edge,
+    )
 
 
 def cut_patches(pixels_HWC: np.ndarray, *, patch_stride: int, dense_stride: int) -> np.ndarray:
@@ -123,7 +126,7 @@ class EVEImageProcessor(BaseImageProcessor):
         row = np.asarray([PATCH] * cols + [SPL], dtype=np.int64)
         return ImageTokens(patches, np.concatenate(([CLS], np.tile(row, rows))))
 
-    def preprocess(
+    def preprocess(  # type: ignore[override]
         self,
         images: Image.Image | Sequence[Image.Image],
         resize_rule: ResizeRule | None = None,
@@ -142,9 +145,11 @@ class EVEImageProcessor(BaseImageProcessor):
 class EVEProcessor(ProcessorMixin):
     """Prompt building, tokenisation and image preparation in one call."""
 
-    attributes: ClassVar[list[str]] = ["image_processor", "tokenizer"]
+    attributes = ["image_processor", "tokenizer"]  # noqa: RUF012 (declared so upstream)
     image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
+    tokenizer_class = "AutoTokenizer"  # type: ignore[assignment]
+    image_processor: EVEImageProcessor
+    tokenizer: Any  # a tokenizer of transformers
 
     @property
     def model_input_names(self) -> list[str]:
@@ -171,7 +176,7 @@ class EVEProcessor(ProcessorMixin):
                 text += f" {answer}{STOP_TEXT}"
         return text
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         text: str | Sequence[str],
         images: Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None = None,
@@ -285,7 +290,7 @@ def assign_images(texts: Sequence[str], images: Any) -> list[list[Image.Image]]:
     return groups
 
 
-def check_resize_rule(rule: str) -> ResizeRule:
+def check_resize_rule(rule: ResizeRule) -> ResizeRule:
     """Refuse anything but the two official rules."""
     if rule not in ("train", "eval"):
         raise ValueError(f"resize_rule={rule!r} is unknown; use 'train' or 'eval'.")

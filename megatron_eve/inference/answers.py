@@ -62,8 +62,10 @@ def load_released(folder: Path, *, device: str | None = None) -> ReleasedModel:
             "`python -m checkpoints_convert megatron-to-hf`."
         )
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+    auto_processor: Any = AutoProcessor  # untyped upstream
+    auto_model: Any = AutoModelForCausalLM
+    processor = auto_processor.from_pretrained(folder, trust_remote_code=True)
+    model = auto_model.from_pretrained(folder, trust_remote_code=True, dtype="auto")
     return ReleasedModel(model=model.to(target).eval(), processor=processor)
 
 
