@@ -53,6 +53,7 @@ def _train(config: RunConfig) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     from megatron_eve.loop.run import run  # torch and megatron-core: not for a dry run
 
     try:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import xxhash
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -37,6 +38,7 @@ COUNTS = (
     "text_tokens",
     "samples",
     "quarantined",
+    "samples_checksum",
 )
 
 
@@ -157,4 +159,10 @@ def _counts(packs: Sequence[Pack]) -> dict[str, float]:
         "text_tokens": sum(pack.num_real_text for pack in packs),
         "samples": sum(len(pack.sample_ids) for pack in packs),
         "quarantined": sum(len(pack.quarantined) for pack in packs),
+        "samples_checksum": sum(_checksum(pack.sample_ids) for pack in packs),
     }
+
+
+def _checksum(sample_ids: Sequence[str]) -> int:
+    """40 bits, so that a sum over up to 8,192 packs is exact in float64."""
+    return xxhash.xxh3_64_intdigest("\0".join(sample_ids).encode()) >> 24

@@ -33,6 +33,7 @@ _ALL = (
     Metric("label_tokens", "tokens", "last", "tokens that carry a label"),
     Metric("computed_tokens", "tokens", "last", "tokens of all packs, padding included"),
     Metric("fill", "fraction", "last", "computed tokens that are not padding"),
+    Metric("samples_checksum", "1", "last", "of the ids of the step's samples, pack by pack"),
     Metric("quarantined", "samples", "sum", "samples whose labels were masked while decoding"),
     Metric("step_time_s", "s", "mean", "time of one step"),
     Metric("data_wait_s", "s", "mean", "time of one step spent waiting for data"),

@@ -48,9 +48,10 @@ def records(run_dir: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
 
-def wait_for_step(run_dir: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
         try:
             if records(run_dir)[-1]["step"] >= step:
                 return
@@ -75,7 +76,7 @@ def test_kill_and_resume_gives_the_same_bits(overrides, tmp_path):  # type: igno
     broken = with_run_dir(overrides, tmp_path / "broken")
     for step in (3, 7):  # before the first checkpoint, and between two
         process = start(broken, processes=2)
-        wait_for_step(tmp_path / "broken", step)
+        wait_for_step(process, tmp_path / "broken", step)
         subprocess.run(["pkill", "-9", "-f", f"run_dir={tmp_path / 'broken'}"], check=False)
         process.communicate(timeout=60)
     code, output = train(broken, processes=2)
@@ -91,7 +92,7 @@ def test_kill_and_resume_gives_the_same_bits(overrides, tmp_path):  # type: igno
 def test_stops_on_request_after_a_step_and_goes_on(overrides, tmp_path, how):  # type: ignore[no-untyped-def]
     run_dir = tmp_path / "run"
     process = start([*overrides, "train.steps=4000", "checkpoint.save_every_steps=1000"])
-    wait_for_step(run_dir, 2)
+    wait_for_step(process, run_dir, 2)
     if how == "STOP file":
         (run_dir / "STOP").touch()
     else:
