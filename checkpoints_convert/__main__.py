@@ -11,6 +11,7 @@ written where.
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ Command = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own deprecations
     command: Command = arguments.command
     try:
         return command(arguments)

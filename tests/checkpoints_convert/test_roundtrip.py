@@ -218,6 +218,29 @@ def test_plain_qwen_gets_a_patch_embedding_and_copies(tmp_path: Path, gloo1: Any
     assert all(torch.equal(dense[name], tensor) for name, tensor in again.items())
 
 
+def test_release_of_a_language_model_still_speaks(
+    tokenizer_folder: Path, tmp_path: Path, gloo1: Any
+) -> None:
+    """Qwen2 -> split checkpoint -> release: text logits are those of transformers' own Qwen2."""
+    config = Qwen2Config(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=False,
+        max_position_embeddings=256, bos_token_id=None, eos_token_id=None, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    language_model = Qwen2ForCausalLM(config).eval()
+    language_model.save_pretrained(tmp_path / "qwen")
+    gloo1.run(run_import, tmp_path / "qwen", tmp_path / "megatron", split=ALL)
+    assert gloo1.run(run_export, tmp_path / "megatron", tmp_path / "eve", tokenizer_folder, 64) == [
+        ""
+    ]
+    eve = AutoModelForCausalLM.from_pretrained(tmp_path / "eve", trust_remote_code=True)
+    ids = torch.randint(0, 320, (2, 17))
+    with torch.no_grad():
+        found, expected = eve(ids).logits, language_model(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_dtype_and_vocabulary_on_request(
     full_release: FullRelease, tmp_path: Path, gloo1: Any
 ) -> None:
