@@ -47,6 +47,7 @@ class Job:
     num_tasks: int
     max_restarts: int
     max_no_progress: int
+    stop_grace_s: float
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "Job":
@@ -60,6 +61,7 @@ class Job:
                 num_tasks=int(env["SLURM_NTASKS"]),
                 max_restarts=int(env.get("EVE_MAX_RESTARTS", "50")),
                 max_no_progress=int(env.get("EVE_MAX_NO_PROGRESS", "3")),
+                stop_grace_s=float(env.get("EVE_STOP_GRACE_S", "480")),
             )
         except KeyError as error:
             log.error("found no %s in the environment; start this through sbatch", error)
@@ -166,17 +168,22 @@ def rendezvous(job: Job, hosts: Sequence[str]) -> dict[str, str]:
 class Ranks:
     """The running `srun`, and the signals that reach this process while it runs."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
+    def __init__(self, job: Job, folder: RunFolder) -> None:
+        self._job, self._folder = job, folder
         self._process: subprocess.Popen[bytes] | None = None
-        self.stopping = False
+        self._asked_at: float | None = None
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._on_signal)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the ranks were asked to stop."""
+        return self._asked_at is not None
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         """STOP file and signal: the file also reaches ranks that are still starting."""
         log.info("got %s: the ranks save and stop", signal.Signals(number).name)
-        self.stopping = True
+        self._asked_at = self._asked_at or time.monotonic()
         self._folder.write_stop()
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGUSR2)
@@ -186,7 +193,25 @@ class Ranks:
         if self.stopping:
             return 0
         self._process = subprocess.Popen(command, env=dict(env))
-        return self._process.wait()
+        while True:
+            try:
+                return self._process.wait(timeout=1)
+            except subprocess.TimeoutExpired:
+                self._kill_hanging()
+
+    def _kill_hanging(self) -> None:
+        """Ranks that do not stop when asked (a collective that hangs) must not take the job to its time limit, where
+        nobody is left to requeue it."""
+        if self._asked_at is None or time.monotonic() - self._asked_at < self._job.stop_grace_s:
+            return
+        log.error(
+            "the ranks did not stop within EVE_STOP_GRACE_S=%g: killing them",
+            self._job.stop_grace_s,
+        )
+        subprocess.run(
+            ["scancel", "--signal=KILL", self._job.job_id]
+        )  # steps only, not this script
+        self._asked_at = time.monotonic()
 
     def ignore_signals(self) -> None:
         """From here on only Slurm's SIGKILL ends this process."""
@@ -263,7 +288,7 @@ def run(job: Job, *, folder: RunFolder, command: Sequence[str]) -> int:
     if "RANK_LOGS" in os.environ:
         Path(os.environ["RANK_LOGS"]).mkdir(parents=True, exist_ok=True)
     folder.clear_own_stop()
-    ranks = Ranks(folder)
+    ranks = Ranks(job, folder)
     hosts = host_names(job.node_list)
     bad = preflight.check_nodes(hosts, run_dir=folder.path)
     folder.record_start(job)

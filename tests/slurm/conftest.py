@@ -133,6 +133,10 @@ case "$1 $2" in
     update*) kill -KILL $PPID ;;
 esac
 """
+STUB_SCANCEL = """#!/bin/bash
+echo "scancel $*" >> "$STUB_LOG"
+xargs kill -KILL < "$RUN_DIR/pids"
+"""
 STUB_SBATCH = """#!/bin/bash
 echo "RECIPE=$RECIPE RUN_DIR=$RUN_DIR sbatch $*" >> "$STUB_LOG"
 [ "$(wc -l < "$STUB_LOG")" != "${STUB_REFUSE_AT:-}" ] || { echo "sbatch: error: invalid account" >&2; exit 1; }
@@ -171,7 +175,12 @@ def stub_slurm(tmp_path: Path) -> StubSlurm:
     """Stubs of Slurm's commands on PATH and the variables of a job of one node with two tasks."""
     stubs = tmp_path / "bin"
     stubs.mkdir()
-    for name, text in (("srun", STUB_SRUN), ("scontrol", STUB_SCONTROL), ("sbatch", STUB_SBATCH)):
+    for name, text in (
+        ("srun", STUB_SRUN),
+        ("scontrol", STUB_SCONTROL),
+        ("sbatch", STUB_SBATCH),
+        ("scancel", STUB_SCANCEL),
+    ):
         (stubs / name).write_text(text)
         (stubs / name).chmod(0o755)
     log, run_dir = tmp_path / "calls.log", tmp_path / "run"

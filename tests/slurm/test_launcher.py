@@ -72,6 +72,24 @@ def test_signal_saves_and_requeues_then_resumes(
     assert [json.loads(line)["step"] for line in starts] == [0, stopped_at]
 
 
+def test_hanging_ranks_are_killed_and_requeued(stub_slurm: StubSlurm, tmp_path: Path) -> None:
+    """Ranks that ignore the signal and the STOP file, as in a collective that hangs."""
+    hanging = tmp_path / "hanging.sh"
+    hanging.write_text(
+        '#!/bin/bash\ntrap "" USR2 TERM\n'
+        'echo $$ >> "$RUN_DIR/pids"; echo 7 > "$RUN_DIR/latest_step"; exec sleep 100\n'
+    )
+    hanging.chmod(0o755)
+    process = stub_slurm.sbatch_file(TRAIN_CMD=str(hanging), EVE_STOP_GRACE_S="1")
+    wait_until("both ranks run", lambda: (stub_slurm.run_dir / "pids").exists())
+    process.send_signal(signal.SIGUSR2)
+    text = output(process)
+    assert "did not stop within EVE_STOP_GRACE_S=1: killing them" in text
+    assert "scancel --signal=KILL 4711" in stub_slurm.calls
+    assert process.returncode == KILLED_BY_SLURM, text
+    assert requeued(stub_slurm)
+
+
 def test_exit_code_0_without_done_is_not_success(stub_slurm: StubSlurm) -> None:
     process = stub_slurm.sbatch_file(TRAIN_CMD="true")
     text = output(process)
@@ -188,6 +206,7 @@ def make_job(job_id: str) -> Job:
         num_tasks=8,
         max_restarts=1,
         max_no_progress=1,
+        stop_grace_s=1,
     )
 
 

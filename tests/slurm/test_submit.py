@@ -99,7 +99,7 @@ def test_job_of_a_foreign_module_is_refused() -> None:
 
 @pytest.mark.timeout(120)
 def test_local_job_runs_and_hands_back_the_exit_code(tmp_path: Path) -> None:
-    good = run("slurm.jobs", "--local", "--logs", str(tmp_path), "--", "data_prep", "--help")
+    good = run("slurm.jobs", "--local", "--logs", str(tmp_path), "--", "tools.plot", "--help")
     assert good.returncode == 0, good.stderr
     assert "ended with 0" in good.stdout.splitlines()[-1]
     bad = run(
