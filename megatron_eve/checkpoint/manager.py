@@ -30,6 +30,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_eve.checkpoint.weights import (
+    LOAD_ERRORS,
     check_folder,
     chunk_key,
     finish_folder,
@@ -154,7 +155,7 @@ class CheckpointManager:
             loaded = dist_checkpointing.load(
                 wanted, str(path), strict=StrictHandling.ASSUME_OK_UNEXPECTED
             )
-        except Exception as error:  # a dozen unrelated types
+        except LOAD_ERRORS as error:
             raise CheckpointError(
                 f"cannot resume from {path}: {error}. At a change of stage or model start a new run directory with "
                 "checkpoint.load_weights_from instead"

@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_eve.errors import CheckpointError
 from megatron_eve.model.eve_model import EveModel
+
+LOAD_ERRORS = (Exception, CheckpointException)
+"""What a load of tensors that do not fit raises: a dozen unrelated types, and torch's one, which is no Exception."""
 
 COMPLETE = "complete.json"
 CONFIG = "config.txt"
@@ -174,7 +178,7 @@ def load_chunks(chunks: Sequence[EveModel], loaded: Mapping[str, Any]) -> None:
 def _load(part: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(part, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
-    except Exception as error:  # megatron-core raises a dozen unrelated types for a mis-shaped tensor
+    except LOAD_ERRORS as error:
         raise CheckpointError(f"cannot load {folder} into this model: {error}") from error
 
 
