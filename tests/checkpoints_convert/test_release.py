@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -282,6 +283,20 @@ def test_release_stands_alone(full_release: FullRelease, tmp_path: Path) -> None
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert {path.name for path in full_release[0].glob("*.py")} == set(CODE_FILES)
+
+
+def test_code_of_the_model_card_runs(full_release: FullRelease, tmp_path: Path) -> None:
+    folder = tmp_path / "eve"
+    shutil.copytree(full_release[0], folder)
+    picture(9, 9).save(folder / "image.jpg")
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder, env=os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 def test_release_is_refused(
