@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text for training a tokenizer: the lines of a text file, or all turns of EVE/LLaVA conversations without their image
-marks."""
+"""Text for training a tokenizer: the lines of a text file, or EVE/LLaVA conversations as the qwen2 template writes them,
+without their image marks. The template's own words are in every training sample and deserve tokens of their own."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.readers import iterate_entries
-from megatron_eve.data.conversation import IMAGE_MARK
+from megatron_eve.data.conversation import IMAGE_MARK, SYSTEM_TEXT
 from megatron_eve.errors import ConfigError, DataError
 
 
@@ -24,5 +24,12 @@ def read_texts(path: Path) -> Iterator[str]:
             raise DataError(
                 f"{path}: entry {entry.index} has no `conversations`; expected a sample."
             )
-        for turn in turns:
-            yield str(turn["value"]).replace(IMAGE_MARK, "")
+        yield _rendered([str(turn["value"]).replace(IMAGE_MARK, "") for turn in turns])
+
+
+def _rendered(texts: list[str]) -> str:
+    """Questions and answers in turn, as in training but for the stop mark, which is no text."""
+    words = [SYSTEM_TEXT]
+    for number, text in enumerate(texts):
+        words += ["USER:" if number % 2 == 0 else "ASSISTANT:", text]
+    return " ".join(words)

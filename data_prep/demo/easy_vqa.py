@@ -3,7 +3,7 @@
 
     OUT/images/{train,test}/ID.png   the package's files, unchanged
     OUT/captions_{train,test}.json   stages 1 and 2.1: image -> one sentence
-    OUT/questions_train.json         stages 2.2 and 3: one conversation per image with all its questions
+    OUT/questions_train.json         stages 2.2 and 3: the questions of an image in conversations of up to three
     OUT/questions_test.json          evaluation: one record per question: id, image, question, answer, type
     OUT/text.json                    first training of a tiny language model: the same language, without images
     OUT/about.json                   counts and origin
@@ -38,6 +38,7 @@ from data_prep.output import new_folder, write_json
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
+QUESTIONS_PER_CONVERSATION = 3
 TEXT_ROUNDS = 4
 """How often text.json goes through all facts and context sentences."""
 
@@ -73,12 +74,13 @@ def write_easy_vqa(out: Path, *, overwrite: bool) -> dict[str, int]:
             counts[f"captions_{split}"] = len(captions)
             counts[f"images_without_caption_{split}"] = len(images[split]) - len(captions)
             counts[f"questions_{split}"] = sum(len(image.questions) for image in images[split])
-        conversations = [conversation_record(image) for image in images["train"]]
+        conversations = [record for image in images["train"] for record in conversation_records(image)]
         write_json(folder / "questions_train.json", conversations)
         tests = [record for image in images["test"] for record in question_records(image)]
         write_json(folder / "questions_test.json", tests)
         texts = text_records()
         write_json(folder / "text.json", texts)
+        counts["conversations_train"] = len(conversations)
         counts["text_conversations"] = len(texts)
         about = {"package": "easy-vqa 1.0", "license": "MIT", "counts": counts}
         write_json(folder / "about.json", about)
@@ -112,13 +114,19 @@ def caption_records(image: EasyVqaImage) -> list[dict[str, object]]:
     return [{"id": image.id, "image": image.relative_path, "conversations": turns}]
 
 
-def conversation_record(image: EasyVqaImage) -> dict[str, object]:
-    """All questions of an image as one conversation."""
+def conversation_records(image: EasyVqaImage) -> list[dict[str, object]]:
+    """The questions of an image, each once, in conversations of a few turns: in long ones most answers follow from
+    earlier turns, and the image teaches little."""
     questions = list(image.questions)
     random.Random(f"questions {image.id}").shuffle(questions)
     pairs = [(question.text, question.answer) for question in questions]
-    pairs[0] = (f"<image>\n{pairs[0][0]}", pairs[0][1])
-    return {"id": image.id, "image": image.relative_path, "conversations": _turns(pairs)}
+    records: list[dict[str, object]] = []
+    for start in range(0, len(pairs), QUESTIONS_PER_CONVERSATION):
+        few = pairs[start : start + QUESTIONS_PER_CONVERSATION]
+        few[0] = (f"<image>\n{few[0][0]}", few[0][1])
+        name = f"{image.id}-{start // QUESTIONS_PER_CONVERSATION}"
+        records.append({"id": name, "image": image.relative_path, "conversations": _turns(few)})
+    return records
 
 
 def question_records(image: EasyVqaImage) -> list[dict[str, object]]:

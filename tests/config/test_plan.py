@@ -55,7 +55,7 @@ def test_plan_of_packs_random_weights_and_two_learning_rates() -> None:
         num_samples=None,
     )
     assert plan["weights"] == "random"
-    assert plan["batch"] == "8 packs a step = 1 data-parallel ranks x 8; 4,096 tokens = 8 x 512"
+    assert plan["batch"] == "8 packs a step = 1 data-parallel ranks x 8; 8,192 tokens = 8 x 1,024"
     assert "(patch embedding 0.0001)" in plan["schedule"]
     assert "clipping at norm 1" in plan["schedule"]
     assert plan["vocabulary"] == "512 = 511 + 1 padding rows"

@@ -53,7 +53,8 @@ def test_easy_vqa_has_the_official_counts(easy_vqa: Path) -> None:
     assert len(list((easy_vqa / "images/train").iterdir())) == 4_000
     assert len(list((easy_vqa / "images/test").iterdir())) == 1_000
     conversations = _read(easy_vqa / "questions_train.json")
-    assert len(conversations) == 4_000
+    assert len({record["image"] for record in conversations}) == 4_000
+    assert max(len(record["conversations"]) for record in conversations) == 2 * 3
     turns = sum(len(record["conversations"]) for record in conversations)
     assert turns == 2 * 38_575
     questions = _read(easy_vqa / "questions_test.json")
@@ -67,16 +68,16 @@ def test_easy_vqa_has_the_official_counts(easy_vqa: Path) -> None:
 
 
 def test_questions_are_the_packages_own(easy_vqa: Path) -> None:
-    records = {record["id"]: record for record in _read(easy_vqa / "questions_train.json")}
+    pairs = collections.defaultdict(list)
+    for record in _read(easy_vqa / "questions_train.json"):
+        turns = [turn["value"] for turn in record["conversations"]]
+        assert turns[0].startswith("<image>\n")
+        turns[0] = turns[0].removeprefix("<image>\n")
+        pairs[record["image"]] += zip(turns[::2], turns[1::2], strict=True)
     for image in read_split("train")[:200]:
-        turns = records[image.id]["conversations"]
-        assert turns[0]["value"].startswith("<image>\n")
-        pairs = [
-            (turns[i]["value"].removeprefix("<image>\n"), turns[i + 1]["value"])
-            for i in range(0, len(turns), 2)
-        ]
-        assert sorted(pairs) == sorted((q.text, q.answer) for q in image.questions)
-        assert (easy_vqa / records[image.id]["image"]).read_bytes() == image.path.read_bytes()
+        name = image.relative_path
+        assert sorted(pairs[name]) == sorted((q.text, q.answer) for q in image.questions)
+        assert (easy_vqa / name).read_bytes() == image.path.read_bytes()
 
 
 def test_captions_tell_the_colour_that_the_pixels_have(easy_vqa: Path) -> None:

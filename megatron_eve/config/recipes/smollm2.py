@@ -2,8 +2,9 @@
 """The curriculum on a real pretrained LLM that a laptop can hold: SmolLM2-135M-Instruct (Apache-2.0).
 
 It needs no text stage: stage 1 starts from the converted weights. Two processes with data parallelism 2 and the
-distributed optimizer (its 9 heads do not divide by 2), fp32, packs of 1,024 tokens. Learning rates lie between the
-paper's, made for 7B, and those of a model trained from scratch."""
+distributed optimizer (its 9 heads do not divide by 2), fp32, one pack of 512 tokens each a step:
+about 250 steps in all. Learning rates lie between the paper's, made for 7B, and those of a model trained from
+scratch."""
 
 from megatron_eve.config.recipes.shapes import smollm2_135m
 from megatron_eve.config.schema import (
@@ -30,7 +31,7 @@ def smollm2_stage1() -> RunConfig:
         split=VARIANTS["eve-v1.0"],
         stage=StageConfig(name="1", trainable=("patch_embedding",)),
         data=_data(shards="captions", template="plain"),
-        steps=200,
+        steps=30,
         learning_rate=1e-3,
         weights="data/demo/weights/smollm2-135m-instruct",
     )
@@ -43,7 +44,7 @@ def smollm2_stage2_1() -> RunConfig:
         split=VARIANTS["eve-v2.0"],
         stage=StageConfig(name="2.1", trainable=("patch_embedding", "vision")),
         data=_data(shards="captions", template="plain"),
-        steps=300,
+        steps=60,
         learning_rate=3e-4,
         weights="runs/smollm2_stage1",
         copy_text_to_vision=True,
@@ -57,7 +58,7 @@ def smollm2_stage2_2() -> RunConfig:
         split=VARIANTS["eve-v2.0"],
         stage=StageConfig(name="2.2", trainable=("patch_embedding", "vision", "text")),
         data=_data(shards="questions", template="qwen2"),
-        steps=300,
+        steps=120,
         learning_rate=2e-4,
         weights="runs/smollm2_stage2_1",
     )
@@ -70,7 +71,7 @@ def smollm2_stage3() -> RunConfig:
         split=VARIANTS["eve-v2.0"],
         stage=StageConfig(name="3", trainable=("patch_embedding", "vision", "text")),
         data=_data(shards="questions", template="qwen2"),
-        steps=200,
+        steps=40,
         learning_rate=1e-4,
         weights="runs/smollm2_stage2_2",
     )
@@ -84,7 +85,7 @@ def _data(*, shards: str, template: TemplateName) -> DataConfig:
         image_edge=256,
         max_aspect_ratio=4.0,
         max_text_tokens=256,
-        pack_tokens=1024,
+        pack_tokens=512,
         align=16,
         open_bins=16,
         shuffle_block_size=4096,
@@ -123,7 +124,7 @@ def _run(
             overlap_grad_reduce=True,
             overlap_param_gather=True,
         ),
-        batch=BatchConfig(unit="samples", size=64),
+        batch=BatchConfig(unit="packs", size=2),
         optim=OptimConfig(
             peak_lr=learning_rate,
             patch_embedding_lr=learning_rate,
@@ -149,10 +150,10 @@ def _run(
         checkpoint=CheckpointConfig(
             load_weights_from=weights,
             copy_text_to_vision=copy_text_to_vision,
-            save_every_steps=100,
+            save_every_steps=20,
             keep_last=2,
         ),
         logging=LoggingConfig(
-            every_steps=10, tensorboard=False, wandb=False, wandb_project="megatron-eve"
+            every_steps=5, tensorboard=False, wandb=False, wandb_project="megatron-eve"
         ),
     )
