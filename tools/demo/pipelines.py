@@ -23,6 +23,7 @@ from tools.demo.steps import Step
 
 PHOTO_SHARE = 0.02  # of the caption stages' samples: 23 photographs beside 4,000 drawings
 TRAIN_LOG = "train.log"
+ONE_THREAD = (("OMP_NUM_THREADS", "1"),)  # a tiny model's matrices are too small to share
 SET_BY_DEMO = ("run_dir", "data.sources", "data.tokenizer", "checkpoint.load_weights_from")
 
 
@@ -84,7 +85,7 @@ def eve_tiny(options: DemoOptions) -> Demo:
         train_tokenizer,
         paths.shards_step(with_text=True),
         *(_train_step(stage, options) for stage in stages),
-        *paths.closing_steps(stages, tokenizer=tokenizer, batch_size=256),
+        *paths.closing_steps(stages, tokenizer=tokenizer, batch_size=256, evaluate_env=ONE_THREAD),
     )
     return Demo(steps=steps, stages=stages, reports=("results.md",))
 
@@ -134,12 +135,14 @@ class _Paths:
         self.captions = ((shards / "captions", 1 - PHOTO_SHARE), (shards / "photos", PHOTO_SHARE))
         self.questions = ((shards / "questions", 1.0),)
 
-    def step(self, name: str, *calls: Sequence[object]) -> Step:
+    def step(
+        self, name: str, *calls: Sequence[object], env: tuple[tuple[str, str], ...] = ()
+    ) -> Step:
         """A step of `python -m` calls that share a log."""
         log = self.out / "logs" / f"{name}.log"
+        arguments = [("-m", *map(str, call)) for call in calls]
         return Step(
-            name=name,
-            commands=tuple(Command(arguments=("-m", *map(str, c)), log=log) for c in calls),
+            name=name, commands=tuple(Command(arguments=a, log=log, env=env) for a in arguments)
         )
 
     def data_steps(self) -> list[Step]:
@@ -208,18 +211,20 @@ class _Paths:
         *,
         tokenizer: Path,
         batch_size: int,
+        evaluate_env: tuple[tuple[str, str], ...] = (),
         text_step: Step | None = None,
     ) -> list[Step]:
         """Release, evaluation, things to look at."""
         number = self.options.test_images
         evaluate: list[object] = ["tools.demo.evaluate", self.out / "hf", self.easy_vqa, self.out,
                                   "--batch-size", batch_size]  # fmt: skip
+        evaluate += [] if number is None else ["--images", number]
         runs = [stage.run_dir for stage in stages]
         curves = self.out / "curves.png"
         return [
             self.step("release", _release(runs[-1], self.out / "hf", tokenizer=tokenizer)),
             *([text_step] if text_step is not None else []),
-            self.step("evaluate", evaluate + ([] if number is None else ["--images", number])),
+            self.step("evaluate", evaluate, env=evaluate_env),
             self.step("samples", ["tools.demo.samples", self.out, self.easy_vqa]),
             self.step("curves", ["tools.plot", *runs, "--out", curves, "--overwrite"]),
         ]
@@ -279,7 +284,7 @@ def _train_step(stage: Stage, options: DemoOptions) -> Step:
         arguments=(*launcher, *processes, "-m", "megatron_eve.train", config.recipe, *overrides,
                    *options.overrides),
         log=stage.run_dir / TRAIN_LOG,
-        env=(("OMP_NUM_THREADS", "1"),),
+        env=ONE_THREAD,
         stop_signal=signal.SIGTERM,  # the trainer saves and ends
     )  # fmt: skip
     return Step(name=stage.name, commands=(command,), proof=stage.run_dir / DONE_FILE)

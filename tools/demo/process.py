@@ -28,6 +28,7 @@ STOP_TIMEOUT_S = 90.0
 LAST_LINES = 15
 _READ_BYTES = 1 << 16
 _PR_SET_PDEATHSIG = 1
+_ERROR = re.compile(r"^(rank \d+: )?([\w.]*(Error|Exception)|error): ")
 _LAUNCHER_NOISE = re.compile(r"^[EWI]\d{4} .*torch/distributed/elastic")
 
 
@@ -78,16 +79,16 @@ def run_command(command: Command, *, held: IO[Any] | None = None) -> None:
         raise CommandFailed(_failure(command, code=child.returncode, start=start))
 
 
-def last_lines(log: Path, *, start: int) -> list[str]:
-    """The last lines that a program wrote behind byte `start`, without progress bars' repetitions and without what
-    torchrun adds when a worker has failed."""
+def output_lines(log: Path, *, start: int) -> list[str]:
+    """What a program wrote behind byte `start`, without progress bars' repetitions, empty lines and what torchrun adds
+    when a worker has failed."""
     with log.open("rb") as file:
         file.seek(start)
         text = file.read().decode(errors="replace")
     lines = [line.split("\r")[-1].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
     lines = [line for line in lines if line]
     noise = next((n for n, line in enumerate(lines) if _LAUNCHER_NOISE.match(line)), len(lines))
-    return lines[: noise or len(lines)][-LAST_LINES:]
+    return lines[: noise + 1]
 
 
 @contextmanager
@@ -151,5 +152,8 @@ def _signal_when_parent_dies(number: signal.Signals) -> Callable[[], object]:
 
 def _failure(command: Command, *, code: int, start: int) -> str:
     how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
-    lines = "".join(f"\n    {line}" for line in last_lines(command.log, start=start))
-    return f"{how} of: {command.text}\n  log: {command.log}, which ends with:{lines}"
+    lines = output_lines(command.log, start=start)
+    errors = [line for line in lines if _ERROR.match(line)]
+    first = f"\n  first error: {errors[0]}" if errors else ""
+    last = "".join(f"\n    {line}" for line in lines[-LAST_LINES:])
+    return f"{how} of: {command.text}{first}\n  log: {command.log}, which ends with:{last}"
