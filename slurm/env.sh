@@ -37,7 +37,7 @@ export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # order o
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}" # packs' image counts differ: less fragmentation
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"             # name what failed, no more
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}" # a broken collective ends the rank, not hangs it
-export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}" # flight recorder: last collectives of each rank
+export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}" # flight recorder: last collectives of each rank
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}" # ... written out when one times out
 export NVTE_FLASH_ATTN="${NVTE_FLASH_ATTN:-1}"      # packed attention on A100 exists in flash-attn only
 

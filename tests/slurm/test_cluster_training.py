@@ -15,7 +15,7 @@ from tests.slurm.conftest import REPO, Cluster, saved_step, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
-STEPS = 24
+STEPS = 16
 COLOURS = ("red", "green", "blue")
 
 
