@@ -79,7 +79,7 @@ def test_the_whole_path(
     """Everything that `make demo` does, two steps a stage and few images: it runs, and says that the model is blind."""
     monkeypatch.chdir(REPO)
     out = tmp_path / "demo"
-    overrides = ["train.steps=2", "batch.size=4", "logging.every_steps=1"]
+    overrides = ["train.steps=2", "batch.size=1", "data.pack_tokens=512", "logging.every_steps=1"]
     command = ["eve-tiny", "--out", str(out), "--train-images", "40", "--test-images", "8"]
     command += [word for override in overrides for word in ("--override", override)]
     assert main([*command, "--stop-after", "stage1"]) == 0

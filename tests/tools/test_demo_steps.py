@@ -128,18 +128,18 @@ def wait_for(condition: Callable[[], bool], *, timeout_s: float = 30.0) -> None:
         time.sleep(0.05)
 
 
+def interrupt_when_ready(folder: Path) -> None:
+    wait_for((folder / "ready").exists)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_interrupted_child_saves_first(tmp_path: Path) -> None:
     command = Command(
         arguments=("-c", WAITING, str(tmp_path)),
         log=tmp_path / "log",
         stop_signal=signal.SIGTERM,
     )
-
-    def interrupt() -> None:
-        wait_for((tmp_path / "ready").exists)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=interrupt)
+    thread = threading.Thread(target=interrupt_when_ready, args=(tmp_path,))
     with sigterm_interrupts():
         thread.start()
         with pytest.raises(KeyboardInterrupt):
@@ -147,6 +147,26 @@ def test_interrupted_child_saves_first(tmp_path: Path) -> None:
     thread.join()
     assert (tmp_path / "saved").read_text() == str(int(signal.SIGTERM))
     assert (tmp_path / "log").read_text() == "saved\n"
+
+
+def test_a_launchers_workers_are_asked_themselves(tmp_path: Path) -> None:
+    """torchrun that gets the signal itself ends with an error and a page of traceback."""
+    launcher = (
+        "import subprocess, sys; "
+        "sys.exit(subprocess.call([sys.executable, '-c', sys.argv[1], sys.argv[2]]) or print('well'))"
+    )
+    command = Command(
+        arguments=("-c", launcher, WAITING, str(tmp_path)),
+        log=tmp_path / "log",
+        stop_signal=signal.SIGTERM,
+    )
+    thread = threading.Thread(target=interrupt_when_ready, args=(tmp_path,))
+    with sigterm_interrupts():
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            run_command(command)
+    thread.join()
+    assert (tmp_path / "log").read_text() == "saved\nwell\n"
 
 
 def test_killed_demo_leaves_no_child_and_holds_the_folder(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         description="From raw data to a released model that answers questions about images.",
         epilog="example: python -m tools.demo eve-tiny --out runs/demo",
     )
-    parser.add_argument("demo", choices=tuple(DEMOS), help="which demonstration")
+    parser.add_argument("demo", choices=tuple(DEMOS), help="smollm2 takes about 25 GB of disk")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="run folder")
     parser.add_argument(
         "--override",

@@ -120,8 +120,7 @@ def _stop(child: "subprocess.Popen[bytes]", log: IO[bytes], *, number: signal.Si
     killer = threading.Timer(STOP_TIMEOUT_S, _kill_family, args=(child.pid,))
     killer.start()
     try:
-        if child.poll() is None:
-            child.send_signal(number)
+        _ask_to_stop(child.pid, number=number)
         _pass_on(child, log)
     except BaseException:
         _kill_family(child.pid)
@@ -129,6 +128,17 @@ def _stop(child: "subprocess.Popen[bytes]", log: IO[bytes], *, number: signal.Si
         raise
     finally:
         killer.cancel()
+
+
+def _ask_to_stop(pid: int, *, number: signal.Signals) -> None:
+    """A launcher's workers are asked themselves: they save and end well, and then so does the launcher."""
+    try:
+        child = psutil.Process(pid)
+        workers = child.children() if number == signal.SIGTERM else []
+        for process in workers or [child]:
+            process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return  # it has just ended
 
 
 def _kill_family(pid: int) -> None:
