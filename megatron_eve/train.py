@@ -6,6 +6,7 @@ stop (RUN_DIR/DONE tells which) or the dry run is printed, 1 the run failed, 2 w
 
 import argparse
 import logging
+import multiprocessing
 import os
 import sys
 import traceback
@@ -65,6 +66,8 @@ def _train(config: RunConfig) -> int:
     else:
         return 0
     sys.stderr.flush()
+    for child in multiprocessing.active_children():  # megatron-core's checkpoint manager; it would hold our pipes open
+        child.kill()
     os._exit(1)  # destructors of a wedged communicator can hang for ever
 
 

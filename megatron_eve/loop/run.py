@@ -9,6 +9,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,41 +151,46 @@ def _resume(run: Run) -> int:
 
 
 def _train(run: Run, *, stop: StopFlag) -> None:
-    config, state = run.config, run.state
     done = _resume(run)
     sinks = Sinks.open(
-        config, run_dir=run.run_dir, start_step=done, total_steps=run.steps, is_writer=state.rank == 0
+        run.config,
+        run_dir=run.run_dir,
+        start_step=done,
+        total_steps=run.steps,
+        is_writer=run.state.rank == 0,
     )
-    meter = StepMeter()
-    stopping = False
-    while done < run.steps and not stopping:
-        started = time.perf_counter()
-        packs = next_step(run.loader, state=state)
-        waited = time.perf_counter() - started
-        result = train_step(
-            run.model,
-            packs,
-            optimizer=run.training.optimizer,
-            schedule=run.training.schedule,
-            config=config,
-            state=state,
-            stop_requested=stop(),
-        )
-        done += 1
-        stopping = result.stop_requested
-        meter.add(
-            result.metrics
-            | {"step_time_s": time.perf_counter() - started, "data_wait_s": waited}
-            | _memory()
-        )
-        last = stopping or done == run.steps
-        if done % config.logging.every_steps == 0 or last:
-            steps_left = run.steps - done
-            sinks.log(done, meter.take(world_size=state.world_size, steps_left=steps_left))
-        if done % config.checkpoint.save_every_steps == 0 or last:
-            _save(run, step=done)
-            sinks.close()
+    with closing(sinks):
+        stopping = False
+        meter = StepMeter()
+        while done < run.steps and not stopping:
+            stopping = _step(run, stop=stop, meter=meter)
+            done += 1
+            last = stopping or done == run.steps
+            if done % run.config.logging.every_steps == 0 or last:
+                steps_left = run.steps - done
+                sinks.log(done, meter.take(world_size=run.state.world_size, steps_left=steps_left))
+            if done % run.config.checkpoint.save_every_steps == 0 or last:
+                _save(run, step=done)
     _finish(run, done=done)
+
+
+def _step(run: Run, *, stop: StopFlag, meter: StepMeter) -> bool:
+    """One step into the meter. Returns whether a process was asked to stop."""
+    started = time.perf_counter()
+    packs = next_step(run.loader, state=run.state)
+    waited = time.perf_counter() - started
+    result = train_step(
+        run.model,
+        packs,
+        optimizer=run.training.optimizer,
+        schedule=run.training.schedule,
+        config=run.config,
+        state=run.state,
+        stop_requested=stop(),
+    )
+    seconds = {"step_time_s": time.perf_counter() - started, "data_wait_s": waited}
+    meter.add(result.metrics | seconds | _memory())
+    return result.stop_requested
 
 
 def _memory() -> dict[str, float]:
