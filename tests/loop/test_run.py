@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer as a user starts it: real processes, real shards; kill -9 and resume, stop on request, stages, errors."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,37 +9,74 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 150
 
 
-def start(overrides: list[str], *, processes: int = 1, recipe: str = "eve_tiny_stage3") -> subprocess.Popen[str]:
+class Trainer:
+    """A started training command. Its output goes to a file: an orphan would keep a pipe open."""
+
+    def __init__(self, overrides: list[str], *, processes: int, recipe: str) -> None:
+        command = [sys.executable, "-m", "megatron_eve.train", recipe, *overrides]
+        if processes > 1:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = str(probe.getsockname()[1])
+            launcher = ["torch.distributed.run", "--nproc-per-node", str(processes)]
+            command = [sys.executable, "-m", *launcher, "--master-port", port, *command[1:]]
+        self._log = tempfile.TemporaryFile(mode="w+")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.process = psutil.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=self._log, stderr=subprocess.STDOUT
+        )
+
+    @property
+    def output(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
+
+    def wait(self) -> int:
+        try:
+            return self.process.wait(timeout=TIMEOUT_S)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """kill -9 of everything that the command started."""
+        if self.process.is_running():
+            family = [self.process, *self.process.children(recursive=True)]
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            psutil.wait_procs(family, timeout=10)
+
+    def wait_for_step(self, run_dir: Path, step: int) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.output
+            with contextlib.suppress(OSError, IndexError, json.JSONDecodeError):
+                if records(run_dir)[-1]["step"] >= step:
+                    return
+            time.sleep(0.02)
+        raise AssertionError(f"step {step} was not reached:\n{self.output}")
+
+
+def start(overrides: list[str], *, processes: int = 1, recipe: str = "eve_tiny_stage3") -> Trainer:
     """The training command of the README."""
-    command = [sys.executable, "-m", "megatron_eve.train", recipe, *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        launcher = ["torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port]
-        command = [sys.executable, "-m", *launcher, *command[1:]]
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    return Trainer(overrides, processes=processes, recipe=recipe)
 
 
 def train(overrides: list[str], **options) -> tuple[int, str]:  # type: ignore[no-untyped-def]
-    process = start(overrides, **options)
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    finally:
-        process.kill()
-    return process.returncode, output
+    trainer = start(overrides, **options)
+    code = trainer.wait()
+    return code, trainer.output
 
 
 def records(run_dir: Path) -> list[dict[str, float]]:
@@ -46,19 +84,6 @@ def records(run_dir: Path) -> list[dict[str, float]]:
     clock = ("time", "step_time_s", "data_wait_s", "tokens_per_s_per_gpu", "data_wait_fraction", "eta_s")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
-
-
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[0]
-        try:
-            if records(run_dir)[-1]["step"] >= step:
-                return
-        except (OSError, IndexError, json.JSONDecodeError):
-            pass
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached")
 
 
 def with_run_dir(overrides: list[str], run_dir: Path) -> list[str]:
@@ -75,10 +100,9 @@ def test_kill_and_resume_gives_the_same_bits(overrides, tmp_path):  # type: igno
     assert code == 0, output
     broken = with_run_dir(overrides, tmp_path / "broken")
     for step in (3, 7):  # before the first checkpoint, and between two
-        process = start(broken, processes=2)
-        wait_for_step(process, tmp_path / "broken", step)
-        subprocess.run(["pkill", "-9", "-f", f"run_dir={tmp_path / 'broken'}"], check=False)
-        process.communicate(timeout=60)
+        trainer = start(broken, processes=2)
+        trainer.wait_for_step(tmp_path / "broken", step)
+        trainer.kill()
     code, output = train(broken, processes=2)
     assert code == 0, output
     assert "resumed from" in output
@@ -91,15 +115,14 @@ def test_kill_and_resume_gives_the_same_bits(overrides, tmp_path):  # type: igno
 @pytest.mark.parametrize("how", ["SIGUSR2", "SIGTERM", "STOP file"])
 def test_stops_on_request_after_a_step_and_goes_on(overrides, tmp_path, how):  # type: ignore[no-untyped-def]
     run_dir = tmp_path / "run"
-    process = start([*overrides, "train.steps=4000", "checkpoint.save_every_steps=1000"])
-    wait_for_step(process, run_dir, 2)
+    trainer = start([*overrides, "train.steps=4000", "checkpoint.save_every_steps=1000"])
+    trainer.wait_for_step(run_dir, 2)
     if how == "STOP file":
         (run_dir / "STOP").touch()
     else:
-        process.send_signal(getattr(signal, how))
-    output, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 0, output
-    assert "stopped on request" in output
+        trainer.process.send_signal(getattr(signal, how))
+    assert trainer.wait() == 0, trainer.output
+    assert "stopped on request" in trainer.output
     assert not (run_dir / "DONE").exists()
     step = int((run_dir / "latest_step").read_text())
     assert records(run_dir)[-1]["step"] == step
