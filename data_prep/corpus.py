@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text for training a tokenizer: the lines of a text file, or EVE/LLaVA conversations as the qwen2 template writes them,
-without their image marks. The template's own words are in every training sample and deserve tokens of their own."""
+"""Text for training a tokenizer: the lines of a text file, or EVE/LLaVA conversations as the qwen2 template writes
+them, without their image marks. The template's own words are in every training sample and deserve tokens."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -88,7 +88,9 @@ def _import_megatron_without_compile() -> None:
     real_compile = torch.compile
     torch.compile = lambda fn=None, **_: fn if fn is not None else (lambda f: f)  # type: ignore[assignment]
     try:
-        with warnings.catch_warnings():  # that Apex and Transformer Engine are missing is no news on a CPU
+        with (
+            warnings.catch_warnings()
+        ):  # that Apex and Transformer Engine are missing is no news on a CPU
             warnings.simplefilter("ignore")
             import megatron.core.models.gpt  # noqa: F401  (evaluates every decorator now)
             from megatron.core.tensor_parallel import random as tp_random
@@ -129,7 +131,7 @@ class _InOrder(torch.cuda.Stream):
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait_stream(self, stream: Any) -> None: ...
     def wait_event(self, event: Any) -> None: ...
-    def record_event(self, event: Any = None) -> None: ...
+    def record_event(self, event: Any = None) -> None: ...  # type: ignore[override]
     def synchronize(self) -> None: ...
 
 

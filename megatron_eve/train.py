@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def configure(recipe: str, *, overrides: Sequence[str]) -> RunConfig:
     """Recipe, overrides, checks. Raises: ConfigError."""
     if recipe not in RECIPES:
-        raise ConfigError(f"there is no recipe {recipe!r}; choose one of {', '.join(sorted(RECIPES))}")
+        raise ConfigError(
+            f"there is no recipe {recipe!r}; choose one of {', '.join(sorted(RECIPES))}"
+        )
     return resolve(apply_overrides(RECIPES[recipe](), overrides))
 
 
@@ -66,7 +68,9 @@ def _train(config: RunConfig) -> int:
     else:
         return 0
     sys.stderr.flush()
-    for child in multiprocessing.active_children():  # megatron-core's checkpoint manager; it would hold our pipes open
+    for child in (
+        multiprocessing.active_children()
+    ):  # megatron-core's checkpoint manager; it would hold our pipes open
         child.kill()
     os._exit(1)  # destructors of a wedged communicator can hang for ever
 
@@ -79,7 +83,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="name of a recipe: " + ", ".join(sorted(RECIPES)))
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="changes to the recipe"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit")
     return parser.parse_args(argv)
 

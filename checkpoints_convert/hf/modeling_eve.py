@@ -199,7 +199,7 @@ class EVEVisionTower(nn.Module):
 class EVEQwen2PreTrainedModel(PreTrainedModel):
     """What transformers needs to know to initialise, place and save the weights."""
 
-    config_class = EVEQwen2Config
+    config_class = EVEQwen2Config  # type: ignore[assignment]
     base_model_prefix = "model"
     _no_split_modules = ["EVEDecoderLayer"]  # noqa: RUF012 (declared so upstream)
     _skip_keys_device_placement = "past_key_values"  # type: ignore[assignment]

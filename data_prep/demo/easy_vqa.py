@@ -74,7 +74,9 @@ def write_easy_vqa(out: Path, *, overwrite: bool) -> dict[str, int]:
             counts[f"captions_{split}"] = len(captions)
             counts[f"images_without_caption_{split}"] = len(images[split]) - len(captions)
             counts[f"questions_{split}"] = sum(len(image.questions) for image in images[split])
-        conversations = [record for image in images["train"] for record in conversation_records(image)]
+        conversations = [
+            record for image in images["train"] for record in conversation_records(image)
+        ]
         write_json(folder / "questions_train.json", conversations)
         tests = [record for image in images["test"] for record in question_records(image)]
         write_json(folder / "questions_test.json", tests)

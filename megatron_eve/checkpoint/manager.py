@@ -75,7 +75,12 @@ class CheckpointManager:
         self._is_main = torch.distributed.get_rank() == 0
 
     def save(
-        self, training: TrainingState, *, step: int, data: Mapping[str, Any], facts: Mapping[str, Any]
+        self,
+        training: TrainingState,
+        *,
+        step: int,
+        data: Mapping[str, Any],
+        facts: Mapping[str, Any],
     ) -> Path:
         """Write the state after `step` steps and publish it. `data` must be the same on every data leader.
 
@@ -96,7 +101,9 @@ class CheckpointManager:
             },
             str(temporary),
         )
-        finish_folder(temporary, config_text=self._config_text, facts={"kind": "training", "step": step})
+        finish_folder(
+            temporary, config_text=self._config_text, facts={"kind": "training", "step": step}
+        )
         if self._is_main:
             self._publish(temporary, final, step=step)
         torch.distributed.barrier()
@@ -147,7 +154,9 @@ class CheckpointManager:
         """Restore everything from `path`. Raises: CheckpointError if it does not fit this model and optimizer."""
         check_folder(path)
         wanted = self._sharded(training, is_loading=True)
-        same_layout = dist_checkpointing.load_common_state_dict(str(path))["world"] == _world(training)
+        same_layout = dist_checkpointing.load_common_state_dict(str(path))["world"] == _world(
+            training
+        )
         if not same_layout:
             _LOG.warning("%s was written by another layout: random generators start anew", path)
             del wanted["random"]
@@ -172,7 +181,9 @@ class CheckpointManager:
         weights = sharded_weights(chunks)
         keys = [chunk_key(index, len(chunks)) for index in range(len(chunks))]
         optimizer = training.optimizer.sharded_state_dict(
-            {key: weights[key] for key in keys}, is_loading=is_loading, metadata=sharding_metadata(chunks)
+            {key: weights[key] for key in keys},
+            is_loading=is_loading,
+            metadata=sharding_metadata(chunks),
         )
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         generators = ShardedObject("random", _random_state(), (world_size,), (rank,), replica_id=0)

@@ -41,7 +41,9 @@ def sharded_weights(chunks: Sequence[EveModel]) -> dict[str, Any]:
     """One sharded state dict per model chunk, under the keys `model` or `model0`, `model1`, ..."""
     metadata = sharding_metadata(chunks)
     return {
-        chunk_key(index, len(chunks)): _without_extra_state(chunk.sharded_state_dict(metadata=metadata))
+        chunk_key(index, len(chunks)): _without_extra_state(
+            chunk.sharded_state_dict(metadata=metadata)
+        )
         for index, chunk in enumerate(chunks)
     }
 
@@ -68,7 +70,7 @@ def save_weights(chunks: Sequence[EveModel], folder: str | Path, *, config_text:
 
 def prepare_folder(folder: Path) -> None:
     """Create an empty folder on rank 0 and let every rank know whether that worked. Collective."""
-    problem = [None]
+    problem: list[str | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +121,9 @@ def check_folder(folder: str | Path) -> dict[str, Any]:
         path = folder / name
         found = path.stat().st_size if path.exists() else None
         if found != size:
-            raise CheckpointError(f"{path}: found {found} bytes, {COMPLETE} says {size}; use another checkpoint")
+            raise CheckpointError(
+                f"{path}: found {found} bytes, {COMPLETE} says {size}; use another checkpoint"
+            )
     return facts
 
 
@@ -153,7 +157,10 @@ def load_weights(
         vision = _redirected(sharded, stored, branch=_VISION)
         text = _redirected(sharded, stored, branch=_TEXT)
         # The same stored tensor cannot be asked for twice in one load.
-        parts = [_select(vision, lambda name: _VISION in name), _select(text, lambda name: _VISION not in name)]
+        parts = [
+            _select(vision, lambda name: _VISION in name),
+            _select(text, lambda name: _VISION not in name),
+        ]
     else:
         parts = [sharded]
     for part in parts:
@@ -177,7 +184,9 @@ def load_chunks(chunks: Sequence[EveModel], loaded: Mapping[str, Any]) -> None:
 
 def _load(part: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(part, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+        return dist_checkpointing.load(
+            part, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED
+        )
     except LOAD_ERRORS as error:
         raise CheckpointError(f"cannot load {folder} into this model: {error}") from error
 
@@ -217,10 +226,10 @@ def _refuse_missing(part: dict[str, Any], stored: set[str], folder: str | Path) 
     wanted = {value.key for chunk in part.values() for value in chunk.values()}
     missing = sorted(wanted - stored)
     if missing:
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        shown = ", ".join(missing[:4]) + (
+            f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        )
         raise CheckpointError(
             f"{folder} lacks {shown}; for a dense checkpoint set checkpoint.copy_text_to_vision=true, "
             "otherwise model.split or the checkpoint is the wrong one"
         )
-
-

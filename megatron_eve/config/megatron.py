@@ -4,7 +4,6 @@
 Everything that Qwen2.5 fixes (RMSNorm, SwiGLU, QKV bias, no dropout) is set here, so that nothing else in the
 package needs to know megatron-core's names for it."""
 
-import warnings
 from typing import Any
 
 import torch

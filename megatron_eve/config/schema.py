@@ -84,7 +84,9 @@ class DataConfig:
     sources: tuple[ShardSource, ...]
     tokenizer: str  # folder with tokenizer.json (HF format)
     template: TemplateName
-    image_edge: int  # M of the official resize rules: the area is capped at M * M pixels (800 or 1600)
+    image_edge: (
+        int  # M of the official resize rules: the area is capped at M * M pixels (800 or 1600)
+    )
     max_aspect_ratio: float  # images beyond it are quarantined
     max_text_tokens: int  # text of a sample is cut to this many tokens, image tokens not counted
     pack_tokens: int  # T: tokens of one pack (micro-batch), a multiple of `align`
@@ -101,7 +103,9 @@ class ParallelConfig:
     """How the model and the data are spread over processes. The data-parallel size is what remains."""
 
     num_nodes: int
-    gpus_per_node: int  # processes per node; on a machine without GPU the same number of CPU processes
+    gpus_per_node: (
+        int  # processes per node; on a machine without GPU the same number of CPU processes
+    )
     tensor: int
     pipeline: int
     virtual_pipeline: int  # model chunks per pipeline stage; 1 = not interleaved
@@ -164,8 +168,12 @@ class TrainConfig:
 class CheckpointConfig:
     """What is read at start and written on the way. A run that finds its own checkpoints resumes from the newest."""
 
-    load_weights_from: str | None  # checkpoint folder of another run, stage or converter: weights only
-    copy_text_to_vision: bool  # vision weights that the loaded checkpoint lacks are copies of the text weights
+    load_weights_from: (
+        str | None
+    )  # checkpoint folder of another run, stage or converter: weights only
+    copy_text_to_vision: (
+        bool  # vision weights that the loaded checkpoint lacks are copies of the text weights
+    )
     save_every_steps: int
     keep_last: int
 

@@ -39,7 +39,11 @@ def next_step(source: PackSource | None, *, state: ParallelState) -> list[Pack]:
 
 def _with_pixels(metadata: list[Pack], packs: list[Pack], *, state: ParallelState) -> list[Pack]:
     counts = [int((pack.vision_kind == VISION_PATCH).sum()) for pack in metadata]
-    shape = [torch.tensor(packs[0].patches.shape[1:]) if packs and packs[0].patches is not None else torch.zeros(2, dtype=torch.int64)]
+    shape = [
+        torch.tensor(packs[0].patches.shape[1:])
+        if packs and packs[0].patches is not None
+        else torch.zeros(2, dtype=torch.int64)
+    ]
     pixels = _broadcast_pixels(packs, rows=sum(counts), shape=shape[0], state=state)
     return [
         dataclasses.replace(pack, patches=part)
@@ -47,7 +51,9 @@ def _with_pixels(metadata: list[Pack], packs: list[Pack], *, state: ParallelStat
     ]
 
 
-def _broadcast_pixels(packs: list[Pack], *, rows: int, shape: Tensor, state: ParallelState) -> Tensor:
+def _broadcast_pixels(
+    packs: list[Pack], *, rows: int, shape: Tensor, state: ParallelState
+) -> Tensor:
     group = state.groups.tp
     leader = torch.distributed.get_global_rank(group, 0)
     shape = shape.to(state.device)

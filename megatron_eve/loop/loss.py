@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a micro-batch contributes to the loss, in the two normalisations.
 
-With l_i the cross entropy of a label token, M_k the label tokens of micro-batch k and K the micro-batches that have any:
+With l_i the cross entropy of a label token, M_k the label tokens of micro-batch k, K the micro-batches with any:
 
     global_tokens     sum over all i of l_i  /  sum_k M_k
     microbatch_mean   sum_k (sum_{i in k} l_i / M_k)  /  K      (official: HF Trainer over EVE's forward)
@@ -39,7 +39,9 @@ def micro_batch_loss(
     else:
         total = total / max(batch.num_labels, 1)
         denominator = int(batch.num_labels > 0)
-    logged = torch.stack([total.detach().double(), torch.tensor(denominator, device=total.device).double()])
+    logged = torch.stack(
+        [total.detach().double(), torch.tensor(denominator, device=total.device).double()]
+    )
     return MicroBatchLoss(
         numerator=total,
         denominator=torch.tensor(denominator, dtype=torch.int, device=total.device),

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run from start to end, on every process: set-up, resume, the loop over steps, checkpoints.
 
-    RUN_DIR/config.txt      the resolved configuration        RUN_DIR/metrics.jsonl   one record a logged step
-    RUN_DIR/checkpoints/    see checkpoint/manager.py         RUN_DIR/quarantine.jsonl  samples that were refused
-    RUN_DIR/DONE            written when the last step is done and saved
+RUN_DIR/config.txt      the resolved configuration        RUN_DIR/metrics.jsonl   one record a logged step
+RUN_DIR/checkpoints/    see checkpoint/manager.py         RUN_DIR/quarantine.jsonl  samples that were refused
+RUN_DIR/DONE            written when the last step is done and saved
 """
 
 import logging

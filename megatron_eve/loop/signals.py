@@ -32,7 +32,9 @@ class StopFlag:
 def stop_on_signal(run_dir: Path) -> Iterator[StopFlag]:
     """Catch the stop signals for the duration of a run."""
     flag = StopFlag(run_dir)
-    previous = {number: signal.signal(number, flag._set) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    previous = {
+        number: signal.signal(number, flag._set) for number in (signal.SIGUSR2, signal.SIGTERM)
+    }
     try:
         yield flag
     finally:

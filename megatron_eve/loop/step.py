@@ -46,7 +46,9 @@ class NonFiniteLossError(EveError):
     """The loss of a step is not a number or infinite; nothing was updated."""
 
 
-def to_device(packs: Sequence[Pack], *, config: RunConfig, state: ParallelState) -> list[MicroBatch]:
+def to_device(
+    packs: Sequence[Pack], *, config: RunConfig, state: ParallelState
+) -> list[MicroBatch]:
     """This rank's part of each micro-batch."""
     parallel = config.parallel
     return [
@@ -64,13 +66,19 @@ def to_device(packs: Sequence[Pack], *, config: RunConfig, state: ParallelState)
 
 
 def forward_backward(
-    model: Sequence[DistributedDataParallel], packs: Sequence[Pack], *, config: RunConfig, state: ParallelState
+    model: Sequence[DistributedDataParallel],
+    packs: Sequence[Pack],
+    *,
+    config: RunConfig,
+    state: ParallelState,
 ) -> list[Tensor]:
-    """Accumulate the gradients of one global batch. Returns the logged [2] sums of each micro-batch on the last stage."""
+    """Accumulate the gradients of one global batch. Returns each micro-batch's logged [2] sums on the last stage."""
     batches = to_device(packs, config=config, state=state)
     for chunk in model:
         chunk.zero_grad_buffer()
-    iterators = [iter(batches) for _ in model]  # every chunk of an interleaved schedule walks the same micro-batches
+    iterators = [
+        iter(batches) for _ in model
+    ]  # every chunk of an interleaved schedule walks the same micro-batches
     run_schedule = get_forward_backward_func()
     return run_schedule(
         forward_step_func=partial(_forward_step, normalization=config.optim.loss_normalization),

@@ -27,10 +27,10 @@ def rotate_half(x: Tensor, *, cos: Tensor, sin: Tensor) -> Tensor:
 class EveSelfAttention(SelfAttention):
     """megatron-core's SelfAttention with the rows permuted to sequence order for the core attention, and back."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor, *, packed_seq_params: ModalityPackedSeqParams
     ) -> Tensor:
-        """[rows, 1, h] -> [rows, 1, h] in the residual stream's order (rows: this rank's under sequence parallelism)."""
+        """[rows, 1, h] -> [rows, 1, h], rows of this rank's residual stream and in its order."""
         routing = packed_seq_params
         mixed, _ = apply_partitioned(self.linear_qkv, hidden_states, routing.num_local_vision)
         assert routing.to_sequence is not None and routing.to_rows is not None
@@ -97,9 +97,13 @@ class VarlenSdpa(MegatronModule):
     ) -> Tensor:
         """[T, N, D], [T, K, D], [T, K, D] -> [T, N * D], all in sequence order."""
         if attention_mask is not None or attn_mask_type != AttnMaskType.padding_causal:
-            raise ValueError("VarlenSdpa computes causal attention within each sample of a pack only")
+            raise ValueError(
+                "VarlenSdpa computes causal attention within each sample of a pack only"
+            )
         lengths = packed_seq_params.sequence_lengths
-        samples = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
+        samples = zip(
+            *(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True
+        )
         out = [
             F.scaled_dot_product_attention(
                 q[None], k[None], v[None], is_causal=True, scale=self.scale, enable_gqa=True

@@ -131,12 +131,20 @@ class EveModel(LanguageModule):
         # A stage whose embeddings are frozen still needs a graph: re-entrant recomputation gives no gradient to the
         # weights of layers whose input requires none.
         hidden = torch.cat([vision, text])
-        return hidden if hidden.requires_grad or not torch.is_grad_enabled() else hidden.requires_grad_()
+        return (
+            hidden
+            if hidden.requires_grad or not torch.is_grad_enabled()
+            else hidden.requires_grad_()
+        )
 
-    def _with_rope(self, routing: ModalityPackedSeqParams, positions: Tensor) -> ModalityPackedSeqParams:
-        """A copy of the routing that carries cos and sin, [T, 1, head_dim], computed in fp32 (modeling_qwen2.py:137)."""
+    def _with_rope(
+        self, routing: ModalityPackedSeqParams, positions: Tensor
+    ) -> ModalityPackedSeqParams:
+        """The routing with cos and sin, [T, 1, head_dim], computed in fp32 (modeling_qwen2.py:137)."""
         model = self.model_config
-        exponent = torch.arange(0, model.head_dim, 2, device=positions.device).float() / model.head_dim
+        exponent = (
+            torch.arange(0, model.head_dim, 2, device=positions.device).float() / model.head_dim
+        )
         inverse_frequency = 1.0 / model.rope_theta**exponent
         angles = torch.outer(positions.float(), inverse_frequency)
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)

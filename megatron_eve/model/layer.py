@@ -17,7 +17,7 @@ from megatron_eve.model.partitioned import apply_partitioned
 class EveTransformerLayer(TransformerLayer):
     """One decoder layer on a residual stream in modality order."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -27,7 +27,9 @@ class EveTransformerLayer(TransformerLayer):
         """[rows, 1, h] -> [rows, 1, h]. TransformerBlock passes more arguments; all others must be None."""
         given = sorted(name for name, value in unused.items() if value is not None)
         if packed_seq_params is None or attention_mask is not None or given:
-            raise ValueError(f"EveTransformerLayer takes hidden_states and packed_seq_params only, not {given}")
+            raise ValueError(
+                f"EveTransformerLayer takes hidden_states and packed_seq_params only, not {given}"
+            )
         vision = packed_seq_params.num_local_vision
         x = apply_partitioned(self.input_layernorm, hidden_states, vision)
         hidden_states = hidden_states + self.self_attention(x, packed_seq_params=packed_seq_params)

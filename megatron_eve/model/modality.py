@@ -24,9 +24,13 @@ class ModalityPackedSeqParams(PackedSeqParams):
     """PackedSeqParams in `thd` format plus the modality routing. All index tensors are int64 on the model's device."""
 
     num_vision: int = 0  # V: vision rows of the whole pack
-    num_local_vision: int = 0  # vision rows of this rank's residual stream: V / tp under sequence parallelism, else V
+    num_local_vision: int = (
+        0  # vision rows of this rank's residual stream: V / tp under sequence parallelism, else V
+    )
     sequence_lengths: tuple[int, ...] = ()  # of every sample, in sequence order; their sum is T
-    to_sequence: Tensor | None = None  # [T] row of the attention projections' output that is token s of the sequence
+    to_sequence: Tensor | None = (
+        None  # [T] row of the attention projections' output that is token s of the sequence
+    )
     to_rows: Tensor | None = None  # [T] inverse of to_sequence
     rope_cos: Tensor | None = None  # [T, 1, head_dim], sequence order, in the activations' dtype
     rope_sin: Tensor | None = None  # as rope_cos
@@ -36,12 +40,12 @@ class _PermuteRows(torch.autograd.Function):
     """y[i] = x[index[i]] for a permutation; the backward is the inverse gather, not an index_add."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(inverse)
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def,override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
 

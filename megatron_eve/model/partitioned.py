@@ -28,26 +28,25 @@ class ModalityPartitioned(MegatronModule):
     `num_vision_rows` of a forward call is the number of leading rows of its input that are vision tokens: this rank's
     rows where the input is sharded over the sequence, all of the pack's where it is not."""
 
-    vision: torch.nn.Module
-    text: torch.nn.Module
-
     def __init__(self, config: Any, *, build: Callable[[], torch.nn.Module]) -> None:
         super().__init__(config)
-        for modality in MODALITIES:
-            setattr(self, modality, build())
+        self.vision = build()
+        self.text = build()
 
 
 class ModalityPartitionedLinear(ModalityPartitioned):
     """Two column- or row-parallel linears. Called like them by megatron-core's builders; `branch` is their class.
 
-    Raises: ValueError for a bias that would have to be returned to the caller (Qwen2.5 has none on row-parallel linears).
+    Raises: ValueError for a bias that would go back to the caller (Qwen2.5 has none on row-parallel linears).
     """
 
     def __init__(
         self, input_size: int, output_size: int, *, branch: type, config: Any, **kwargs: Any
     ) -> None:
         if kwargs.get("bias") and kwargs.get("skip_bias_add"):
-            raise ValueError("a modality-partitioned linear adds its bias itself; skip_bias_add must be False")
+            raise ValueError(
+                "a modality-partitioned linear adds its bias itself; skip_bias_add must be False"
+            )
         super().__init__(
             config, build=lambda: branch(input_size, output_size, config=config, **kwargs)
         )
@@ -61,8 +60,8 @@ class ModalityPartitionedLinear(ModalityPartitioned):
 
     def backward_dw(self) -> None:
         """Delayed weight gradients of both branches (a no-op for megatron-core's own linears)."""
-        self.vision.backward_dw()
-        self.text.backward_dw()
+        for branch in (self.vision, self.text):
+            branch.backward_dw()  # type: ignore[operator]
 
 
 class ModalityPartitionedNorm(ModalityPartitioned):
@@ -81,7 +80,7 @@ class ModalityPartitionedNorm(ModalityPartitioned):
 class ModalityPartitionedMLP(MLP):
     """SwiGLU whose two linears are partitioned; the segments stay apart between them and meet at width h."""
 
-    def forward(self, x: Tensor, num_vision_rows: int) -> tuple[Tensor, None]:  # type: ignore[override]
+    def forward(self, x: Tensor, num_vision_rows: int) -> tuple[Tensor, None]:
         """[rows, 1, h] -> [rows, 1, h]; `num_vision_rows` counts rows of the (sharded) input."""
         vision = self._branch(x[:num_vision_rows], "vision")
         text = self._branch(x[num_vision_rows:], "text")

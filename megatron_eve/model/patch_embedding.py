@@ -23,7 +23,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class _ConvParameters(torch.nn.Module):
     """Weight and bias of a convolution, with PyTorch's default initialisation U(+-1/sqrt(fan_in))."""
 
-    def __init__(self, shape: tuple[int, int, int, int], *, config: Any, generator: torch.Generator) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int, int], *, config: Any, generator: torch.Generator
+    ) -> None:
         super().__init__()
         bound = 1 / math.sqrt(shape[1] * shape[2] * shape[3])
         device = torch.cuda.current_device()
@@ -45,14 +47,16 @@ class PatchEmbedding(MegatronModule):
         p, d, width = model.patch_stride, model.dense_stride, model.patch_embed_dim
         self.patch_pixels = p * p
         self.conv1 = _ConvParameters((width, 3, p, p), config=config, generator=generator)
-        self.conv2 = _ConvParameters((model.hidden_size, width, d, d), config=config, generator=generator)
+        self.conv2 = _ConvParameters(
+            (model.hidden_size, width, d, d), config=config, generator=generator
+        )
         device = torch.cuda.current_device()
         for name in ("class_embedding", "split_embedding"):
             # The official code draws both with standard deviation 1 (vision_tokenizer.py:27-28).
             value = torch.randn(model.hidden_size, generator=generator)
             setattr(self, name, torch.nn.Parameter(value.to(device, config.params_dtype)))
         for param in self.parameters():
-            param.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            param.sequence_parallel = config.sequence_parallel
 
     def forward(self, patches: Tensor, *, sources: Tensor) -> Tensor:
         """Embed patches and put CLS, SPL and zero rows in their places.
@@ -61,7 +65,11 @@ class PatchEmbedding(MegatronModule):
         SPL, P + 2 for a zero row -> [R, 1, h].
         """
         features = self._embed(self._normalise(patches))
-        special = [self.class_embedding, self.split_embedding, torch.zeros_like(self.class_embedding)]
+        special = [
+            self.class_embedding,
+            self.split_embedding,
+            torch.zeros_like(self.class_embedding),
+        ]
         table = torch.cat([features, torch.stack(special)])
         return table.index_select(0, sources).unsqueeze(1)
 

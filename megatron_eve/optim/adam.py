@@ -36,7 +36,9 @@ class FusedAdam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         if closure is not None:
-            raise TypeError("FusedAdam.step takes no closure: megatron-core computes the gradients itself")
+            raise TypeError(
+                "FusedAdam.step takes no closure: megatron-core computes the gradients itself"
+            )
         for group in self.param_groups:
             if not group["params"]:
                 continue

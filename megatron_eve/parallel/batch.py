@@ -49,7 +49,9 @@ def micro_batch(
         num_tokens=pack.num_tokens, num_vision=pack.num_vision, tensor_parallel=shards
     )
     rows, targets, weights = _padded_labels(pack, gathered, multiple=label_multiple)
-    patches, sources = _vision_inputs(pack, shard=tp_rank if sequence_parallel else 0, shards=shards)
+    patches, sources = _vision_inputs(
+        pack, shard=tp_rank if sequence_parallel else 0, shards=shards
+    )
     # Partitioned attention projections gather each segment by itself: modality order. Others gather the whole stream.
     routing = _routing(
         pack, row_of_modality=None if split_attention else gathered, shards=shards, device=device

@@ -58,7 +58,9 @@ def init_distributed(*, timeout_s: int) -> None:
     backend = device.collective_backend()
     if missing:
         store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        torch.distributed.init_process_group(
+            backend, store=store, rank=0, world_size=1, timeout=timeout
+        )
     else:
         torch.distributed.init_process_group(backend, timeout=timeout)
 

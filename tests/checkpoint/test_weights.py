@@ -20,7 +20,9 @@ def resave(model: ModelConfig, parallel: ParallelConfig, source: str, out: str) 
     save_weights(chunks, out, config_text="")
 
 
-def load_into(model: ModelConfig, source: str, copy_text_to_vision: bool) -> dict[str, torch.Tensor]:
+def load_into(
+    model: ModelConfig, source: str, copy_text_to_vision: bool
+) -> dict[str, torch.Tensor]:
     (chunk,), *_ = build(run_config(model, layout()), weights=None)
     load_weights([chunk], source, copy_text_to_vision=copy_text_to_vision)
     return {name: p.detach() for name, p in chunk.named_parameters()}

@@ -31,7 +31,7 @@ class Trainer:
                 port = str(probe.getsockname()[1])
             launcher = ["torch.distributed.run", "--nproc-per-node", str(processes)]
             command = [sys.executable, "-m", *launcher, "--master-port", port, *command[1:]]
-        self._log = tempfile.TemporaryFile(mode="w+")
+        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  (lives as long as the trainer)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.process = psutil.Popen(
             command, cwd=REPOSITORY, env=environment, stdout=self._log, stderr=subprocess.STDOUT
@@ -81,7 +81,14 @@ def train(overrides: list[str], **options) -> tuple[int, str]:  # type: ignore[n
 
 def records(run_dir: Path) -> list[dict[str, float]]:
     """metrics.jsonl without what depends on the clock."""
-    clock = ("time", "step_time_s", "data_wait_s", "tokens_per_s_per_gpu", "data_wait_fraction", "eta_s")
+    clock = (
+        "time",
+        "step_time_s",
+        "data_wait_s",
+        "tokens_per_s_per_gpu",
+        "data_wait_fraction",
+        "eta_s",
+    )
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
@@ -108,7 +115,10 @@ def test_kill_and_resume_gives_the_same_bits(overrides, tmp_path):  # type: igno
     assert "resumed from" in output
     assert records(tmp_path / "broken") == records(tmp_path / "whole")
     assert len({record["samples_checksum"] for record in records(tmp_path / "whole")}) == 12
-    names = [sorted(p.name for p in weights_folder(tmp_path / r).glob("*.distcp")) for r in ("whole", "broken")]
+    names = [
+        sorted(p.name for p in weights_folder(tmp_path / r).glob("*.distcp"))
+        for r in ("whole", "broken")
+    ]
     assert names[0] == names[1]
 
 

@@ -16,9 +16,7 @@ def _blend_gap(num_vision: int) -> dict[str, float]:
     from megatron_eve.parallel.groups import init_model_parallel
 
     state = init_model_parallel(layout(), seed=1)
-    (model,), _ = build_model(
-        tiny_model(layers=1), parallel=layout(), state=state, dtype="fp32"
-    )
+    (model,), _ = build_model(tiny_model(layers=1), parallel=layout(), state=state, dtype="fp32")
     layer = model.decoder.layers[0].double()
     _randomise(layer)
     x = torch.randn(TOKENS, 1, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -35,9 +35,7 @@ def reference(request, gloo1, tmp_path_factory):  # type: ignore[no-untyped-def]
     model = tiny_model(SPLITS[name], tied=request.param.endswith("tied"))
     folder = tmp_path_factory.mktemp(request.param)
     gloo1.run(write_reference_weights, model, str(folder / "weights"))
-    (loss,) = gloo1.run(
-        write_reference_weights, model, str(folder / "gradients"), gradients=True
-    )
+    (loss,) = gloo1.run(write_reference_weights, model, str(folder / "gradients"), gradients=True)
     (gradients,) = gloo1.run(read_weights, model, str(folder / "gradients"))
     return model, folder / "weights", loss, gradients
 

@@ -158,7 +158,10 @@ def naive_pack(samples: list[RawSample], *, model: ModelConfig, tokens: int, ali
     num_real_vision = sum(kind >= 0 for kind in kinds)
     num_real_text = len(kinds) - num_real_vision
     num_vision = max(align, -(-num_real_vision // align) * align)
-    for count, kind in ((num_vision - num_real_vision, VISION_PAD), (tokens - num_vision - num_real_text, -1)):
+    for count, kind in (
+        (num_vision - num_real_vision, VISION_PAD),
+        (tokens - num_vision - num_real_text, -1),
+    ):
         assert count >= 0, "the samples do not fit"
         kinds += [kind] * count
         ids += [0] * count
