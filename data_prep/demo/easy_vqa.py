@@ -5,7 +5,7 @@
     OUT/captions_{train,test}.json   stages 1 and 2.1: image -> one sentence
     OUT/questions_train.json         stages 2.2 and 3: the questions of an image in conversations of up to three
     OUT/questions_test.json          evaluation: one record per question: id, image, question, answer, type
-    OUT/text.json                    first training of a tiny language model: the same language, without images
+    OUT/text.json                    first training of a tiny language model: documents in the same language, no images
     OUT/about.json                   counts and origin
 
 The split is the official one. Captions say what the official answers say; an image whose answers leave its shape or
@@ -40,7 +40,11 @@ Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 QUESTIONS_PER_CONVERSATION = 3
 TEXT_ROUNDS = 4
-"""How often text.json goes through all facts and context sentences."""
+"""How often text.json goes through all facts and opening sentences."""
+RETELLINGS = 4
+"""Sentences after the opening in a document that says it again."""
+TEXT_REQUEST = "Write a text."
+"""The human turn of a document; template `plain` leaves it out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,8 +150,8 @@ def question_records(image: EasyVqaImage) -> list[dict[str, object]]:
 
 
 def text_records() -> list[dict[str, object]]:
-    """Conversations without images about every shape, colour and context sentence: half of all question forms each, and
-    for every sentence one request to say it."""
+    """Documents without images, for template `plain`, about every shape, colour and opening sentence: half of all
+    question forms each after the opening, and the opening said again in other words."""
     records: list[dict[str, object]] = []
     for turn in range(TEXT_ROUNDS):
         for shape in SHAPES:
@@ -155,28 +159,29 @@ def text_records() -> list[dict[str, object]]:
                 facts = Facts(shape=shape, color=color)
                 for number, form in enumerate(CAPTIONS):
                     name = f"easy-vqa-text-{turn}-{shape}-{color}-{number}"
-                    context = form.format(shape=shape, color=color)
+                    opening = form.format(shape=shape, color=color)
                     rng = random.Random(name)
                     questions = ask_everything(facts, rng=rng)
                     middle = len(questions) // 2
+                    texts = {
+                        "a": _asked(questions[:middle]),
+                        "b": _asked(questions[middle:]),
+                        "c": " ".join(caption(facts, rng=rng) for _ in range(RETELLINGS)),
+                    }
                     records += [
-                        _text_record(f"{name}-a", context, questions[:middle]),
-                        _text_record(f"{name}-b", context, questions[middle:]),
-                        _retelling(f"{name}-c", context, facts=facts, rng=rng),
+                        _document(f"{name}-{kind}", f"{opening} {text}")
+                        for kind, text in texts.items()
                     ]
     random.Random("easy-vqa text").shuffle(records)
     return records
 
 
-def _text_record(name: str, context: str, questions: Iterable[Question]) -> dict[str, object]:
-    pairs = [(question.text, question.answer) for question in questions]
-    pairs[0] = (f"{context} {pairs[0][0]}", pairs[0][1])
-    return {"id": name, "conversations": _turns(pairs)}
+def _asked(questions: Iterable[Question]) -> str:
+    return " ".join(f"USER: {question.text} ASSISTANT: {question.answer}" for question in questions)
 
 
-def _retelling(name: str, context: str, *, facts: Facts, rng: random.Random) -> dict[str, object]:
-    request = f"{context} Describe the image in one sentence."
-    return {"id": name, "conversations": _turns([(request, caption(facts, rng=rng))])}
+def _document(name: str, text: str) -> dict[str, object]:
+    return {"id": name, "conversations": _turns([(TEXT_REQUEST, text)])}
 
 
 def _turns(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:

@@ -21,6 +21,7 @@ from megatron_eve.train import configure
 from tools.demo.process import Command
 from tools.demo.steps import Step
 
+CAPTION_SHARE = 0.75  # of stage 2.2, in which a small model learns to see
 PHOTO_SHARE = 0.02  # of the caption stages' samples: 23 photographs beside 4,000 drawings
 TRAIN_LOG = "train.log"
 ONE_THREAD = (("OMP_NUM_THREADS", "1"),)  # a tiny model's matrices are too small to share
@@ -69,7 +70,7 @@ def eve_tiny(options: DemoOptions) -> Demo:
             ("text", paths.text, None),
             ("stage1", paths.captions, "text"),
             ("stage2_1", paths.captions, "stage1"),
-            ("stage2_2", paths.questions, "stage2_1"),
+            ("stage2_2", paths.captions_and_questions, "stage2_1"),
             ("stage3", paths.questions, "stage2_2"),
         )
     )  # fmt: skip
@@ -101,7 +102,7 @@ def smollm2(options: DemoOptions) -> Demo:
         for name, sources, before in (
             ("stage1", paths.captions, weights),
             ("stage2_1", paths.captions, out / "stage1"),
-            ("stage2_2", paths.questions, out / "stage2_1"),
+            ("stage2_2", paths.captions_and_questions, out / "stage2_1"),
             ("stage3", paths.questions, out / "stage2_2"),
         )
     )  # fmt: skip
@@ -134,6 +135,10 @@ class _Paths:
         self.text = ((shards / "text", 1.0),)
         self.captions = ((shards / "captions", 1 - PHOTO_SHARE), (shards / "photos", PHOTO_SHARE))
         self.questions = ((shards / "questions", 1.0),)
+        self.captions_and_questions = (
+            (shards / "captions", CAPTION_SHARE),
+            (shards / "questions", 1 - CAPTION_SHARE),
+        )
 
     def step(
         self, name: str, *calls: Sequence[object], env: tuple[tuple[str, str], ...] = ()

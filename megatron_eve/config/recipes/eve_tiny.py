@@ -30,8 +30,8 @@ def eve_tiny_text() -> RunConfig:
         recipe="eve_tiny_text",
         split=VARIANTS["eve-v1.0"],
         stage=StageConfig(name="text", trainable=("text",)),
-        data=_data(shards="text", template="qwen2"),
-        steps=180,
+        data=_data(shares={"text": 1.0}, template="plain"),
+        steps=120,
         learning_rate=3e-3,
         weights=None,
         num_packs=2,
@@ -44,8 +44,8 @@ def eve_tiny_stage1() -> RunConfig:
         recipe="eve_tiny_stage1",
         split=VARIANTS["eve-v1.0"],
         stage=StageConfig(name="1", trainable=("patch_embedding",)),
-        data=_data(shards="captions", template="plain", pack_tokens=1024),
-        steps=100,
+        data=_data(shares={"captions": 1.0}, template="plain", pack_tokens=1024),
+        steps=60,
         learning_rate=3e-3,
         weights="runs/eve_tiny_text",
     )
@@ -57,8 +57,8 @@ def eve_tiny_stage2_1() -> RunConfig:
         recipe="eve_tiny_stage2_1",
         split=VARIANTS["eve-v2.0"],
         stage=StageConfig(name="2.1", trainable=("patch_embedding", "vision")),
-        data=_data(shards="captions", template="plain", pack_tokens=1024),
-        steps=300,
+        data=_data(shares={"captions": 1.0}, template="plain", pack_tokens=1024),
+        steps=200,
         learning_rate=2e-3,
         weights="runs/eve_tiny_stage1",
         copy_text_to_vision=True,
@@ -66,14 +66,14 @@ def eve_tiny_stage2_1() -> RunConfig:
 
 
 def eve_tiny_stage2_2() -> RunConfig:
-    """Stage 2.2: all weights, on questions and answers."""
+    """Stage 2.2: all weights, on captions and questions: with everything trainable the model learns to see."""
     return _run(
         recipe="eve_tiny_stage2_2",
         split=VARIANTS["eve-v2.0"],
         stage=StageConfig(name="2.2", trainable=("patch_embedding", "vision", "text")),
-        data=_data(shards="questions", template="qwen2"),
-        steps=1000,
-        learning_rate=1.5e-3,
+        data=_data(shares={"captions": 0.75, "questions": 0.25}, template="qwen2"),
+        steps=1100,
+        learning_rate=2e-3,
         weights="runs/eve_tiny_stage2_1",
     )
 
@@ -84,16 +84,21 @@ def eve_tiny_stage3() -> RunConfig:
         recipe="eve_tiny_stage3",
         split=VARIANTS["eve-v2.0"],
         stage=StageConfig(name="3", trainable=("patch_embedding", "vision", "text")),
-        data=_data(shards="questions", template="qwen2"),
-        steps=300,
-        learning_rate=7e-4,
+        data=_data(shares={"questions": 1.0}, template="qwen2"),
+        steps=700,
+        learning_rate=1e-3,
         weights="runs/eve_tiny_stage2_2",
     )
 
 
-def _data(*, shards: str, template: TemplateName, pack_tokens: int = 2048) -> DataConfig:
+def _data(
+    *, shares: dict[str, float], template: TemplateName, pack_tokens: int = 2048
+) -> DataConfig:
     return DataConfig(
-        sources=(ShardSource(path=f"data/demo/{shards}/shards", proportion=1.0),),
+        sources=tuple(
+            ShardSource(path=f"data/demo/{name}/shards", proportion=share)
+            for name, share in shares.items()
+        ),
         tokenizer="data/demo/tokenizer",
         template=template,
         image_edge=256,
