@@ -43,6 +43,11 @@ def collective_backend() -> str:
     return "nccl" if has_gpu() else "gloo"
 
 
+def peak_memory_gib() -> float | None:
+    """Largest memory that tensors of this process have taken on its device; None on a CPU."""
+    return torch.cuda.max_memory_allocated() / 2**30 if has_gpu() else None
+
+
 def install() -> None:
     """Redirect megatron-core's four ways of naming CUDA to the CPU. Idempotent; no-op where CUDA is available.
 

@@ -57,11 +57,15 @@ def _train(config: RunConfig) -> int:
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS without
     from megatron_eve.loop.run import run  # torch and megatron-core: not for a dry run
 
+    code = 1
     try:
         run(config)
     except EveError as error:
+        code = 2 if isinstance(error, ConfigError) else 1
         print(f"rank {os.environ.get('RANK', 0)}: {type(error).__name__}: {error}", file=sys.stderr)
     except Exception:
         print(f"rank {os.environ.get('RANK', 0)}:\n{traceback.format_exc()}", file=sys.stderr)
@@ -72,7 +76,7 @@ def _train(config: RunConfig) -> int:
         multiprocessing.active_children()
     ):  # megatron-core's checkpoint manager; it would hold our pipes open
         child.kill()
-    os._exit(1)  # destructors of a wedged communicator can hang for ever
+    os._exit(code)  # destructors of a wedged communicator can hang for ever
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -43,5 +43,3 @@ export NVTE_FLASH_ATTN="${NVTE_FLASH_ATTN:-1}"      # packed attention on A100 e
 
 # --- tools
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"        # 128 ranks must not ask a hub for a tokenizer that lies on disk
-export WANDB_RESUME="${WANDB_RESUME:-allow}"        # a requeued job goes on in the same wandb run
-export WANDB_RUN_ID="${WANDB_RUN_ID:-${SLURM_JOB_NAME:-run}-${SLURM_JOB_ID:-0}}" # one id for all starts of a job

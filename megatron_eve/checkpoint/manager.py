@@ -26,6 +26,7 @@ import torch
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -53,6 +54,7 @@ class TrainingState:
     """The live objects that a checkpoint saves and restores."""
 
     chunks: Sequence[EveModel]
+    model: Sequence[DistributedDataParallel]  # the same chunks, wrapped
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
 
@@ -91,6 +93,7 @@ class CheckpointManager:
             shutil.rmtree(temporary, ignore_errors=True)
         torch.distributed.barrier()
         prepare_folder(temporary)
+        _gather_parameters(training.model)
         dist_checkpointing.save(
             {
                 **self._sharded(training, is_loading=False),
@@ -170,7 +173,11 @@ class CheckpointManager:
                 "checkpoint.load_weights_from instead"
             ) from error
         load_chunks(training.chunks, loaded)
+        limits = [(group["max_lr"], group["min_lr"]) for group in training.optimizer.param_groups]
         training.optimizer.load_state_dict(loaded["optimizer"])
+        # The learning rate is the configuration's, not the checkpoint's: a run may be lengthened.
+        for group, (max_lr, min_lr) in zip(training.optimizer.param_groups, limits, strict=True):
+            group["max_lr"], group["min_lr"] = max_lr, min_lr
         training.schedule.load_state_dict(loaded["schedule"])
         if same_layout:
             _set_random_state(loaded["random"])
@@ -188,6 +195,13 @@ class CheckpointManager:
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         generators = ShardedObject("random", _random_state(), (world_size,), (rank,), replica_id=0)
         return {**weights, "optimizer": optimizer, "random": generators, "world": _world(training)}
+
+
+def _gather_parameters(model: Sequence[DistributedDataParallel]) -> None:
+    """With the overlapped gather each rank holds its own shard's update until the next forward asks for the others'."""
+    for chunk in model:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _world(training: TrainingState) -> str:

@@ -7,6 +7,7 @@ along a leading axis.
 """
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,15 +15,23 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_eve.errors import CheckpointError
 from megatron_eve.model.eve_model import EveModel
 
-LOAD_ERRORS = (Exception, CheckpointException)
-"""What a load of tensors that do not fit raises: a dozen unrelated types, and torch's one, which is no Exception."""
+LOAD_ERRORS = (
+    CheckpointingException,
+    CheckpointException,
+    KeyError,
+    ValueError,
+    AssertionError,
+)
+"""What a load of tensors that do not fit raises; torch's CheckpointException is a BaseException."""
 
+_LOG = logging.getLogger(__name__)
 COMPLETE = "complete.json"
 CONFIG = "config.txt"
 _VISION, _TEXT = ".vision.", ".text."
@@ -128,10 +137,17 @@ def check_folder(folder: str | Path) -> dict[str, Any]:
 
 
 def weights_folder(path: str | Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or the newest checkpoint if it is a run directory."""
+    """The checkpoint folder that `path` means: itself, or the newest whole checkpoint if it is a run directory."""
     path = Path(path)
-    latest = path / "checkpoints" / "latest"
-    return latest.parent / latest.read_text().strip() if latest.exists() else path
+    candidates = sorted((path / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
+    for candidate in candidates:
+        try:
+            check_folder(candidate)
+        except CheckpointError as error:
+            _LOG.error("skipping a broken checkpoint: %s", error)
+        else:
+            return candidate
+    return path
 
 
 def read_config_text(folder: str | Path) -> str:
@@ -192,9 +208,7 @@ def _load(part: dict[str, Any], folder: str | Path) -> dict[str, Any]:
 
 
 def _any_process_needs(part: dict[str, Any]) -> bool:
-    flag = torch.tensor([int(any(part.values()))])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    flag = flag.to(device)
+    flag = torch.tensor([int(any(part.values()))], device=torch.cuda.current_device())
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
     return bool(flag.item())
 

@@ -23,7 +23,7 @@ from megatron_eve.checkpoint.weights import load_weights
 from megatron_eve.config.plan import plan_text
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.sizes import total_steps
-from megatron_eve.config.text_form import config_text
+from megatron_eve.config.text_form import config_text, flatten
 from megatron_eve.data.loader import PackLoader
 from megatron_eve.data.tokenizer import load_tokenizer
 from megatron_eve.errors import ConfigError
@@ -65,6 +65,7 @@ def run(config: RunConfig) -> None:
     torch.use_deterministic_algorithms(config.train.deterministic)
     run_dir = Path(config.run_dir)
     if state.rank == 0:
+        refuse_other_run(config, run_dir=run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.txt").write_text(config_text(config))
     with stop_on_signal(run_dir) as stop:
@@ -74,6 +75,27 @@ def run(config: RunConfig) -> None:
         finally:
             if assembled.loader is not None:
                 assembled.loader.close()
+
+
+def refuse_other_run(config: RunConfig, *, run_dir: Path) -> None:
+    """A run directory belongs to one recipe, model and stage; lengths, learning rates and layouts may change.
+
+    Raises: ConfigError naming the fields that differ from those of the run that is there."""
+    written = run_dir / "config.txt"
+    if not (run_dir / "checkpoints" / "latest").exists() or not written.exists():
+        return
+    before = dict(line.split(": ", 1) for line in written.read_text().splitlines())
+    now = flatten(config)
+    differ = [
+        f"{key} was {before.get(key)}, is {value}"
+        for key, value in now.items()
+        if key.startswith(("recipe", "model.", "stage.")) and before.get(key) != value
+    ]
+    if differ:
+        raise ConfigError(
+            f"{run_dir} holds the checkpoints of another run: {'; '.join(differ)}. Choose another run_dir, and "
+            f"checkpoint.load_weights_from={run_dir} to start from its weights"
+        )
 
 
 def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
@@ -112,7 +134,7 @@ def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
     optimizer = build_optimizer(model, config=config, state=state)
     mcore.grad_scale_func = optimizer.scale_loss
     schedule = build_schedule(optimizer, config=config, steps=steps)
-    training = TrainingState(chunks, optimizer, schedule)
+    training = TrainingState(chunks, model, optimizer, schedule)
     return Run(config, run_dir, state, model, training, loader, checkpoints, steps)
 
 
@@ -194,7 +216,8 @@ def _step(run: Run, *, stop: StopFlag, meter: StepMeter) -> bool:
 
 
 def _memory() -> dict[str, float]:
-    return {"memory_gib": torch.cuda.max_memory_allocated() / 2**30} if device.has_gpu() else {}
+    peak = device.peak_memory_gib()
+    return {} if peak is None else {"memory_gib": peak}
 
 
 def _save(run: Run, *, step: int) -> None:
@@ -208,7 +231,7 @@ def _save(run: Run, *, step: int) -> None:
 def _finish(run: Run, *, done: int) -> None:
     if run.state.rank != 0:
         return
-    if done == run.steps:
+    if done >= run.steps:
         (run.run_dir / DONE_FILE).write_text(f"{done}\n")
         _LOG.info("done: %d steps, checkpoints in %s", done, run.checkpoints.folder)
     else:

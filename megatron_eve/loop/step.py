@@ -43,7 +43,7 @@ COUNTS = (
 
 
 class NonFiniteLossError(EveError):
-    """The loss of a step is not a number or infinite; nothing was updated."""
+    """The loss or the gradient of a step is not a number or infinite; nothing was updated."""
 
 
 def to_device(
@@ -127,10 +127,23 @@ def train_step(
             f"packs: {names}. Lower optim.peak_lr, set optim.clip_grad, or look at these samples "
             "with `python -m data_prep inspect`"
         )
+    _refuse_non_finite_gradient(optimizer)
     rates = _learning_rates(optimizer)
     _, grad_norm, _ = optimizer.step()
     schedule.step(increment=1)
     return StepResult(metrics | rates | {"grad_norm": float(grad_norm)}, stop)
+
+
+def _refuse_non_finite_gradient(optimizer: MegatronOptimizer) -> None:
+    """The norm is reduced over the model, so that every process decides the same. Without a loss scale megatron-core
+    itself would update the weights with such a gradient."""
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        raise NonFiniteLossError(
+            f"the gradient norm is {norm} although the loss is finite; the weights were not updated. "
+            "Lower optim.peak_lr or set optim.clip_grad"
+        )
 
 
 def _learning_rates(optimizer: MegatronOptimizer) -> dict[str, float]:

@@ -20,8 +20,11 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class _ConvParameters(torch.nn.Module):
-    """Weight and bias of a convolution, with PyTorch's default initialisation U(+-1/sqrt(fan_in))."""
+class _WindowLinear(torch.nn.Module):
+    """A convolution on one window. PyTorch's default initialisation of convolutions, U(+-1/sqrt(fan_in)).
+
+    A module with a forward of its own, because the overlapped parameter gather waits for weights when their module is
+    called."""
 
     def __init__(
         self, shape: tuple[int, int, int, int], *, config: Any, generator: torch.Generator
@@ -33,6 +36,10 @@ class _ConvParameters(torch.nn.Module):
         bias = torch.empty(shape[0]).uniform_(-bound, bound, generator=generator)
         self.weight = torch.nn.Parameter(weight.to(device, config.params_dtype))
         self.bias = torch.nn.Parameter(bias.to(device, config.params_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in * kh * kw], a window channel by channel -> [..., out]."""
+        return F.linear(x, self.weight.flatten(1), self.bias)
 
 
 class PatchEmbedding(MegatronModule):
@@ -46,8 +53,8 @@ class PatchEmbedding(MegatronModule):
         generator = torch.Generator().manual_seed(seed)  # the same on every rank
         p, d, width = model.patch_stride, model.dense_stride, model.patch_embed_dim
         self.patch_pixels = p * p
-        self.conv1 = _ConvParameters((width, 3, p, p), config=config, generator=generator)
-        self.conv2 = _ConvParameters(
+        self.conv1 = _WindowLinear((width, 3, p, p), config=config, generator=generator)
+        self.conv2 = _WindowLinear(
             (model.hidden_size, width, d, d), config=config, generator=generator
         )
         device = torch.cuda.current_device()
@@ -80,6 +87,5 @@ class PatchEmbedding(MegatronModule):
 
     def _embed(self, pixels: Tensor) -> Tensor:
         """[P, d * d, 3 * p * p] -> [P, h]; the d * d sub-patches of a token lie in reading order."""
-        hidden = F.gelu(F.linear(pixels, self.conv1.weight.flatten(1), self.conv1.bias))
-        dense = self.conv2.weight.permute(0, 2, 3, 1).flatten(1)  # [h, d * d * width]
-        return F.linear(hidden.flatten(1), dense, self.conv2.bias)
+        hidden = F.gelu(self.conv1(pixels))  # [P, d * d, width]
+        return self.conv2(hidden.transpose(1, 2).flatten(1))

@@ -57,4 +57,6 @@ def build_schedule(
         end_wd=optim.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a resumed run follows its configuration
     )

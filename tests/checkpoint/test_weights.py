@@ -105,6 +105,10 @@ def test_incomplete_folders_are_refused(tmp_path: Path) -> None:
 
 def test_a_run_directory_means_its_newest_checkpoint(tmp_path: Path) -> None:
     assert weights_folder(tmp_path) == tmp_path
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "latest").write_text("step_00000003\n")
-    assert weights_folder(tmp_path) == tmp_path / "checkpoints" / "step_00000003"
+    for step in (3, 12):
+        folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "complete.json").write_text(json.dumps({"files": {}}))
+    assert weights_folder(tmp_path).name == "step_00000012"
+    (tmp_path / "checkpoints" / "step_00000012" / "complete.json").unlink()
+    assert weights_folder(tmp_path).name == "step_00000003"

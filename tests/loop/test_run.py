@@ -196,3 +196,14 @@ def test_wrong_key_and_impossible_layout_are_refused() -> None:
         assert code == 2
         assert message in output
         assert "Traceback" not in output
+
+
+def test_a_run_directory_of_another_stage_is_refused(overrides, tmp_path):  # type: ignore[no-untyped-def]
+    code, output = train([*overrides, "train.steps=4"])
+    assert code == 0, output
+    before = (tmp_path / "run" / "config.txt").read_text()
+    code, output = train([*overrides, "train.steps=8"], recipe="eve_tiny_stage2_2")
+    assert code == 2
+    assert "holds the checkpoints of another run" in output
+    assert "stage.name was 3, is 2.2" in output
+    assert (tmp_path / "run" / "config.txt").read_text() == before

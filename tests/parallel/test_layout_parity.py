@@ -91,6 +91,24 @@ def test_four_processes(gloo1, gloo4, reference, tmp_path):  # type: ignore[no-u
 
 
 @pytest.mark.parametrize("reference", ["all"], indirect=True)
+@pytest.mark.parametrize(
+    "parallel",
+    [layout(tensor=2, sequence_parallel=True), layout(data=2, distributed_optimizer=True)],
+    ids=["tp2-sp", "dp2-distopt"],
+)
+def test_bf16_is_the_reference_rounded(gloo1, gloo2, reference, tmp_path, parallel):  # type: ignore[no-untyped-def]
+    """8 bits of mantissa: a relative error of 2^-8 per operation, some dozens of them deep."""
+    model, weights, want_loss, want = reference
+    config = run_config(model, parallel, train={"dtype": "bf16"})
+    losses = gloo2.run(gradients_of_batch, config, str(weights), str(tmp_path / "out"))
+    assert losses[0] == pytest.approx(want_loss, rel=2**-7)
+    (gradients,) = gloo1.run(read_weights, model, str(tmp_path / "out"))
+    for name, exact in want.items():
+        error = float((gradients[name] - exact).norm() / exact.norm())
+        assert error < 0.1, f"{name}: {error:.3f}"
+
+
+@pytest.mark.parametrize("reference", ["all"], indirect=True)
 def test_a_missing_all_reduce_is_noticed(gloo1, gloo2, reference, tmp_path):  # type: ignore[no-untyped-def]
     """The mutation: without the sequence-parallel all-reduce the loss is the same, but not the norms' gradients."""
     model, weights, want_loss, want = reference

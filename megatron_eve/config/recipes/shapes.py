@@ -48,7 +48,7 @@ def qwen2_5_tiny(*, split: SplitConfig) -> ModelConfig:
         split=split,
         patch_stride=16,
         dense_stride=2,
-        patch_embed_dim=64,
+        patch_embed_dim=512,
     )
 
 

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training checkpoints: what they hold under the overlapped parameter gather, and the learning rate after a resume."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_eve.checkpoint.manager import CheckpointManager, TrainingState
+from megatron_eve.config.schema import ParallelConfig
+from megatron_eve.loop.step import NonFiniteLossError, train_step
+from megatron_eve.optim.build import build_optimizer, build_schedule
+from tests.support.tiny import layout, naive_pack, tiny_model
+from tests.support.train_once import ALIGN, TOKENS, build, global_batch, read_weights, run_config
+
+
+def assemble(
+    parallel: ParallelConfig, *, steps: int, **changes: Any
+) -> tuple[Any, TrainingState, Any]:
+    config = run_config(tiny_model(), parallel, **changes)
+    chunks, wrapped, state, mcore = build(config, weights=None)
+    optimizer = build_optimizer(wrapped, config=config, state=state)
+    mcore.grad_scale_func = optimizer.scale_loss
+    schedule = build_schedule(optimizer, config=config, steps=steps)
+    return config, TrainingState(chunks, wrapped, optimizer, schedule), state
+
+
+def take_steps(config: Any, training: TrainingState, state: Any, *, count: int) -> None:
+    samples = global_batch(2)[state.dp_rank :: state.dp_size]
+    packs = [naive_pack(s, model=config.model, tokens=TOKENS, align=ALIGN) for s in samples]
+    for _ in range(count):
+        train_step(
+            training.model,
+            packs,
+            optimizer=training.optimizer,
+            schedule=training.schedule,
+            config=config,
+            state=state,
+            stop_requested=False,
+        )
+
+
+def train_and_save(parallel: ParallelConfig, run_dir: Path) -> str:
+    config, training, state = assemble(parallel, steps=10, optim={"warmup_fraction": 0.0})
+    take_steps(config, training, state, count=3)
+    manager = CheckpointManager(run_dir, keep_last=1, config_text="")
+    return str(manager.save(training, step=3, data={}, facts={}))
+
+
+def test_overlapped_gather_saves_the_updated_weights(gloo1, gloo2, tmp_path):  # type: ignore[no-untyped-def]
+    """Without a gather before the save, each rank would write the others' shards as they were before the update."""
+    saved = {}
+    for name, overlap in (("plain", False), ("overlap", True)):
+        parallel = layout(data=2, distributed_optimizer=True, overlap=overlap)
+        (path, _) = gloo2.run(train_and_save, parallel, tmp_path / name)
+        (saved[name],) = gloo1.run(read_weights, tiny_model(), path)
+    assert all(torch.equal(saved["plain"][n], saved["overlap"][n]) for n in saved["plain"])
+
+
+def rate_after_resume(run_dir: Path, steps: int, peak_lr: float) -> float:
+    config, training, state = assemble(
+        layout(), steps=steps, optim={"peak_lr": peak_lr, "warmup_fraction": 0.0, "min_lr": 0.0}
+    )
+    manager = CheckpointManager(run_dir, keep_last=1, config_text="")
+    newest = manager.newest()
+    if newest is None:
+        take_steps(config, training, state, count=2)
+        manager.save(training, step=2, data={}, facts={})
+    else:
+        manager.load(training, newest)
+    return float(next(g["lr"] for g in training.optimizer.param_groups if g["default_config"]))
+
+
+def test_a_lengthened_run_follows_its_new_schedule(gloo1, tmp_path):  # type: ignore[no-untyped-def]
+    """cosine at 2 of 4 steps is half the peak; at 2 of 8 it is 0.8536 of it."""
+    (before,) = gloo1.run(rate_after_resume, tmp_path, 4, 1e-3)
+    assert before == pytest.approx(0.5e-3)
+    (after,) = gloo1.run(rate_after_resume, tmp_path, 8, 2e-3)
+    assert after == pytest.approx(0.85355e-3 * 2, rel=1e-4)
+
+
+def step_with_infinite_gradient() -> tuple[str, bool]:
+    config, training, state = assemble(layout(), steps=10, optim={"warmup_fraction": 0.0})
+    (chunk,) = training.chunks
+    before = {name: p.detach().clone() for name, p in chunk.named_parameters()}
+    chunk.final_layernorm.weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(NonFiniteLossError) as caught:
+        take_steps(config, training, state, count=1)
+    unchanged = all(torch.equal(p, before[name]) for name, p in chunk.named_parameters())
+    return str(caught.value), unchanged
+
+
+def test_an_infinite_gradient_is_refused_before_the_update(gloo1):  # type: ignore[no-untyped-def]
+    ((message, unchanged),) = gloo1.run(step_with_infinite_gradient)
+    assert "gradient norm is" in message
+    assert "although the loss is finite" in message
+    assert unchanged
