@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real multi-process gloo runs inside a test.
 
-Starting a process that imports torch and megatron-core costs seconds, so a pool of workers is started once per size
-and keeps its process group; each task sets up the layout it needs. A failure on any rank is raised in the test with
+Starting a process that imports torch and megatron-core costs seconds, so a pool of workers is started once per size;
+each task gets a new process group and sets up the layout it needs. A failure on any rank is raised in the test with
 that rank's traceback, and a task that hangs is killed."""
 
+import datetime
+import itertools
 import multiprocessing
 import os
 import socket
@@ -30,20 +32,44 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         OMP_NUM_THREADS="1",
     )
     import torch
+    from torch.distributed import PrefixStore, TCPStore
 
     torch.set_num_threads(1)
-    from megatron_eve.parallel.groups import init_distributed
-
-    init_distributed(timeout_s=TASK_TIMEOUT_S)
-    while True:
+    timeout = datetime.timedelta(seconds=TASK_TIMEOUT_S)
+    store = TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, timeout=timeout)
+    for number in itertools.count():
         task = pipe.recv()
         if task is None:
             break
-        function, args, kwargs = task
-        try:
-            pipe.send((True, function(*args, **kwargs)))
-        except BaseException:
-            pipe.send((False, traceback.format_exc()))
+        # A process group of its own for each task: every group keeps threads, and a layout has twenty groups.
+        torch.distributed.init_process_group(
+            "gloo",
+            store=PrefixStore(str(number), store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+        pipe.send(_answer(*task))
+        _leave_groups()
+
+
+def _answer(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[bool, Any]:
+    try:
+        return True, function(*args, **kwargs)
+    except BaseException:
+        return False, traceback.format_exc()
+
+
+def _leave_groups() -> None:
+    import torch
+
+    from megatron_eve import device
+
+    device.install()
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
 
 
