@@ -28,7 +28,9 @@ def build_optimizer(
     """The optimizer of the trainable parameters of these chunks."""
     overrides = {
         ParamKey(name="*patch_embedding*"): ParamGroupOverride(
-            max_lr=config.optim.patch_embedding_lr, min_lr=config.optim.min_lr
+            max_lr=config.optim.patch_embedding_lr,
+            min_lr=config.optim.min_lr,
+            is_decoupled_lr=True,  # type: ignore[typeddict-unknown-key]  # tells the groups apart in a checkpoint
         )
     }
     return get_megatron_optimizer(

@@ -72,7 +72,7 @@ def eve_tiny_stage2_2() -> RunConfig:
         split=VARIANTS["eve-v2.0"],
         stage=StageConfig(name="2.2", trainable=("patch_embedding", "vision", "text")),
         data=_data(shares={"captions": 0.75, "questions": 0.25}, template="qwen2"),
-        steps=1450,
+        steps=1300,
         learning_rate=2e-3,
         weights="runs/eve_tiny_stage2_1",
     )
@@ -85,7 +85,7 @@ def eve_tiny_stage3() -> RunConfig:
         split=VARIANTS["eve-v2.0"],
         stage=StageConfig(name="3", trainable=("patch_embedding", "vision", "text")),
         data=_data(shares={"questions": 1.0}, template="qwen2"),
-        steps=850,
+        steps=800,
         learning_rate=1e-3,
         weights="runs/eve_tiny_stage2_2",
     )
