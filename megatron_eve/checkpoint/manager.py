@@ -65,7 +65,6 @@ class Resumed:
 
     step: int
     data: Mapping[str, Any]  # position of the data plan
-    facts: Mapping[str, Any]  # free-form counters of the trainer
 
 
 class CheckpointManager:
@@ -82,7 +81,6 @@ class CheckpointManager:
         *,
         step: int,
         data: Mapping[str, Any],
-        facts: Mapping[str, Any],
     ) -> Path:
         """Write the state after `step` steps and publish it. `data` must be the same on every data leader.
 
@@ -100,7 +98,6 @@ class CheckpointManager:
                 "schedule": training.schedule.state_dict(),
                 "step": step,
                 "data": dict(data),
-                "facts": dict(facts),
             },
             str(temporary),
         )
@@ -181,7 +178,7 @@ class CheckpointManager:
         training.schedule.load_state_dict(loaded["schedule"])
         if same_layout:
             _set_random_state(loaded["random"])
-        return Resumed(step=loaded["step"], data=loaded["data"], facts=loaded["facts"])
+        return Resumed(step=loaded["step"], data=loaded["data"])
 
     def _sharded(self, training: TrainingState, *, is_loading: bool) -> dict[str, Any]:
         chunks = training.chunks

@@ -223,7 +223,7 @@ def _memory() -> dict[str, float]:
 def _save(run: Run, *, step: int) -> None:
     # The plan's position is the same on every data leader; megatron-core wants it the same on every process.
     data = _from_rank0(run.loader.state_dict() if run.loader is not None else None)
-    path = run.checkpoints.save(run.training, step=step, data=data, facts={})
+    path = run.checkpoints.save(run.training, step=step, data=data)
     if run.state.rank == 0:
         _LOG.info("saved %s", path)
 

@@ -45,7 +45,7 @@ def train_and_save(parallel: ParallelConfig, run_dir: Path) -> str:
     config, training, state = assemble(parallel, steps=10, optim={"warmup_fraction": 0.0})
     take_steps(config, training, state, count=3)
     manager = CheckpointManager(run_dir, keep_last=1, config_text="")
-    return str(manager.save(training, step=3, data={}, facts={}))
+    return str(manager.save(training, step=3, data={}))
 
 
 def test_overlapped_gather_saves_the_updated_weights(gloo1, gloo2, tmp_path):  # type: ignore[no-untyped-def]
@@ -66,7 +66,7 @@ def rate_after_resume(run_dir: Path, steps: int, peak_lr: float) -> float:
     newest = manager.newest()
     if newest is None:
         take_steps(config, training, state, count=2)
-        manager.save(training, step=2, data={}, facts={})
+        manager.save(training, step=2, data={})
     else:
         manager.load(training, newest)
     return float(next(g["lr"] for g in training.optimizer.param_groups if g["default_config"]))
