@@ -14,6 +14,7 @@ def layout_problems(config: RunConfig) -> Iterator[str]:
     yield from _model_problems(config.model)
     yield from _tensor_problems(config)
     yield from _pipeline_problems(config)
+    yield from _context_problems(config)
     yield from _process_problems(config)
     yield from _optimizer_problems(config)
 
@@ -80,18 +81,38 @@ def _pipeline_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _context_problems(config: RunConfig) -> Iterator[str]:
+    """Every sample is cut into 2 * context chunks of one size, every pack into `context` parts of whole aligned blocks."""
+    context, data = config.parallel.context, config.data
+    if context == 1:
+        return
+    if data.sample_align % (2 * context):
+        yield (
+            f"data.sample_align={data.sample_align} is not a multiple of {2 * context} = 2 x parallel.context="
+            f"{context}, but each sample is cut into that many chunks; use "
+            f"{-(-data.sample_align // (2 * context)) * 2 * context}, for example."
+        )
+    if data.align % (2 * context):
+        yield (
+            f"data.align={data.align} is not a multiple of {2 * context} = 2 x parallel.context={context}, but padding "
+            f"is cut over the context ranks like a sample; use {-(-data.align // (2 * context)) * 2 * context}, for example."
+        )
+    if data.pack_tokens % (context * data.align):
+        block = context * data.align
+        yield (
+            f"data.pack_tokens={data.pack_tokens} is not a multiple of {block} = parallel.context={context} x "
+            f"data.align={data.align}; use {-(-data.pack_tokens // block) * block}, for example."
+        )
+
+
 def _process_problems(config: RunConfig) -> Iterator[str]:
     parallel, batch = config.parallel, config.batch
-    if parallel.context != 1:
-        yield (
-            f"parallel.context={parallel.context}: context parallelism is not wired yet; "
-            "use parallel.context=1."
-        )
-        return
-    world, model_ranks = parallel.world_size, parallel.tensor * parallel.pipeline
+    world = parallel.world_size
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     if world % model_ranks:
+        context = f" x parallel.context={parallel.context}" if parallel.context > 1 else ""
         yield (
-            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} = "
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}{context} = "
             f"{model_ranks} does not divide the {world} processes of parallel.num_nodes="
             f"{parallel.num_nodes} x parallel.gpus_per_node={parallel.gpus_per_node}; use a product "
             f"of {_one_of(divisors(world))}, or other numbers of nodes and processes."

@@ -24,6 +24,7 @@ _AT_LEAST_ONE = (
     "data.max_text_tokens",
     "data.pack_tokens",
     "data.align",
+    "data.sample_align",
     "data.open_bins",
     "data.shuffle_block_size",
     "data.prefetch_steps",

@@ -91,6 +91,7 @@ class DataConfig:
     max_text_tokens: int  # text of a sample is cut to this many tokens, image tokens not counted
     pack_tokens: int  # T: tokens of one pack (micro-batch), a multiple of `align`
     align: int  # vision and text segments of a pack are padded to multiples of this
+    sample_align: int  # every sample is padded with text to a multiple of this: 1, or 2 * parallel.context times any
     open_bins: int  # packs that the packer keeps open at a time
     shuffle_block_size: int  # streaming's py1e block, in samples
     num_workers: int  # threads that read and decode ahead of the trainer
@@ -109,7 +110,7 @@ class ParallelConfig:
     tensor: int
     pipeline: int
     virtual_pipeline: int  # model chunks per pipeline stage; 1 = not interleaved
-    context: int  # 1: context parallelism is not wired yet and any other value is refused
+    context: int  # each sample of a pack is cut over this many ranks, zigzag
     sequence_parallel: bool
     distributed_optimizer: bool
     overlap_grad_reduce: bool

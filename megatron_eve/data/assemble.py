@@ -38,6 +38,7 @@ class ExpandedSample:
     kinds: NDArray[np.uint8]  # VISION_PATCH | VISION_CLS | VISION_SPL, or 255 for text
     ids: NDArray[np.int64]  # token id of text; IMAGE_PLACEHOLDER for vision
     labels: NDArray[np.int64]  # the token's own id where it is to be predicted, else IGNORE
+    num_padding: int = 0  # of the last tokens
 
     @property
     def is_vision(self) -> NDArray[np.bool_]:
@@ -76,6 +77,18 @@ def expand(encoded: EncodedSample, *, grids: Sequence[tuple[int, int]]) -> Expan
     kinds = np.full(ids.size, _TEXT, dtype=np.uint8)
     kinds[ids == IMAGE_PLACEHOLDER] = np.concatenate([np.empty(0, np.uint8), *layouts])
     return ExpandedSample(kinds=kinds, ids=ids, labels=np.repeat(encoded.labels, repeats))
+
+
+def pad_sample(sample: ExpandedSample, count: int, *, pad_id: int) -> ExpandedSample:
+    """The sample with `count` text tokens behind it that nothing predicts and that predict nothing."""
+    if not count:
+        return sample
+    return ExpandedSample(
+        kinds=np.pad(sample.kinds, (0, count), constant_values=_TEXT),
+        ids=np.pad(sample.ids, (0, count), constant_values=pad_id),
+        labels=np.pad(sample.labels, (0, count), constant_values=IGNORE),
+        num_padding=sample.num_padding + count,
+    )
 
 
 def assemble_pack(
@@ -118,7 +131,7 @@ def assemble_pack(
         label_targets=torch.from_numpy(targets_in_order[label_rows]),
         sample_ids=tuple(member.id for member in members),
         num_real_vision=num_real[0],
-        num_real_text=num_real[1],
+        num_real_text=num_real[1] - sum(one.num_padding for one in tokens),
         quarantined=tuple((m.id, m.quarantined) for m in members if m.quarantined is not None),
     )
 
@@ -126,7 +139,7 @@ def assemble_pack(
 def _padding_after(
     tokens: Sequence[ExpandedSample], *, shape: PackShape, pad_id: int
 ) -> tuple[ExpandedSample, int, tuple[int, int]]:
-    """(padding tokens, length of the vision segment, (real vision, real text) tokens)."""
+    """(padding tokens, length of the vision segment, (vision, text) tokens of the samples)."""
     real_vision = sum(int(np.count_nonzero(one.is_vision)) for one in tokens)
     real_text = sum(one.ids.size for one in tokens) - real_vision
     if not shape.fits(real_vision, real_text):

@@ -44,6 +44,7 @@ class LengthSettings:
     max_aspect_ratio: float
     max_text_tokens: int
     pixels_per_token: int
+    sample_align: int = 1  # samples are padded with text to a multiple of it
 
     @classmethod
     def of(cls, data: DataConfig, *, model: ModelConfig) -> "LengthSettings":
@@ -53,7 +54,12 @@ class LengthSettings:
             max_aspect_ratio=data.max_aspect_ratio,
             max_text_tokens=data.max_text_tokens,
             pixels_per_token=model.pixels_per_token,
+            sample_align=data.sample_align,
         )
+
+    def padding(self, num_tokens: int) -> int:
+        """Padding tokens behind a sample of `num_tokens`."""
+        return -num_tokens % self.sample_align
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +67,7 @@ class SampleLengths:
     """Token counts of every sample of a table, and the samples that training leaves out."""
 
     num_vision: NDArray[np.int32]  # [num_samples]; 0 where unfit
-    num_text: NDArray[np.int32]  # [num_samples]; 0 where unfit
+    num_text: NDArray[np.int32]  # [num_samples] with each sample's padding; 0 where unfit
     unfit: dict[int, Quarantined]  # global sample index -> why
 
     @property
@@ -201,7 +207,7 @@ def _measure(
             continue
         pixels = settings.pixels_per_token
         vision = sum(image_token_count(h, w, pixels_per_token=pixels) for h, w in sizes)
-        yield i, (vision, text.num_text)
+        yield i, (vision, text.num_text + settings.padding(vision + text.num_text))
 
 
 def _save(lengths: SampleLengths, path: Path) -> None:

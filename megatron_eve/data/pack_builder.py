@@ -15,7 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_eve.config.schema import ModelConfig
-from megatron_eve.data.assemble import ExpandedSample, PackMember, assemble_pack, expand
+from megatron_eve.data.assemble import (
+    ExpandedSample,
+    PackMember,
+    assemble_pack,
+    expand,
+    pad_sample,
+)
 from megatron_eve.data.conversation import encode_sample
 from megatron_eve.data.image import ImageDecoder, ImageJob
 from megatron_eve.data.lengths import LengthSettings, target_sizes
@@ -115,7 +121,9 @@ class PackBuilder:
         edge = self._settings.pixels_per_token
         grids = [(job.target_size[0] // edge, job.target_size[1] // edge) for job in jobs]
         tokens = expand(encoded, grids=grids)
-        found = (int(np.count_nonzero(tokens.is_vision)), encoded.num_text)
+        padding = self._settings.padding(tokens.ids.size)
+        tokens = pad_sample(tokens, padding, pad_id=self._tokenizer.pad_id)
+        found = (int(np.count_nonzero(tokens.is_vision)), encoded.num_text + padding)
         if found != (item.num_vision, item.num_text):
             counted = (item.num_vision, item.num_text)
             raise self._changed(sample, f"{found} (vision, text) tokens, {counted} were counted")

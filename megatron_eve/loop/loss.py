@@ -8,7 +8,8 @@ With l_i the cross entropy of a label token, M_k the label tokens of micro-batch
 
 Both are a sum of numerators over a sum of denominators, taken over every micro-batch and data-parallel rank, which is
 what megatron-core's per-token loss computes: it divides the summed gradients once by the summed denominators. A
-micro-batch without any label counts for nothing in either (the official code gives NaN).
+micro-batch without any label counts for nothing in either (the official code gives NaN). Context-parallel ranks
+share a micro-batch: each adds its own tokens' part, one of them the micro-batch itself.
 """
 
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ def micro_batch_loss(
     if normalization == "global_tokens":
         denominator = batch.num_labels
     else:
-        total = total / max(batch.num_labels, 1)
-        denominator = int(batch.num_labels > 0)
+        total = total / max(batch.num_pack_labels, 1)
+        denominator = int(batch.num_pack_labels > 0 and batch.is_first_context_rank)
     logged = torch.stack(
         [total.detach().double(), torch.tensor(denominator, device=total.device).double()]
     )

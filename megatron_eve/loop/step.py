@@ -19,7 +19,7 @@ from megatron_eve.config.schema import RunConfig
 from megatron_eve.data.sample import Pack
 from megatron_eve.errors import EveError
 from megatron_eve.loop.loss import micro_batch_loss
-from megatron_eve.parallel.batch import MicroBatch, micro_batch
+from megatron_eve.parallel.batch import MicroBatch, RankPlace, micro_batch, stream_rows
 from megatron_eve.parallel.groups import ParallelState
 
 
@@ -51,14 +51,19 @@ def to_device(
 ) -> list[MicroBatch]:
     """This rank's part of each micro-batch."""
     parallel = config.parallel
+    place = RankPlace(
+        tp_rank=state.tp_rank,
+        tp_size=parallel.tensor,
+        sequence_parallel=parallel.sequence_parallel,
+        cp_rank=state.cp_rank,
+        cp_size=parallel.context,
+    )
     return [
         micro_batch(
             pack,
-            tp_rank=state.tp_rank,
-            tp_size=parallel.tensor,
-            sequence_parallel=parallel.sequence_parallel,
+            place=place,
             split_attention=config.model.split.attention,
-            label_multiple=config.data.align,
+            align=config.data.align,
             device=state.device,
         )
         for pack in packs
@@ -79,13 +84,15 @@ def forward_backward(
     iterators = [
         iter(batches) for _ in model
     ]  # every chunk of an interleaved schedule walks the same micro-batches
+    cp_size = config.parallel.context
+    rows = stream_rows(config.data.pack_tokens, cp_size=cp_size, align=config.data.align)
     run_schedule = get_forward_backward_func()
     return run_schedule(
         forward_step_func=partial(_forward_step, normalization=config.optim.loss_normalization),
         data_iterator=iterators if len(model) > 1 else iterators[0],
         model=list(model) if len(model) > 1 else model[0],
         num_microbatches=len(batches),
-        seq_length=config.data.pack_tokens,
+        seq_length=rows * cp_size,  # the schedules divide it again
         micro_batch_size=1,
         forward_only=False,
     )

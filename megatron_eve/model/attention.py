@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-attention with modality-partitioned projections around one joint causal attention.
 
-Legend: T tokens of the pack, N query heads and K key/value heads of this tensor-parallel rank, D head dim.
+Legend: T tokens of the pack, S of them on this context-parallel rank, R rows of its residual stream (modality.py), N
+query heads and K key/value heads of this tensor-parallel rank, D head dim.
 """
 
 from typing import Any
@@ -9,13 +10,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import MegatronModule
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_eve.model.modality import ModalityPackedSeqParams, permute_rows
+from megatron_eve.model.modality import (
+    KeptRows,
+    ModalityPackedSeqParams,
+    permute_rows,
+    select_rows,
+)
 from megatron_eve.model.partitioned import apply_partitioned
+from megatron_eve.model.zigzag import zigzag_chunks
 
 
 def rotate_half(x: Tensor, *, cos: Tensor, sin: Tensor) -> Tensor:
@@ -24,24 +32,45 @@ def rotate_half(x: Tensor, *, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+def _to_sequence(rows: Tensor, routing: ModalityPackedSeqParams) -> Tensor:
+    """[R, ...] rows of the projections' output -> [S, ...] in sequence order."""
+    assert routing.to_sequence is not None and routing.to_rows is not None
+    if routing.has_rows_without_token:
+        return select_rows(rows, routing.to_sequence)
+    return permute_rows(rows, index=routing.to_sequence, inverse=routing.to_rows)
+
+
+def _to_rows(tokens: Tensor, routing: ModalityPackedSeqParams) -> Tensor:
+    """The way back: [S, ...] -> [R, ...]."""
+    assert routing.to_sequence is not None and routing.to_rows is not None
+    if routing.has_rows_without_token:
+        return select_rows(tokens, routing.to_rows)
+    return permute_rows(tokens, index=routing.to_rows, inverse=routing.to_sequence)
+
+
 class EveSelfAttention(SelfAttention):
     """megatron-core's SelfAttention with the rows permuted to sequence order for the core attention, and back."""
 
     def forward(
-        self, hidden_states: Tensor, *, packed_seq_params: ModalityPackedSeqParams
+        self,
+        hidden_states: Tensor,
+        *,
+        packed_seq_params: ModalityPackedSeqParams,
+        kept: KeptRows | None = None,
     ) -> Tensor:
-        """[rows, 1, h] -> [rows, 1, h], rows of this rank's residual stream and in its order."""
+        """[rows, 1, h] -> [rows or kept rows, 1, h], rows of this rank's residual stream and in its order."""
         routing = packed_seq_params
         mixed, _ = apply_partitioned(self.linear_qkv, hidden_states, routing.num_local_vision)
-        assert routing.to_sequence is not None and routing.to_rows is not None
-        mixed = permute_rows(mixed[:, 0], index=routing.to_sequence, inverse=routing.to_rows)
-        query, key, value = self._split_heads(mixed)
+        query, key, value = self._split_heads(_to_sequence(mixed[:, 0], routing))
         assert routing.rope_cos is not None and routing.rope_sin is not None
         query = rotate_half(query, cos=routing.rope_cos, sin=routing.rope_sin)
         key = rotate_half(key, cos=routing.rope_cos, sin=routing.rope_sin)
         context = self._core(query, key, value, routing).flatten(1)
-        context = permute_rows(context, index=routing.to_rows, inverse=routing.to_sequence)
-        out, _ = apply_partitioned(self.linear_proj, context.unsqueeze(1), routing.num_vision)
+        if kept is None:
+            rows, num_vision = _to_rows(context, routing), routing.num_vision
+        else:
+            rows, num_vision = select_rows(context, kept.to_rows), kept.num_vision
+        out, _ = apply_partitioned(self.linear_proj, rows.unsqueeze(1), num_vision)
         return out
 
     def _split_heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,8 +95,10 @@ class EveSelfAttention(SelfAttention):
 class VarlenSdpa(MegatronModule):
     """Core attention of the `local` backend: one causal scaled_dot_product_attention per sample of the pack.
 
-    Memory is linear in the pack: no mask over the pack, and torch's kernels tile each sample. Takes the arguments of
-    megatron-core's core attentions; refuses what it does not compute (dropout, a bias, another mask)."""
+    Memory is linear in the pack: no mask over the pack, and torch's kernels tile each sample. Under context parallelism
+    keys and values of all ranks are gathered and each rank's two chunks of a sample look back from where they end;
+    their masks are as large as a chunk times a sample. Takes the arguments of megatron-core's core attentions; refuses
+    what it does not compute (dropout, a bias, another mask)."""
 
     def __init__(
         self,
@@ -84,6 +115,7 @@ class VarlenSdpa(MegatronModule):
         if (attention_dropout or config.attention_dropout) or attention_type != "self":
             raise ValueError("VarlenSdpa computes self-attention without dropout")
         self.scale = softmax_scale or config.kv_channels**-0.5
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -95,19 +127,53 @@ class VarlenSdpa(MegatronModule):
         attn_mask_type: AttnMaskType,
         packed_seq_params: ModalityPackedSeqParams,
     ) -> Tensor:
-        """[T, N, D], [T, K, D], [T, K, D] -> [T, N * D], all in sequence order."""
+        """[S, N, D], [S, K, D], [S, K, D] -> [S, N * D], all in sequence order."""
         if attention_mask is not None or attn_mask_type != AttnMaskType.padding_causal:
             raise ValueError(
                 "VarlenSdpa computes causal attention within each sample of a pack only"
             )
         lengths = packed_seq_params.sequence_lengths
-        samples = zip(
-            *(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True
-        )
-        out = [
-            F.scaled_dot_product_attention(
-                q[None], k[None], v[None], is_causal=True, scale=self.scale, enable_gqa=True
-            )[0]
-            for q, k, v in samples
-        ]
+        if self.cp_group is None:
+            samples = zip(
+                *(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True
+            )
+            out = [self._attend(q, k, v) for q, k, v in samples]
+        else:
+            out = self._attend_chunks(query, key, value, packed_seq_params)
         return torch.cat(out, dim=1).transpose(0, 1).flatten(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[N, q, D], [K, k, D], [K, k, D] -> [N, q, D]; the last query is at the last key's position."""
+        queries, keys = query.shape[1], key.shape[1]
+        mask = None
+        if queries < keys:
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+            mask = mask.tril(keys - queries)
+        return F.scaled_dot_product_attention(
+            query[None],
+            key[None],
+            value[None],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=True,
+        )[0]
+
+    def _attend_chunks(
+        self, query: Tensor, key: Tensor, value: Tensor, routing: ModalityPackedSeqParams
+    ) -> list[Tensor]:
+        """This rank's chunks, in its sequence order; see model/zigzag.py for which they are."""
+        assert self.cp_group is not None and routing.from_gathered is not None
+        both = gather_from_sequence_parallel_region(
+            torch.stack([key, value], dim=1), tensor_parallel_output_grad=True, group=self.cp_group
+        )
+        both = select_rows(both, routing.from_gathered)  # [T, 2, K, D]
+        chunks = zigzag_chunks(
+            routing.sequence_lengths, cp_rank=self.cp_group.rank(), cp_size=self.cp_group.size()
+        )
+        queries = query.transpose(0, 1).split([chunk.size for chunk in chunks], dim=1)
+        out = []
+        for chunk, q in zip(chunks, queries, strict=True):
+            seen = both[chunk.sample_start : chunk.start + chunk.size].permute(1, 2, 0, 3)
+            out.append(self._attend(q, seen[0], seen[1]))
+        return out

@@ -24,6 +24,7 @@ class ParallelState:
     rank: int
     world_size: int
     tp_rank: int
+    cp_rank: int
     pp_rank: int
     dp_rank: int
     dp_size: int
@@ -32,8 +33,8 @@ class ParallelState:
 
     @property
     def is_data_leader(self) -> bool:
-        """Whether this process reads the data for its model-parallel group."""
-        return self.tp_rank == 0 and self.pp_rank == 0
+        """Whether this process reads the data for all that compute on the same packs."""
+        return self.tp_rank == 0 and self.cp_rank == 0 and self.pp_rank == 0
 
 
 def init_distributed(*, timeout_s: int) -> None:
@@ -97,6 +98,7 @@ def init_model_parallel(parallel: ParallelConfig, *, seed: int) -> ParallelState
         rank=torch.distributed.get_rank(),
         world_size=world_size,
         tp_rank=groups.tp.rank(),
+        cp_rank=groups.cp.rank(),
         pp_rank=pp_rank,
         dp_rank=groups.dp.rank(),
         dp_size=groups.dp.size(),

@@ -24,7 +24,7 @@ from megatron_eve.config.schema import ParallelConfig
 from megatron_eve.config.text_form import config_text
 from megatron_eve.errors import CheckpointError, EveError
 from megatron_eve.model.build import build_model
-from megatron_eve.parallel.batch import micro_batch
+from megatron_eve.parallel.batch import RankPlace, micro_batch
 from megatron_eve.parallel.groups import init_model_parallel
 from tests.checkpoints_convert.conftest import release_model, write_reference_release
 from tests.checkpoints_convert.test_modeling import hf_batch
@@ -95,11 +95,9 @@ def megatron_logits(folder: Path, seed: int) -> tuple[Tensor, Tensor]:
     pack = naive_pack(labelled_samples(seed), model=model, tokens=192, align=8)
     batch = micro_batch(
         pack,
-        tp_rank=0,
-        tp_size=1,
-        sequence_parallel=False,
+        place=RankPlace(),
         split_attention=model.split.attention,
-        label_multiple=1,
+        align=1,
         device=torch.device("cpu"),
     )
     with torch.no_grad():

@@ -90,7 +90,7 @@ def _whole_model_gap(split: SplitConfig, kind: str) -> tuple[float, float]:
 
     from checkpoints_convert.tensors import hf_to_eve
     from megatron_eve.model.build import build_model
-    from megatron_eve.parallel.batch import micro_batch
+    from megatron_eve.parallel.batch import RankPlace, micro_batch
     from megatron_eve.parallel.groups import init_model_parallel
     from tests.support.reference_eve import batch_loss, build_reference
 
@@ -109,11 +109,9 @@ def _whole_model_gap(split: SplitConfig, kind: str) -> tuple[float, float]:
     pack = naive_pack(samples, model=config, tokens=160, align=8)
     batch = micro_batch(
         pack,
-        tp_rank=0,
-        tp_size=1,
-        sequence_parallel=False,
+        place=RankPlace(),
         split_attention=split.attention,
-        label_multiple=8,
+        align=8,
         device=torch.device("cpu"),
     )
     logits = model.logits(batch)

@@ -47,6 +47,8 @@ LAYOUTS = {
     "pp2-virtual": layout(pipeline=2, virtual=2),
     "dp2": layout(data=2, overlap=True),
     "dp2-distopt": layout(data=2, distributed_optimizer=True, overlap=True),
+    "cp2": layout(context=2),
+    "cp2-distopt": layout(context=2, distributed_optimizer=True, overlap=True),
 }
 
 
@@ -84,10 +86,18 @@ def test_recompute(gloo1, gloo2, reference, tmp_path, recompute):  # type: ignor
     check(gloo2, gloo1, reference, parallel, tmp_path / "out", train={"recompute": recompute})
 
 
-@pytest.mark.parametrize("reference", ["all", "all-tied"], indirect=True)
-def test_four_processes(gloo1, gloo4, reference, tmp_path):  # type: ignore[no-untyped-def]
-    parallel = layout(tensor=2, pipeline=2, sequence_parallel=True)
-    check(gloo4, gloo1, reference, parallel, tmp_path / "out")
+FOUR = {
+    "tp2-sp-pp2": layout(tensor=2, pipeline=2, sequence_parallel=True),
+    "tp2-sp-cp2": layout(tensor=2, context=2, sequence_parallel=True),
+    "pp2-cp2": layout(pipeline=2, context=2),
+    "cp4": layout(context=4),
+}
+
+
+@pytest.mark.parametrize("name", FOUR)
+@pytest.mark.parametrize("reference", ["all", "all-tied", "ffn"], indirect=True)
+def test_four_processes(gloo1, gloo4, reference, tmp_path, name):  # type: ignore[no-untyped-def]
+    check(gloo4, gloo1, reference, FOUR[name], tmp_path / "out")
 
 
 @pytest.mark.parametrize("reference", ["all"], indirect=True)

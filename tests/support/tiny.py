@@ -50,18 +50,19 @@ def layout(
     data: int = 1,
     *,
     virtual: int = 1,
+    context: int = 1,
     sequence_parallel: bool = False,
     distributed_optimizer: bool = False,
     overlap: bool = False,
 ) -> ParallelConfig:
-    """A layout of tensor x pipeline x data processes on one node."""
+    """A layout of tensor x pipeline x data x context processes on one node."""
     return ParallelConfig(
         num_nodes=1,
-        gpus_per_node=tensor * pipeline * data,
+        gpus_per_node=tensor * pipeline * data * context,
         tensor=tensor,
         pipeline=pipeline,
         virtual_pipeline=virtual,
-        context=1,
+        context=context,
         sequence_parallel=sequence_parallel,
         distributed_optimizer=distributed_optimizer,
         overlap_grad_reduce=overlap,
@@ -129,7 +130,14 @@ def patch_rows(image: Tensor, model: ModelConfig) -> Tensor:
     return torch.stack(out)
 
 
-def naive_pack(samples: list[RawSample], *, model: ModelConfig, tokens: int, align: int) -> Pack:
+def naive_pack(
+    samples: list[RawSample],
+    *,
+    model: ModelConfig,
+    tokens: int,
+    align: int,
+    sample_align: int = 1,
+) -> Pack:
     """A Pack built token by token, independent of the product's packer."""
     kinds: list[int] = []  # per sequence token: vision kind, or -1 for text
     ids: list[int] = []
@@ -153,6 +161,10 @@ def naive_pack(samples: list[RawSample], *, model: ModelConfig, tokens: int, ali
             kinds += layout_of_image
             ids += [0] * len(layout_of_image)
             labels += [IGNORE] * len(layout_of_image)
+        padding = -(len(kinds) - start) % sample_align
+        kinds += [-1] * padding
+        ids += [0] * padding
+        labels += [IGNORE] * padding
         lengths.append(len(kinds) - start)
         targets += [*labels[1:], IGNORE]
     num_real_vision = sum(kind >= 0 for kind in kinds)

@@ -29,7 +29,9 @@ def run_config(model: ModelConfig, parallel: ParallelConfig, **changes: Any) -> 
         base,
         model=model,
         parallel=parallel,
-        data=dataclasses.replace(base.data, pack_tokens=TOKENS, align=ALIGN),
+        data=dataclasses.replace(
+            base.data, pack_tokens=TOKENS, align=ALIGN, sample_align=2 * parallel.context
+        ),
         train=dataclasses.replace(base.train, dtype="fp32"),
         stage=dataclasses.replace(base.stage, trainable=changes.pop("trainable", EVERYTHING)),
     )
@@ -72,7 +74,8 @@ def gradients_of_batch(
     if drop_all_reduce:
         mcore.finalize_model_grads_func = _without_sequence_parallel_all_reduce
     batch = global_batch(num_packs)[state.dp_rank :: state.dp_size]
-    packs = [naive_pack(s, model=config.model, tokens=TOKENS, align=ALIGN) for s in batch]
+    sizes = {"tokens": TOKENS, "align": ALIGN, "sample_align": config.data.sample_align}
+    packs = [naive_pack(s, model=config.model, **sizes) for s in batch]
     logged = forward_backward(wrapped, packs, config=config, state=state)
     sums = torch.zeros(2, dtype=torch.float64)
     if logged and state.is_last_stage and state.tp_rank == 0:
@@ -94,9 +97,10 @@ def _complete_gradients(chunk: Any, state: ParallelState) -> None:
         return
     for buffer in chunk.buffers:
         for bucket in buffer.buckets:
-            shard = bucket.grad_data.numel() // state.dp_size
-            mine = bucket.grad_data[state.dp_rank * shard : (state.dp_rank + 1) * shard].clone()
-            torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=state.groups.dp)
+            group = state.groups.dp_cp
+            shard = bucket.grad_data.numel() // group.size()
+            mine = bucket.grad_data[group.rank() * shard : (group.rank() + 1) * shard].clone()
+            torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=group)
 
 
 def _without_sequence_parallel_all_reduce(model: Any, *args: Any, **kwargs: Any) -> None:

@@ -136,6 +136,7 @@ def _data(
         max_text_tokens=max_text_tokens,
         pack_tokens=8192 if image_edge == 800 else 16384,
         align=128,
+        sample_align=1,
         open_bins=64,
         shuffle_block_size=1 << 18,
         num_workers=8,

@@ -106,6 +106,7 @@ def _data(
         max_text_tokens=256,
         pack_tokens=pack_tokens,
         align=16,
+        sample_align=1,
         open_bins=16,
         shuffle_block_size=4096,
         num_workers=2,

@@ -87,6 +87,7 @@ def _data(*, shards: str, template: TemplateName) -> DataConfig:
         max_text_tokens=256,
         pack_tokens=512,
         align=16,
+        sample_align=1,
         open_bins=16,
         shuffle_block_size=4096,
         num_workers=2,
