@@ -5,12 +5,14 @@
 #   VENV             where the environment is kept
 #   TORCH_INDEX_URL  index to take torch from; https://download.pytorch.org/whl/cpu gives the small CPU build
 #   RUN              folder of the demo's run
+#   DEMO_ARGS        further arguments for the demo, see python -m tools.demo --help
 #   PYTEST_ARGS      further arguments for pytest
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX_URL ?=
 RUN ?= runs/demo
+DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -28,10 +30,10 @@ help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */  make \1\t/' | expand -t 22
 
 demo: $(CPU_SET) ## all stages of a tiny EVE on easy-VQA: data, training, conversion, answers
-	$(PY) -m tools.demo eve-tiny --out $(RUN)
+	$(PY) -m tools.demo eve-tiny --out $(RUN) $(DEMO_ARGS)
 
 demo-smollm2: $(SMOLLM2_SET) ## the same with SmolLM2-135M-Instruct's real weights (about an hour)
-	$(PY) -m tools.demo smollm2 --out $(RUN)-smollm2
+	$(PY) -m tools.demo smollm2 --out $(RUN)-smollm2 $(DEMO_ARGS)
 
 test: $(CPU_SET) ## the CPU test suite
 	$(PY) -m pytest $(PYTEST_ARGS)

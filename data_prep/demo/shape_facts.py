@@ -16,15 +16,11 @@ SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 YES_NO = ("yes", "no")
 
-CAPTIONS = (
+CAPTIONS = (  # short, so that both facts are a large part of what a caption's tokens teach
     "A {color} {shape}.",
-    "This image shows a {color} {shape}.",
-    "There is a {color} {shape} in the image.",
-    "The image contains a {color} {shape}.",
+    "One {color} {shape}.",
     "A {shape} that is {color}.",
-    "The shape is a {color} {shape}.",
-    "A {color} {shape} on a light background.",
-    "One {shape}, and its color is {color}.",
+    "The {shape} is {color}.",
 )
 COLOR_QUESTIONS = (
     "what color is the shape?",

@@ -25,7 +25,7 @@ def test_text_is_sorted_with_one_field_a_line() -> None:
     lines = TEXT.splitlines()
     keys = [line.split(": ", 1)[0] for line in lines]
     assert keys == sorted(set(keys))
-    assert "optim.peak_lr: 0.001" in lines
+    assert "optim.peak_lr: 0.0005" in lines
     assert "stage.trainable: patch_embedding,vision,text" in lines
     assert "train.epochs: none" in lines
     assert "data.sources.0.path: data/demo/questions/shards" in lines

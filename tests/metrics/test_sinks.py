@@ -204,7 +204,7 @@ def test_wandb_keeps_one_run_over_restarts(tmp_path: Path, fake_wandb: FakeWandb
     assert first == second
     assert (first["project"], first["name"], first["resume"]) == ("megatron-eve", "stage1", "allow")
     assert first["id"] == (tmp_path / "stage1" / optional_sinks.RUN_ID_FILE).read_text().strip()
-    assert first["config"]["optim.peak_lr"] == "0.003"
+    assert first["config"]["optim.peak_lr"] == "0.001"
     assert fake_wandb.run.logged == [(1, {"train/loss": 1.0}), (6, {"train/loss": 1.0})]
     assert fake_wandb.run.finished
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.repo.tree import commands
 from tests.slurm.conftest import REPO, Cluster, saved_step, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
@@ -66,6 +67,25 @@ def test_128_ranks_run_as_the_file_says(submission: Submission) -> None:
     assert all(seen)
     ranks = {(int(m[1]), m[2], int(m[3])) for m in seen if m}
     assert ranks == {(8 * n + g, f"node{n + 1:02d}", g) for n in range(16) for g in range(8)}
+
+
+def test_readme_lines_start_a_job(cluster: Cluster, tmp_path: Path) -> None:
+    """`mkdir -p logs` and `sbatch slurm/stage2_2.sbatch ...` as the README has them, in a checkout of their own."""
+    starts = ("mkdir ", "sbatch ")
+    lines = [command for command in commands("README.md") if command.startswith(starts)]
+    assert len(lines) == 2
+    checkout = tmp_path / "checkout"
+    subprocess.run(["git", "clone", "--quiet", str(REPO), str(checkout)], check=True)
+    stand_in = {"TRAIN_CMD": rehearse(steps=3), "PYTHON": "python3", "EVE_MIN_FREE_GIB": "0.1"}
+    env = cluster.env | stand_in
+    command = ["bash", "-c", "\n".join(["set -e", *lines])]
+    result = subprocess.run(command, cwd=checkout, env=env, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    (job,) = re.findall(r"Submitted batch job (\d+)", result.stdout)
+    ended = cluster.wait(job, timeout_s=240)
+    (log,) = (checkout / "logs").glob(f"*{job}*.log")
+    assert ended["JobState"] == "COMPLETED", log.read_text()
+    assert (checkout / "runs/eve7b_stage2_2/DONE").exists()
 
 
 def test_time_limit_signal_requeues_and_resumes(submission: Submission) -> None:

@@ -46,9 +46,9 @@ def qwen2_5_tiny(*, split: SplitConfig) -> ModelConfig:
         tie_word_embeddings=False,
         init_std=0.02,
         split=split,
-        patch_stride=16,
+        patch_stride=8,
         dense_stride=2,
-        patch_embed_dim=512,
+        patch_embed_dim=128,
     )
 
 
