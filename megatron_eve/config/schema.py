@@ -68,13 +68,14 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardSource:
-    """One folder of MDS shards made by data_prep, and its share of the samples of an epoch.
+    """One folder of MDS shards made by data_prep, its share of the samples of an epoch, and how its text is written.
 
     `proportion` weights the sources against each other; the epoch has as many samples as the sources have together.
     With one source it has no effect."""
 
     path: str
     proportion: float
+    template: TemplateName | None = None  # None: data.template
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +84,7 @@ class DataConfig:
 
     sources: tuple[ShardSource, ...]
     tokenizer: str  # folder with tokenizer.json (HF format)
-    template: TemplateName
+    template: TemplateName  # of every source that names none
     image_edge: (
         int  # M of the official resize rules: the area is capped at M * M pixels (800 or 1600)
     )

@@ -79,7 +79,7 @@ class PackLoader:
         self._shape = PackShape(pack_tokens=data.pack_tokens, align=data.align)
         self._cost = PackCost.of_model(model)
         table = ShardTable.open([source.path for source in data.sources])
-        settings = LengthSettings.of(data, model=model)
+        settings = LengthSettings.of_sources(data, model=model)
         lengths = load_lengths(table, settings=settings, tokenizer=tokenizer, shape=self._shape)
         order = SampleOrder(table=table, lengths=lengths, data=data)
         self._plan = PackPlan(
