@@ -91,7 +91,7 @@ class DataConfig:
     max_text_tokens: int  # text of a sample is cut to this many tokens, image tokens not counted
     pack_tokens: int  # T: tokens of one pack (micro-batch), a multiple of `align`
     align: int  # vision and text segments of a pack are padded to multiples of this
-    open_bins: int  # packs that the packer keeps open at a time
+    open_bins: int  # with batch.unit=packs: the packer chooses from samples for this many packs
     shuffle_block_size: int  # streaming's py1e block, in samples
     num_workers: int  # threads that read and decode ahead of the trainer
     prefetch_steps: int  # steps that may lie ready ahead of the trainer
