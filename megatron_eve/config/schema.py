@@ -93,7 +93,7 @@ class DataConfig:
     pack_tokens: int  # T: tokens of one pack (micro-batch), a multiple of `align`
     align: int  # vision and text segments of a pack are padded to multiples of this
     sample_align: int  # every sample is padded with text to a multiple of this: 1, or 2 * parallel.context times any
-    open_bins: int  # packs that the packer keeps open at a time
+    open_bins: int  # with batch.unit=packs: the packer chooses from samples for this many packs
     shuffle_block_size: int  # streaming's py1e block, in samples
     num_workers: int  # threads that read and decode ahead of the trainer
     prefetch_steps: int  # steps that may lie ready ahead of the trainer

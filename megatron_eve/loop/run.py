@@ -145,6 +145,7 @@ def _open_loader(config: RunConfig, *, state: ParallelState, run_dir: Path) -> P
         data=config.data,
         batch=config.batch,
         model=config.model,
+        trainable=config.stage.trainable,
         tokenizer=load_tokenizer(config.data.tokenizer),
         data_rank=state.dp_rank,
         data_size=state.dp_size,
