@@ -95,7 +95,8 @@ def _context_problems(config: RunConfig) -> Iterator[str]:
     if data.align % (2 * context):
         yield (
             f"data.align={data.align} is not a multiple of {2 * context} = 2 x parallel.context={context}, but padding "
-            f"is cut over the context ranks like a sample; use {-(-data.align // (2 * context)) * 2 * context}, for example."
+            "is cut over the context ranks like a sample; use "
+            f"{-(-data.align // (2 * context)) * 2 * context}, for example."
         )
     if data.pack_tokens % (context * data.align):
         block = context * data.align
