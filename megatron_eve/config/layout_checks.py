@@ -82,7 +82,7 @@ def _pipeline_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _context_problems(config: RunConfig) -> Iterator[str]:
-    """Every sample is cut into 2 * context chunks of one size, every pack into `context` parts of whole aligned blocks."""
+    """A sample is cut into 2 * context chunks of one size, a pack into `context` parts of whole aligned blocks."""
     context, data = config.parallel.context, config.data
     if context == 1:
         return

@@ -110,17 +110,21 @@ def executed_rows(pack: Pack, *, cp_size: int, shards: int, align: int) -> list[
         place = RankPlace(cp_rank=cp_rank, cp_size=cp_size)
         tokens = _local_tokens(pack, place=place, align=align)
         num_rows, num_vision = tokens.order.numel(), tokens.num_vision
-        kept = [
-            sum(
-                rows.numel()
-                for rows in _labelled_by_shard(
-                    tokens, begin=begin, end=end, shards=shards, align=align
-                )
-            )
+        kept_vision, kept_text = (
+            torch.cat(
+                _labelled_by_shard(tokens, begin=begin, end=end, shards=shards, align=align)
+            ).numel()
             for begin, end in ((0, num_vision), (num_vision, num_rows))
-        ]
-        labels = max(align, -(-tokens.label_rows.numel() // align) * align)
-        ranks.append(ExecutedRows(num_vision, num_rows - num_vision, *kept, labels))
+        )
+        ranks.append(
+            ExecutedRows(
+                vision=num_vision,
+                text=num_rows - num_vision,
+                kept_vision=kept_vision,
+                kept_text=kept_text,
+                labels=max(align, -(-tokens.label_rows.numel() // align) * align),
+            )
+        )
     return ranks
 
 

@@ -18,9 +18,10 @@ from megatron_eve.config.schema import RunConfig
 from megatron_eve.data.assemble import ExpandedSample, PackMember, assemble_pack, expand
 from megatron_eve.data.conversation import IMAGE_PLACEHOLDER, EncodedSample
 from megatron_eve.data.image_size import PIXELS_PER_TOKEN, train_size
-from megatron_eve.data.packing import Item, OpenBins, PackShape
+from megatron_eve.data.packing import PackCost, PackShape
 from megatron_eve.data.patches import patchify
 from megatron_eve.data.sample import IGNORE, Pack
+from megatron_eve.data.stream_packer import StreamPacker
 
 _EDGE_MEDIAN = {800: 800.0, 1600: 1200.0}  # pixels, by the recipe's cap
 _EDGE_SIGMA, _ASPECT_SIGMA = 0.4, 0.3
@@ -84,23 +85,47 @@ def steps_of_packs(
 ) -> Iterator[StepSamples]:
     """Steps of full packs, made by the trainer's own online packer out of the stream."""
     shape = PackShape(pack_tokens=config.data.pack_tokens, align=config.data.align)
-    bins = OpenBins(shape=shape, max_open=config.data.open_bins)
+    packer = StreamPacker(
+        shape=shape,
+        cost=PackCost.of_model(config.model, trainable=config.stage.trainable),
+        max_tokens=config.data.open_bins * shape.pack_tokens,
+    )
     seen: list[BenchSample] = []
     while True:
-        while len(bins.ready) < packs_per_step:
-            sample = next(samples)
-            tokens = sample.expanded(pixels_per_token=config.model.pixels_per_token)
-            num_vision = int(tokens.is_vision.sum())
-            item = Item(len(seen), num_vision, int(tokens.ids.size) - num_vision)
-            if shape.fits(item.num_vision, item.num_text):
-                seen.append(sample)
-                bins.put(item)
-        chosen = bins.ready[:packs_per_step]
-        del bins.ready[:packs_per_step]
-        numbers = [[item.sample for item in planned] for planned in chosen]
+        numbers = []
+        for _ in range(packs_per_step):
+            _fill(packer, seen, samples, shape=shape, config=config)
+            numbers.append([item.sample for item in packer.take()])
         yield StepSamples(
             packs=tuple(tuple(seen[i] for i in pack) for pack in numbers),
             in_stream_order=tuple(seen[i] for i in sorted(itertools.chain(*numbers))),
+        )
+
+
+def _fill(
+    packer: StreamPacker,
+    seen: list[BenchSample],
+    samples: Iterator[BenchSample],
+    *,
+    shape: PackShape,
+    config: RunConfig,
+) -> None:
+    """Samples into the pool until it is full; a sample that no pack holds is left out."""
+    while True:
+        sample = next(samples)
+        tokens = sample.expanded(pixels_per_token=config.model.pixels_per_token)
+        num_vision = int(tokens.is_vision.sum())
+        num_text = int(tokens.ids.size) - num_vision
+        if not shape.fits(num_vision, num_text):
+            continue
+        is_room = packer.accepts(np.array([num_vision + num_text])) > 0
+        if not is_room:
+            return
+        seen.append(sample)
+        packer.add(
+            np.array([len(seen) - 1]),
+            num_vision=np.array([num_vision]),
+            num_text=np.array([num_text]),
         )
 
 

@@ -24,7 +24,7 @@ from megatron_eve.config.schema import SplitConfig
 from megatron_eve.errors import EveError
 from megatron_eve.model.attention import EveSelfAttention, rotate_half
 from megatron_eve.model.layer_specs import backend, layer_spec
-from megatron_eve.model.modality import ModalityPackedSeqParams
+from megatron_eve.model.modality import KeptRows, ModalityPackedSeqParams
 from megatron_eve.parallel.groups import ParallelState, init_distributed, init_model_parallel
 from tools.bench.report import (
     BenchmarkError,
@@ -57,10 +57,15 @@ class SequenceOrderAttention(EveSelfAttention):
     """The attention of a dense layer: rows are in sequence order already."""
 
     def forward(
-        self, hidden_states: Tensor, *, packed_seq_params: ModalityPackedSeqParams
+        self,
+        hidden_states: Tensor,
+        *,
+        packed_seq_params: ModalityPackedSeqParams,
+        kept: KeptRows | None = None,
     ) -> Tensor:
         """[T, 1, h] -> [T, 1, h]."""
         routing = packed_seq_params
+        assert kept is None, "all rows are compared"
         assert routing.rope_cos is not None and routing.rope_sin is not None
         mixed, _ = self.linear_qkv(hidden_states)
         query, key, value = self._split_heads(mixed[:, 0])
