@@ -75,7 +75,7 @@ def eve_tiny_stage2_2() -> RunConfig:
         split=VARIANTS["eve-v2.0"],
         stage=StageConfig(name="2.2", trainable=("patch_embedding", "vision", "text")),
         data=_data(shares={"captions": 0.85, "questions": 0.15}, template="qwen2"),
-        steps=1300,
+        steps=1100,
         learning_rate=7e-4,
         min_learning_rate=4e-4,
         weights="runs/eve_tiny_stage2_1",
@@ -89,7 +89,7 @@ def eve_tiny_stage3() -> RunConfig:
         split=VARIANTS["eve-v2.0"],
         stage=StageConfig(name="3", trainable=("patch_embedding", "vision", "text")),
         data=_data(shares={"questions": 1.0}, template="qwen2"),
-        steps=700,
+        steps=600,
         learning_rate=5e-4,
         weights="runs/eve_tiny_stage2_2",
     )
