@@ -17,6 +17,8 @@ from megatron_eve.config.schema import ModelConfig
 from tests.support.exact_steps import ExactSteps, exact_steps
 from tests.support.official import (
     CASES,
+    PATCH_EMBEDDING_LR,
+    PEAK_LR,
     convert,
     gradients_of_first_batch,
     initial_weights,
@@ -143,15 +145,25 @@ def test_twenty_optimizer_steps(
     assert all(torch.equal(found[name], start[name]) for name in frozen)
 
 
+CHANGES: dict[str, dict[str, Any]] = {
+    "global-tokens": {"loss_normalization": "global_tokens"},
+    "clipping": {"clip_grad": 1.0},
+    "beta2": {"adam_beta2": 0.95},
+    "rate-plus-1%": {
+        "peak_lr": 1.01 * PEAK_LR,
+        "patch_embedding_lr": 1.01 * PATCH_EMBEDDING_LR,
+    },
+}
+
+
 @pytest.mark.parametrize("in_layout", ["one"], indirect=True)
-@pytest.mark.parametrize(
-    "change", [{"loss_normalization": "global_tokens"}, {"clip_grad": 1.0}, {"adam_eps": 1e-6}]
-)
+@pytest.mark.parametrize("change", CHANGES)
 def test_the_bound_notices_another_optimizer(
-    imported: Any, in_layout: Any, gloo1: Any, change: dict[str, Any], tmp_path: Path
+    imported: Any, in_layout: Any, gloo1: Any, change: str, tmp_path: Path
 ) -> None:
     """The mutation: a step that is not the official one leaves the bound in every parameter."""
-    source, _, exact = run_steps(imported, in_layout, "v2.0", tmp_path / "out", **change)
-    found = by_official_names(gloo1, source.model, tmp_path / "out")
+    out = tmp_path / "out"
+    source, _, exact = run_steps(imported, in_layout, "v2.0", out, **CHANGES[change])
+    found = by_official_names(gloo1, source.model, out)
     want = official_steps("v2.0").final
     assert set(outside(found, want, exact)) == set(want)
