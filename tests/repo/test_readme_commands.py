@@ -70,9 +70,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.new("RGB", (64, 96), (10 * number, 90, 200)).save(folder / f"images/{number}.png")
         turns = [("human", "<image>\n"), ("gpt", f"Picture number {number}.")]
         conversation = [{"from": role, "value": text} for role, text in turns]
-        samples.append(
-            {"id": str(number), "image": f"{number}.png", "conversations": conversation}
-        )
+        samples.append({"id": str(number), "image": f"{number}.png", "conversations": conversation})
     (folder / "captions.json").write_text(json.dumps(samples))
     config = Qwen2Config(
         vocab_size=152064, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
