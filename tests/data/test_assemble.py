@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_eve.data.assemble import PackMember, assemble_pack, expand, image_layout
+from megatron_eve.data.assemble import (
+    PackMember,
+    assemble_pack,
+    expand,
+    image_layout,
+    pad_sample,
+)
 from megatron_eve.data.conversation import IMAGE_PLACEHOLDER, EncodedSample
 from megatron_eve.data.packing import PackShape
 from megatron_eve.data.sample import (
@@ -130,6 +136,34 @@ def test_pack_equals_naive_construction(seed: int) -> None:
     assert pack.patches is not None
     count = int((pack.vision_kind == VISION_PATCH).sum())
     assert pack.patches[:, 0, 0].tolist() == [number % 251 for number in range(count)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("sample_align", [4, 16])
+def test_padded_samples_are_the_same_samples_with_silent_text_behind(
+    seed: int, sample_align: int
+) -> None:
+    """Also against the naive construction, in which the padding is text that has no label."""
+    rng = np.random.default_rng(seed)
+    shape = PackShape(pack_tokens=256, align=16)
+    members, naive = [], []
+    for number in range(3):
+        member, tokens = random_member(rng, number)
+        count = -len(tokens) % sample_align
+        padded = pad_sample(member.tokens, count, pad_id=PAD_ID)
+        members.append(PackMember(member.id, padded, member.quarantined))
+        naive.append([*tokens, *[["text", PAD_ID, IGNORE]] * count])
+    pack = assemble(members, shape)
+    check_against_naive(pack, members, naive, shape)
+    assert all(length % sample_align == 0 for length in pack.cu_seqlens.diff().tolist()[:3])
+    real = [token for one in naive for token in one]
+    num_padding = sum(member.tokens.num_padding for member in members)
+    assert pack.num_real_vision + pack.num_real_text == len(real) - num_padding
+
+
+def test_a_sample_that_needs_no_padding_stays_as_it_is() -> None:
+    member, _ = random_member(np.random.default_rng(1), 0)
+    assert pad_sample(member.tokens, 0, pad_id=PAD_ID) is member.tokens
 
 
 def test_dtypes() -> None:

@@ -54,6 +54,22 @@ def test_lengths_are_those_of_the_expanded_sample(
         assert lengths.num_text[index] == (~is_vision).sum()
 
 
+@pytest.mark.parametrize("sample_align", [4, 32])
+def test_aligned_lengths_count_each_samples_padding_as_text(
+    write_shards: WriteShards, qwen: Tokenizer, sample_align: int
+) -> None:
+    """The cache of other settings is not read: the folder has been measured without alignment before."""
+    table = ShardTable.open([write_shards("a", mixed_samples(25))])
+    plain, aligned = load(table, qwen), load(table, qwen, sample_align=sample_align)
+    assert not aligned.unfit
+    np.testing.assert_array_equal(aligned.num_vision, plain.num_vision)
+    whole = aligned.num_vision + aligned.num_text
+    padding = aligned.num_text - plain.num_text
+    assert (whole % sample_align == 0).all()
+    assert ((padding >= 0) & (padding < sample_align)).all()
+    assert padding.any()
+
+
 def bad_samples() -> list[tuple[Sample, str | None]]:
     good = make_sample(0)
     question, answer = good.turns

@@ -192,6 +192,25 @@ def test_pixels_lie_in_the_order_of_the_samples(data: DataConfig, qwen: Tokenize
         assert position == len(patches)
 
 
+@pytest.mark.parametrize("batch", [SAMPLES, PACKS], ids=["samples", "packs"])
+def test_aligned_samples_are_planned_as_long_as_they_become(
+    data: DataConfig, qwen: Tokenizer, batch: BatchConfig
+) -> None:
+    """Every sample and every padding sequence can be cut for context parallelism; labels are those of short samples."""
+    aligned = dataclasses.replace(data, sample_align=8)
+    packs = [pack for step in run(open_loader(aligned, qwen, batch=batch), 3) for pack in step]
+    for pack in packs:
+        assert all(length % 8 == 0 for length in pack.cu_seqlens.diff().tolist())
+        assert pack.num_tokens == 256
+    assert sum(len(pack.sample_ids) for pack in packs) > 10
+    if batch.unit == "samples":
+        before = [pack for step in run(open_loader(data, qwen, batch=batch), 3) for pack in step]
+        for field in ("num_real_text", "num_real_vision"):
+            assert sum(getattr(p, field) for p in packs) == sum(getattr(p, field) for p in before)
+        labels = [sum(p.label_targets.numel() for p in group) for group in (packs, before)]
+        assert labels[0] == labels[1]
+
+
 def broken_image_set() -> list[Sample]:
     samples = [make_sample(i) for i in range(6)]
     data = samples[2].images[0]

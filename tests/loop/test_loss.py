@@ -12,7 +12,12 @@ from megatron_eve.loop.loss import micro_batch_loss
 def batch(num_labels: int) -> types.SimpleNamespace:
     weights = torch.zeros(8)
     weights[:num_labels] = 1
-    return types.SimpleNamespace(label_weights=weights, num_labels=num_labels)
+    return types.SimpleNamespace(
+        label_weights=weights,
+        num_labels=num_labels,
+        num_pack_labels=num_labels,
+        is_first_context_rank=True,
+    )
 
 
 def total(normalization: str, counts: list[int]) -> tuple[float, list[torch.Tensor]]:
@@ -44,3 +49,23 @@ def test_a_micro_batch_without_labels_counts_for_nothing(normalization: str) -> 
     loss, grads = total(normalization, [4, 0])
     assert loss == pytest.approx(2.5)
     assert grads[1].tolist() == [0.0] * 8
+
+
+@pytest.mark.parametrize("normalization", ["global_tokens", "microbatch_mean"])
+@pytest.mark.parametrize("counts", [(3, 1), (4, 0), (0, 0)])
+def test_context_ranks_together_are_one_micro_batch(
+    normalization: str, counts: tuple[int, int]
+) -> None:
+    """Numerators and denominators of both parts add up to those of the whole pack, also if one part has no label."""
+    every = torch.arange(1.0, 9.0)
+    parts = [every[: counts[0]], every[counts[0] : sum(counts)]]
+    whole = micro_batch_loss(every, batch=batch(sum(counts)), normalization=normalization)  # type: ignore[arg-type]
+    shared = []
+    for rank, rows in enumerate(parts):
+        of_rank = batch(len(rows))
+        of_rank.num_pack_labels, of_rank.is_first_context_rank = sum(counts), rank == 0
+        padded = torch.nn.functional.pad(rows, (0, 8 - len(rows)))
+        shared.append(micro_batch_loss(padded, batch=of_rank, normalization=normalization))  # type: ignore[arg-type]
+    assert float(sum(x.numerator for x in shared)) == pytest.approx(float(whole.numerator))
+    assert int(sum(x.denominator for x in shared)) == int(whole.denominator)
+    assert sum(x.logged for x in shared).tolist() == pytest.approx(whole.logged.tolist())  # type: ignore[union-attr]

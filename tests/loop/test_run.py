@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -209,3 +210,23 @@ def test_a_run_directory_of_another_stage_is_refused(overrides, tmp_path):  # ty
     assert "holds the checkpoints of another run" in output
     assert "stage.name was 3, is 2.2" in output
     assert (tmp_path / "run" / "config.txt").read_text() == before
+
+
+def test_context_parallel_run_resumes_without_it(overrides, tmp_path):  # type: ignore[no-untyped-def]
+    """Two processes share every sample; one process goes on from their checkpoint with the same losses and samples."""
+    run_dir = tmp_path / "run"
+    overrides = [*overrides, "train.dtype=fp32", "data.sample_align=4"]
+    parallel = ["parallel.gpus_per_node=2", "parallel.context=2"]
+    code, output = train([*overrides, *parallel], processes=2)
+    assert code == 0, output
+    whole = records(run_dir)
+    assert len(whole) == 12
+    (run_dir / "DONE").unlink()
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000012")
+    code, output = train(overrides)
+    assert code == 0, output
+    assert re.search(r"resumed from \S+step_00000008", output)
+    for again, before in zip(records(run_dir), whole, strict=True):
+        assert again["loss"] == pytest.approx(before["loss"], rel=1e-6), again["step"]
+        assert again["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-5), again["step"]
+        assert again["samples_checksum"] == before["samples_checksum"]

@@ -177,6 +177,8 @@ def test_work_of_a_pack_without_its_padding() -> None:
         pairs=55 + 17 * 18 // 2,
         last_vision=1,
         last_text=2 + 3,
+        query_vision=1,
+        query_text=2 + 3,
         # Labels at 7, 8, 9 of 10, and of 17 at 14, 15, 16: the second prompt token predicts the first answer token.
         last_pairs=(7 + 8 + 9) + (14 + 15 + 16),
         labels=3 + 3,
@@ -188,6 +190,8 @@ def test_work_of_a_pack_without_its_padding() -> None:
         pairs=21,
         last_vision=0,
         last_text=5,
+        query_vision=0,
+        query_text=5,
         query_vision=0,
         query_text=5,
         last_pairs=1 + 2 + 3 + 4 + 5,
