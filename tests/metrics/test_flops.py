@@ -192,8 +192,6 @@ def test_work_of_a_pack_without_its_padding() -> None:
         last_text=5,
         query_vision=0,
         query_text=5,
-        query_vision=0,
-        query_text=5,
         last_pairs=1 + 2 + 3 + 4 + 5,
         labels=5,
     )
