@@ -102,7 +102,9 @@ class _LocalTokens:
     order: Tensor  # [R] which of the S tokens is in each row; S where none is
     text_ids: Tensor  # [R - V]; 0 where no token is
     vision_kind: Tensor  # [V]
-    patch_numbers: Tensor  # [patches] number of each patch among the pack's, in the order of the rows
+    patch_numbers: (
+        Tensor  # [patches] number of each patch among the pack's, in the order of the rows
+    )
     label_rows: Tensor  # [labels] rows in modality order
     label_targets: Tensor  # [labels]
 
@@ -262,9 +264,7 @@ def _padded_labels(
     return rows, targets, weights
 
 
-def _vision_inputs(
-    pack: Pack, tokens: _LocalTokens, *, place: RankPlace
-) -> tuple[Tensor, Tensor]:
+def _vision_inputs(pack: Pack, tokens: _LocalTokens, *, place: RankPlace) -> tuple[Tensor, Tensor]:
     if pack.patches is None:  # not the first pipeline stage
         return torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
     size = tokens.num_vision // place.shards

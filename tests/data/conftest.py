@@ -107,6 +107,7 @@ def data_config(folders: Sequence[Path], *, tokenizer: Path, **changes: object) 
         max_text_tokens=200,
         pack_tokens=256,
         align=16,
+        sample_align=1,
         open_bins=4,
         shuffle_block_size=256,
         num_workers=0,
