@@ -7,6 +7,7 @@
 #   RUN              folder of the demo's run
 #   DEMO_ARGS        further arguments for the demo, see python -m tools.demo --help
 #   PYTEST_ARGS      further arguments for pytest
+#   BENCH            folder of the benchmarks' results
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +15,7 @@ TORCH_INDEX_URL ?=
 RUN ?= runs/demo
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+BENCH ?= runs/bench
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --require-virtualenv
@@ -23,7 +25,7 @@ CPU_SET := $(VENV)/.installed-cpu
 DEV_SET := $(VENV)/.installed-dev
 SMOLLM2_SET := $(VENV)/.installed-smollm2
 
-.PHONY: help demo demo-smollm2 test test-matrix test-slurm lint install clean
+.PHONY: help demo demo-smollm2 test test-matrix test-slurm bench lint install clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -43,6 +45,15 @@ test-matrix: $(CPU_SET) ## every parallel layout, split and frozen set against t
 
 test-slurm: $(CPU_SET) ## cluster tests on a toy Slurm on this machine (root; Debian packages slurm-wlm and munge)
 	$(PY) -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
+
+bench: $(CPU_SET) ## step, split tax, packing and memory: JSON and a Markdown table in runs/bench (leave the machine alone)
+	mkdir -p $(BENCH)
+	for name in step split_tax packing memory; do \
+	  rm -f $(BENCH)/$$name.json && echo "## $$name" > $(BENCH)/$$name.md && echo >> $(BENCH)/$$name.md \
+	    && $(PY) -m tools.bench.$$name --out $(BENCH) >> $(BENCH)/$$name.md || exit 1; \
+	done
+	cd $(BENCH) && cat step.md split_tax.md packing.md memory.md > tables.md
+	@cat $(BENCH)/tables.md
 
 lint: $(DEV_SET) ## ruff, mypy, shellcheck
 	$(PY) -m ruff check .

@@ -43,6 +43,11 @@ def collective_backend() -> str:
     return "nccl" if has_gpu() else "gloo"
 
 
+def device_name() -> str | None:
+    """What this process' GPU calls itself, for example "NVIDIA H200"; None on a CPU."""
+    return torch.cuda.get_device_name() if has_gpu() else None
+
+
 def peak_memory_gib() -> float | None:
     """Largest memory that tensors of this process have taken on its device; None on a CPU."""
     return torch.cuda.max_memory_allocated() / 2**30 if has_gpu() else None

@@ -82,7 +82,7 @@ def _pipeline_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _context_problems(config: RunConfig) -> Iterator[str]:
-    """Every sample is cut into 2 * context chunks of one size, every pack into `context` parts of whole aligned blocks."""
+    """A sample is cut into 2 * context chunks of one size, a pack into `context` parts of whole aligned blocks."""
     context, data = config.parallel.context, config.data
     if context == 1:
         return
@@ -95,7 +95,8 @@ def _context_problems(config: RunConfig) -> Iterator[str]:
     if data.align % (2 * context):
         yield (
             f"data.align={data.align} is not a multiple of {2 * context} = 2 x parallel.context={context}, but padding "
-            f"is cut over the context ranks like a sample; use {-(-data.align // (2 * context)) * 2 * context}, for example."
+            "is cut over the context ranks like a sample; use "
+            f"{-(-data.align // (2 * context)) * 2 * context}, for example."
         )
     if data.pack_tokens % (context * data.align):
         block = context * data.align

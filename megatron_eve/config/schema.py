@@ -68,13 +68,14 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardSource:
-    """One folder of MDS shards made by data_prep, and its share of the samples of an epoch.
+    """One folder of MDS shards made by data_prep, its share of the samples of an epoch, and how its text is written.
 
     `proportion` weights the sources against each other; the epoch has as many samples as the sources have together.
     With one source it has no effect."""
 
     path: str
     proportion: float
+    template: TemplateName | None = None  # None: data.template
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +84,7 @@ class DataConfig:
 
     sources: tuple[ShardSource, ...]
     tokenizer: str  # folder with tokenizer.json (HF format)
-    template: TemplateName
+    template: TemplateName  # of every source that names none
     image_edge: (
         int  # M of the official resize rules: the area is capped at M * M pixels (800 or 1600)
     )
@@ -92,7 +93,7 @@ class DataConfig:
     pack_tokens: int  # T: tokens of one pack (micro-batch), a multiple of `align`
     align: int  # vision and text segments of a pack are padded to multiples of this
     sample_align: int  # every sample is padded with text to a multiple of this: 1, or 2 * parallel.context times any
-    open_bins: int  # packs that the packer keeps open at a time
+    open_bins: int  # with batch.unit=packs: the packer chooses from samples for this many packs
     shuffle_block_size: int  # streaming's py1e block, in samples
     num_workers: int  # threads that read and decode ahead of the trainer
     prefetch_steps: int  # steps that may lie ready ahead of the trainer

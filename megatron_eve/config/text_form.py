@@ -7,7 +7,7 @@ unknown, missing, repeated and ill-typed keys. Neither checks how fields fit tog
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 from megatron_eve.config.schema import RunConfig
@@ -75,6 +75,7 @@ def _flatten(section: Any, *, prefix: str) -> Iterable[tuple[str, str]]:
 
 def _build(section: type, *, prefix: str, flat: Mapping[str, str]) -> object:
     values: dict[str, object] = {}
+    defaults = {f.name: f.default for f in fields(section) if f.default is not MISSING}
     for name, annotation in get_type_hints(section).items():
         key = prefix + name
         item_section = _item_section(annotation)
@@ -87,6 +88,8 @@ def _build(section: type, *, prefix: str, flat: Mapping[str, str]) -> object:
             )
         elif key in flat:
             values[name] = parse_value(flat[key], annotation=annotation, key=key)
+        elif name in defaults:
+            values[name] = defaults[name]
         else:
             raise ConfigError(f"{key} is missing from the configuration; add it with a value.")
     return section(**values)

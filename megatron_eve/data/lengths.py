@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,14 +47,18 @@ class LengthSettings:
     sample_align: int = 1  # samples are padded with text to a multiple of it
 
     @classmethod
-    def of(cls, data: DataConfig, *, model: ModelConfig) -> "LengthSettings":
-        return cls(
-            template=data.template,
-            image_edge=data.image_edge,
-            max_aspect_ratio=data.max_aspect_ratio,
-            max_text_tokens=data.max_text_tokens,
-            pixels_per_token=model.pixels_per_token,
-            sample_align=data.sample_align,
+    def of_sources(cls, data: DataConfig, *, model: ModelConfig) -> tuple["LengthSettings", ...]:
+        """One for each source, in order."""
+        return tuple(
+            cls(
+                template=source.template or data.template,
+                image_edge=data.image_edge,
+                max_aspect_ratio=data.max_aspect_ratio,
+                max_text_tokens=data.max_text_tokens,
+                pixels_per_token=model.pixels_per_token,
+                sample_align=data.sample_align,
+            )
+            for source in data.sources
         )
 
     def padding(self, num_tokens: int) -> int:
@@ -100,12 +104,18 @@ def target_sizes(sample: Sample, *, settings: LengthSettings) -> list[tuple[int,
 
 
 def load_lengths(
-    table: ShardTable, *, settings: LengthSettings, tokenizer: Tokenizer, shape: PackShape
+    table: ShardTable,
+    *,
+    settings: Sequence[LengthSettings],
+    tokenizer: Tokenizer,
+    shape: PackShape,
 ) -> SampleLengths:
-    """Lengths of all samples of a table, from the caches where they exist; what no pack holds is `too_long`."""
+    """Lengths of all samples of a table, from the caches where they exist; what no pack holds is `too_long`.
+
+    `settings`: of each source."""
     parts = [
-        _cached_source_lengths(table, source, settings=settings, tokenizer=tokenizer)
-        for source in range(table.num_sources)
+        _cached_source_lengths(table, source, settings=of_source, tokenizer=tokenizer)
+        for source, of_source in enumerate(settings)
     ]
     num_vision = np.concatenate([part.num_vision for part in parts])
     num_text = np.concatenate([part.num_text for part in parts])

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from megatron_eve.config.schema import BatchConfig, DataConfig, ModelConfig
+from megatron_eve.config.schema import BatchConfig, DataConfig, ModelConfig, TrainableGroup
 from megatron_eve.data.lengths import LengthSettings, SampleLengths, load_lengths
 from megatron_eve.data.pack_builder import PackBuilder
 from megatron_eve.data.packing import PackCost, PackShape, PlannedPack, deal
@@ -65,25 +65,32 @@ class PackLoader:
         data: DataConfig,
         batch: BatchConfig,
         model: ModelConfig,
+        trainable: Sequence[TrainableGroup],
         tokenizer: Tokenizer,
         data_rank: int,
         data_size: int,
         device: Literal["cpu", "cuda"],
         quarantine_report: Path | None = None,
     ) -> None:
-        """`quarantine_report`: a quarantine.jsonl to append to; what the plan leaves out by data rank 0 alone."""
+        """`trainable`: the stage's, because a frozen branch costs less and packs are to cost the same.
+        `quarantine_report`: a quarantine.jsonl to append to; what the plan leaves out by data rank 0 alone."""
         if not 0 <= data_rank < data_size:
             raise DataError(f"data_rank={data_rank} is not one of data_size={data_size} ranks")
         self._data_rank, self._data_size = data_rank, data_size
         self._report = quarantine_report
         self._shape = PackShape(pack_tokens=data.pack_tokens, align=data.align)
-        self._cost = PackCost.of_model(model)
+        self._cost = PackCost.of_model(model, trainable=trainable)
         table = ShardTable.open([source.path for source in data.sources])
-        settings = LengthSettings.of(data, model=model)
+        settings = LengthSettings.of_sources(data, model=model)
         lengths = load_lengths(table, settings=settings, tokenizer=tokenizer, shape=self._shape)
         order = SampleOrder(table=table, lengths=lengths, data=data)
         self._plan = PackPlan(
-            order=order, lengths=lengths, shape=self._shape, batch=batch, open_bins=data.open_bins
+            order=order,
+            lengths=lengths,
+            shape=self._shape,
+            cost=self._cost,
+            batch=batch,
+            open_bins=data.open_bins,
         )
         self._builder = PackBuilder(
             table=table,

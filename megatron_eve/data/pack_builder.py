@@ -47,7 +47,7 @@ class PackBuilder:
         self,
         *,
         table: ShardTable,
-        settings: LengthSettings,
+        settings: Sequence[LengthSettings],
         tokenizer: Tokenizer,
         shape: PackShape,
         model: ModelConfig,
@@ -69,19 +69,20 @@ class PackBuilder:
     def build(self, planned: PlannedPack) -> tuple[Pack, list[Quarantined]]:
         """The pack, and the samples in it whose labels were masked. Raises DataError naming a sample."""
         samples = [self._table.read(item.sample) for item in planned]
-        jobs = [self._jobs(sample) for sample in samples]
+        settings = [self._settings[self._table.source_of(item.sample)] for item in planned]
+        jobs = [self._jobs(*pair) for pair in zip(samples, settings, strict=True)]
         every_job = [job for group in jobs for job in group]
         images = self._decoder().decode(every_job)
         members: list[PackMember] = []
         masked: list[Quarantined] = []
         of_sample = iter(images)
-        for item, sample, group in zip(planned, samples, jobs, strict=True):
+        for item, sample, how, group in zip(planned, samples, settings, jobs, strict=True):
             errors = [one for one in islice(of_sample, len(group)) if isinstance(one, SampleError)]
             reason = errors[0].reason if errors else None
             if errors:
                 message = errors[0].message
                 masked.append(Quarantined(sample.id, sample.source, errors[0].reason, message))
-            members.append(PackMember(sample.id, self._tokens(item, sample, group), reason))
+            members.append(PackMember(sample.id, self._tokens(item, sample, how, group), reason))
         pack = assemble_pack(
             members,
             patches=self._patches(images, every_job),
@@ -96,9 +97,9 @@ class PackBuilder:
             self._decoders[thread] = ImageDecoder(device=self._device, device_id=self._device_id)
         return self._decoders[thread]
 
-    def _jobs(self, sample: Sample) -> list[ImageJob]:
+    def _jobs(self, sample: Sample, settings: LengthSettings) -> list[ImageJob]:
         try:
-            targets = target_sizes(sample, settings=self._settings)
+            targets = target_sizes(sample, settings=settings)
         except SampleError as error:
             raise self._changed(sample, str(error)) from error
         return [
@@ -106,22 +107,24 @@ class PackBuilder:
             for data, source, target in zip(sample.images, sample.image_sizes, targets, strict=True)
         ]
 
-    def _tokens(self, item: Item, sample: Sample, jobs: Sequence[ImageJob]) -> ExpandedSample:
+    def _tokens(
+        self, item: Item, sample: Sample, settings: LengthSettings, jobs: Sequence[ImageJob]
+    ) -> ExpandedSample:
         """The sample's tokens. Raises DataError if they are not those that the plan counted."""
         try:
             encoded = encode_sample(
                 sample.turns,
                 num_images=len(jobs),
-                template=self._settings.template,
+                template=settings.template,
                 tokenizer=self._tokenizer,
-                max_text_tokens=self._settings.max_text_tokens,
+                max_text_tokens=settings.max_text_tokens,
             )
         except SampleError as error:
             raise self._changed(sample, str(error)) from error
-        edge = self._settings.pixels_per_token
+        edge = settings.pixels_per_token
         grids = [(job.target_size[0] // edge, job.target_size[1] // edge) for job in jobs]
         tokens = expand(encoded, grids=grids)
-        padding = self._settings.padding(tokens.ids.size)
+        padding = settings.padding(tokens.ids.size)
         tokens = pad_sample(tokens, padding, pad_id=self._tokenizer.pad_id)
         found = (int(np.count_nonzero(tokens.is_vision)), encoded.num_text + padding)
         if found != (item.num_vision, item.num_text):

@@ -3,19 +3,16 @@
 
 A pack has T tokens in two segments, vision and text, each padded to a multiple of `align` and at least one `align`
 (see sample.py). So samples fit together when ceil(sum of vision) + ceil(sum of text) <= T, which is checked exactly.
-Three algorithms, all deterministic:
-  pack_batch   best fit, longest first, for a set of samples that must be one step;
-  OpenBins     online best fit over a stream with few open packs: fills as well, and big samples do not end up together,
-               as they do with sorted buffers (fill 99.4-99.6% with 16 open packs, before alignment);
-  deal         packs to data-parallel ranks, so that costs are even.
+Here: `pack_batch`, best fit, longest first, for a set of samples that must be one step; `PackCost`, what a pack costs;
+`deal`, packs to data-parallel ranks so that costs are even. Packs from a stream of samples: stream_packer.py.
 """
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_eve.config.schema import ModelConfig
+from megatron_eve.config.schema import ModelConfig, TrainableGroup
 from megatron_eve.errors import ConfigError
 
 
@@ -57,113 +54,87 @@ class PackShape:
         return self.segment(num_vision) + self.segment(num_text) <= self.pack_tokens
 
 
-@dataclass(slots=True)
-class _Bin:
-    items: list[Item] = field(default_factory=list)
-    num_vision: int = 0
-    num_text: int = 0
-
-    def add(self, item: Item) -> None:
-        self.items.append(item)
-        self.num_vision += item.num_vision
-        self.num_text += item.num_text
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_vision + self.num_text
-
-
-def _fullest_that_takes(bins: Sequence[_Bin], item: Item, *, shape: PackShape) -> int | None:
-    """Position of the fullest bin with room for the item; the first one of several."""
-    best, best_tokens = None, -1
-    for position, candidate in enumerate(bins):
-        if candidate.num_tokens > best_tokens and shape.fits(
-            candidate.num_vision + item.num_vision, candidate.num_text + item.num_text
-        ):
-            best, best_tokens = position, candidate.num_tokens
-    return best
-
-
 def pack_batch(items: Sequence[Item], *, shape: PackShape) -> list[PlannedPack]:
     """Packs that hold exactly these items: best fit, longest first. Inside a pack, and pack by pack, the given order.
 
     Every item must fit into a pack of its own (plan.py leaves out those that do not)."""
     order = sorted(range(len(items)), key=lambda i: (-items[i].num_tokens, i))
-    bins: list[_Bin] = []
+    open_packs: list[
+        tuple[int, int]
+    ] = []  # (tokens, -number): the fullest last, of equals the oldest
+    segments: list[tuple[int, int]] = []  # real vision and text tokens of each pack
     places: list[list[int]] = []
     for i in order:
-        position = _fullest_that_takes(bins, items[i], shape=shape)
-        if position is None:
-            position = len(bins)
-            bins.append(_Bin())
+        item = items[i]
+        with_room = bisect.bisect_right(open_packs, (shape.pack_tokens - item.num_tokens, 0))
+        for position in range(with_room - 1, -1, -1):
+            number = -open_packs[position][1]
+            vision, text = segments[number]
+            if shape.fits(vision + item.num_vision, text + item.num_text):
+                del open_packs[position]
+                break
+        else:
+            number, (vision, text) = len(places), (0, 0)
+            segments.append((0, 0))
             places.append([])
-        bins[position].add(items[i])
-        places[position].append(i)
+        places[number].append(i)
+        segments[number] = (vision + item.num_vision, text + item.num_text)
+        bisect.insort(open_packs, (sum(segments[number]), -number))
     return [tuple(items[i] for i in members) for members in sorted(map(sorted, places))]
-
-
-@dataclass(slots=True)
-class OpenBins:
-    """Online best fit: `put` items one by one, take finished packs from `ready`."""
-
-    shape: PackShape
-    max_open: int
-    full_fraction: float = 0.99  # a bin this full is finished
-    open: list[_Bin] = field(default_factory=list)
-    ready: list[PlannedPack] = field(default_factory=list)
-
-    def put(self, item: Item) -> None:
-        """Put an item into the fullest open bin that takes it; finish bins that are full or too many."""
-        position = _fullest_that_takes(self.open, item, shape=self.shape)
-        if position is None:
-            position = len(self.open)
-            self.open.append(_Bin())
-        chosen = self.open[position]
-        chosen.add(item)
-        if chosen.num_tokens >= self.full_fraction * self.shape.pack_tokens:
-            self._finish(position)
-        elif len(self.open) > self.max_open:
-            self._finish(max(range(len(self.open)), key=lambda i: (self.open[i].num_tokens, -i)))
-
-    def flush(self) -> None:
-        """Finish every open bin, oldest first."""
-        while self.open:
-            self._finish(0)
-
-    def load(self, *, open_items: Sequence[Sequence[Item]], ready: Sequence[PlannedPack]) -> None:
-        """Put back what `open` and `ready` held."""
-        self.open = []
-        for items in open_items:
-            self.open.append(_Bin())
-            for item in items:
-                self.open[-1].add(item)
-        self.ready = list(ready)
-
-    def _finish(self, position: int) -> None:
-        self.ready.append(tuple(self.open.pop(position).items))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackCost:
-    """Relative time of a pack: T tokens through the linear layers, and in attention a square per sample."""
+    """Multiply-adds of a pack: so many for each token of a segment, padding included, and in attention so many for the
+    square of each sample's tokens. Integers, so that every machine plans the same packs."""
 
-    per_token: float
-    per_token_squared: float
+    per_vision: int
+    per_text: int
+    per_text_label: int  # on top of per_text, for real text tokens alone
+    per_square: int
 
     @classmethod
-    def of_model(cls, model: ModelConfig) -> "PackCost":
-        """Multiply-adds of one decoder layer; causal attention does half of the square."""
+    def of_model(cls, model: ModelConfig, *, trainable: Sequence[TrainableGroup]) -> "PackCost":
+        """Multiply-adds of a decoder layer, forward and backward, and a layer's share of the output layer.
+
+        A weight matrix is passed three times (forward, gradient of the input, gradient of the weight), a frozen one
+        twice. Causal attention does half of the square in each of its two products. Which text tokens carry a label is
+        not known from lengths: all are taken to, which holds for captions and is too many for questions."""
+
+        def passes(separate: bool, group: TrainableGroup) -> int:
+            owner = group if separate else "text"
+            return 3 if owner in trainable else 2
+
+        def per_token(group: TrainableGroup) -> int:
+            return (
+                passes(model.split.attention, group) * projections
+                + passes(model.split.ffn, group) * 3 * model.hidden_size * model.ffn_hidden_size
+            )
+
         query = model.num_attention_heads * model.head_dim
         key_value = 2 * model.num_kv_heads * model.head_dim
         projections = model.hidden_size * (query + key_value) + query * model.hidden_size
+        output = passes(False, "text") * model.hidden_size * model.vocab_size
         return cls(
-            per_token=projections + 3 * model.hidden_size * model.ffn_hidden_size,
-            per_token_squared=float(query),
+            per_vision=per_token("vision"),
+            per_text=per_token("text"),
+            per_text_label=output // model.num_layers,
+            per_square=3 * query,
         )
 
-    def of(self, pack: PlannedPack, *, shape: PackShape) -> float:
-        squares = sum(item.num_tokens**2 for item in pack)
-        return self.per_token * shape.pack_tokens + self.per_token_squared * squares
+    def of(self, pack: PlannedPack, *, shape: PackShape) -> int:
+        vision = text = squares = 0
+        for _, num_vision, num_text in pack:
+            vision += num_vision
+            text += num_text
+            squares += (num_vision + num_text) ** 2
+        segment = shape.segment(vision)
+        return (
+            self.per_vision * segment
+            + self.per_text * (shape.pack_tokens - segment)
+            + self.per_text_label * text
+            + self.per_square * squares
+        )
 
 
 def deal(
@@ -176,7 +147,7 @@ def deal(
     padded = [*packs, *([()] * (-len(packs) % data_size))]
     quota = len(padded) // data_size
     costs = [cost.of(pack, shape=shape) for pack in padded]
-    ranks = [(0.0, rank) for rank in range(data_size)]  # kept sorted: cheapest first
+    ranks = [(0, rank) for rank in range(data_size)]  # kept sorted: cheapest first
     hands: list[list[int]] = [[] for _ in range(data_size)]
     for i in sorted(range(len(padded)), key=lambda i: (-costs[i], i)):
         total, rank = ranks.pop(0)

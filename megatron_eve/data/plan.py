@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which samples, in which packs, in which step: the global plan that every data-parallel rank computes for itself.
 
-The order of samples is a pure function of (seed, epoch); position in it, and in mode `packs` the open packs, are the
-whole state: a few hundred integers, the same on every rank, independent of the number of ranks and workers. Order
+The order of samples is a pure function of (seed, epoch); position in it, and in mode `packs` the packer's pool, are the
+whole state: about a thousand integers, the same on every rank, independent of the number of ranks and workers. Order
 within a source: mosaicml-streaming's `py1e` shuffle (Stream's default), over the samples that are fit for training.
 Several sources: an epoch has as many samples as all sources together, shared out by proportion; a source continues
 from epoch to epoch where it stopped, so that each of its samples comes once before any comes twice.
 
 Modes (BatchConfig): `samples`, the next `size` samples are one step, packed as they need; `packs`, a step is exactly
-`size` packs from an online packer, which an epoch's end flushes. Source: reference for both is the paper's count of
-samples per step, and fixed tokens per step as in language-model training.
+`size` packs from the stream packer, whose pool an epoch's end empties. Source: reference for both is the paper's count
+of samples per step, and fixed tokens per step as in language-model training.
 """
 
 import hashlib
@@ -23,13 +23,15 @@ from numpy.typing import NDArray
 
 from megatron_eve.config.schema import BatchConfig, DataConfig
 from megatron_eve.data.lengths import SampleLengths
-from megatron_eve.data.packing import Item, OpenBins, PackShape, PlannedPack, pack_batch
+from megatron_eve.data.packing import Item, PackCost, PackShape, PlannedPack, pack_batch
 from megatron_eve.data.shards import ShardTable
+from megatron_eve.data.stream_packer import MAX_POOL, StreamPacker
 from megatron_eve.data.streaming_import import get_shuffle
 from megatron_eve.errors import ConfigError, DataError
 
 _LOG = logging.getLogger(__name__)
 _SHUFFLE = "py1e"
+_PACKER = 2  # change it when the stream packer would make other packs of the same samples
 
 
 class SampleOrder:
@@ -142,9 +144,11 @@ class PackPlan:
         order: SampleOrder,
         lengths: SampleLengths,
         shape: PackShape,
+        cost: PackCost,
         batch: BatchConfig,
         open_bins: int,
     ) -> None:
+        """`open_bins`: the packer chooses from as many samples as fill this many packs, at most MAX_POOL."""
         if batch.size < 1 or open_bins < 1:
             raise ConfigError(
                 f"batch.size={batch.size} and data.open_bins={open_bins} must be at least 1."
@@ -153,11 +157,13 @@ class PackPlan:
         self._lengths = lengths
         self._shape = shape
         self._batch = batch
-        self._bins = OpenBins(shape=shape, max_open=open_bins)
+        self._packer = StreamPacker(
+            shape=shape, cost=cost, max_tokens=open_bins * shape.pack_tokens
+        )
         self._epoch = 0
         self._position = 0
-        # packs in progress depend on what decides a pack; in mode `samples` there are none between steps
-        packing = (shape, open_bins) if batch.unit == "packs" else ()
+        # the pool depends on what decides a pack; in mode `samples` nothing is carried from step to step
+        packing = (_PACKER, shape, cost, open_bins) if batch.unit == "packs" else ()
         digest = hashlib.sha256(repr((order.fingerprint, batch.unit, packing)).encode())
         digest.update(lengths.num_vision.tobytes())
         digest.update(lengths.num_text.tobytes())
@@ -166,27 +172,41 @@ class PackPlan:
     def next_step(self) -> list[PlannedPack]:
         """The packs of the next step, before padding packs, in an order that does not depend on the ranks."""
         if self._batch.unit == "samples":
-            items = [self._next_item() for _ in range(self._batch.size)]
-            return pack_batch(items, shape=self._shape)
-        ready = self._bins.ready
-        while len(ready) < self._batch.size:
-            self._bins.put(self._next_item())
-            if self._position == len(self._order):
-                self._bins.flush()
-        step = ready[: self._batch.size]
-        del ready[: self._batch.size]
-        return step
+            return pack_batch(self._next_items(self._batch.size), shape=self._shape)
+        return [self._next_pack() for _ in range(self._batch.size)]
 
-    def _next_item(self) -> Item:
+    def _next_items(self, count: int) -> list[Item]:
+        items: list[Item] = []
+        while len(items) < count:
+            self._enter_next_epoch_at_the_end()
+            columns = self._ahead(count - len(items))
+            items += map(Item, *(column.tolist() for column in columns))
+            self._position += columns[0].size
+        return items
+
+    def _next_pack(self) -> PlannedPack:
+        if not len(self._packer):
+            self._enter_next_epoch_at_the_end()
+        samples, num_vision, num_text = self._ahead(MAX_POOL - len(self._packer))
+        count = self._packer.accepts(num_vision + num_text)
+        self._packer.add(samples[:count], num_vision=num_vision[:count], num_text=num_text[:count])
+        self._position += count
+        return self._packer.take()
+
+    def _enter_next_epoch_at_the_end(self) -> None:
         if self._position == len(self._order):
             self._epoch, self._position = self._epoch + 1, 0
-        index = int(self._order.epoch(self._epoch)[self._position])
-        self._position += 1
-        return self._item(index)
 
-    def _item(self, index: int) -> Item:
+    def _ahead(self, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The next samples of the epoch, at most `count`, with their vision and text tokens."""
+        samples = self._order.epoch(self._epoch)[self._position : self._position + count]
+        return samples, *self._tokens(samples)
+
+    def _tokens(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         lengths = self._lengths
-        return Item(index, int(lengths.num_vision[index]), int(lengths.num_text[index]))
+        return lengths.num_vision[samples].astype(np.int64), lengths.num_text[samples].astype(
+            np.int64
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Small and JSON-able; the same on every rank."""
@@ -194,8 +214,7 @@ class PackPlan:
             "fingerprint": self.fingerprint,
             "epoch": self._epoch,
             "position": self._position,
-            "open": [[item.sample for item in one.items] for one in self._bins.open],
-            "ready": [[item.sample for item in pack] for pack in self._bins.ready],
+            "pool": self._packer.samples.tolist(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -205,10 +224,11 @@ class PackPlan:
                 f"the checkpoint's data state belongs to plan {state['fingerprint']}, this run has plan "
                 f"{self.fingerprint}: sources, quarantined samples, data.seed, shuffle_block_size, "
                 "tokenizer, template or batch.unit changed (with batch.unit=packs also pack_tokens, align, "
-                "open_bins). Restore them, or start a new run from the weights (checkpoint.load_weights_from)."
+                "open_bins, the model, stage.trainable, or the packer of another version). Restore them, "
+                "or start a new run from the weights (checkpoint.load_weights_from)."
             )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
-        self._bins.load(
-            open_items=[[self._item(i) for i in one] for one in state["open"]],
-            ready=[tuple(self._item(i) for i in pack) for pack in state["ready"]],
-        )
+        pool = np.asarray(state["pool"], np.int64)
+        num_vision, num_text = self._tokens(pool)
+        self._packer.clear()
+        self._packer.add(pool, num_vision=num_vision, num_text=num_text)

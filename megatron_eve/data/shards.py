@@ -54,6 +54,11 @@ class ShardTable:
     def num_sources(self) -> int:
         return len(self.folders)
 
+    def source_of(self, index: int) -> int:
+        """Number of the source that holds the sample at a global index."""
+        shard, _ = self._locate(index)
+        return int(np.searchsorted(self.source_shards, shard, side="right")) - 1
+
     def source_range(self, source: int) -> tuple[int, int]:
         """(first, one past the last) global sample index of a source."""
         shards = self.source_shards[source : source + 2]

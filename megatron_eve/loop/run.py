@@ -30,6 +30,7 @@ from megatron_eve.errors import ConfigError
 from megatron_eve.loop.feed import next_step
 from megatron_eve.loop.signals import DONE_FILE, StopFlag, stop_on_signal
 from megatron_eve.loop.step import train_step
+from megatron_eve.metrics.peak import peak_flops
 from megatron_eve.metrics.sinks import Sinks
 from megatron_eve.metrics.throughput import StepMeter
 from megatron_eve.model.build import build_model
@@ -145,6 +146,7 @@ def _open_loader(config: RunConfig, *, state: ParallelState, run_dir: Path) -> P
         data=config.data,
         batch=config.batch,
         model=config.model,
+        trainable=config.stage.trainable,
         tokenizer=load_tokenizer(config.data.tokenizer),
         data_rank=state.dp_rank,
         data_size=state.dp_size,
@@ -184,13 +186,17 @@ def _train(run: Run, *, stop: StopFlag) -> None:
     with closing(sinks):
         stopping = False
         meter = StepMeter()
+        peak = peak_flops(device.device_name(), dtype=run.config.train.dtype)
         while done < run.steps and not stopping:
             stopping = _step(run, stop=stop, meter=meter)
             done += 1
             last = stopping or done == run.steps
             if done % run.config.logging.every_steps == 0 or last:
                 steps_left = run.steps - done
-                sinks.log(done, meter.take(world_size=run.state.world_size, steps_left=steps_left))
+                record = meter.take(
+                    world_size=run.state.world_size, steps_left=steps_left, peak_flops=peak
+                )
+                sinks.log(done, record)
             if done % run.config.checkpoint.save_every_steps == 0 or last:
                 _save(run, step=done)
     _finish(run, done=done)

@@ -19,6 +19,7 @@ from megatron_eve.config.schema import RunConfig
 from megatron_eve.data.sample import Pack
 from megatron_eve.errors import EveError
 from megatron_eve.loop.loss import micro_batch_loss
+from megatron_eve.metrics.flops import executed_flops, ideal_flops
 from megatron_eve.parallel.batch import MicroBatch, RankPlace, micro_batch, stream_rows
 from megatron_eve.parallel.groups import ParallelState
 
@@ -39,6 +40,8 @@ COUNTS = (
     "samples",
     "quarantined",
     "samples_checksum",
+    "ideal_flops",
+    "executed_flops",
 )
 
 
@@ -126,7 +129,9 @@ def train_step(
     """
     optimizer.zero_grad()
     logged = forward_backward(model, packs, config=config, state=state)
-    metrics, stop = _reduce(logged, packs, state=state, stop_requested=stop_requested)
+    metrics, stop = _reduce(
+        logged, packs, config=config, state=state, stop_requested=stop_requested
+    )
     if not math.isfinite(metrics["loss"]):
         names = ", ".join(name for pack in packs for name in pack.sample_ids[:4])
         raise NonFiniteLossError(
@@ -163,7 +168,12 @@ def _learning_rates(optimizer: MegatronOptimizer) -> dict[str, float]:
 
 
 def _reduce(
-    logged: Sequence[Tensor], packs: Sequence[Pack], *, state: ParallelState, stop_requested: bool
+    logged: Sequence[Tensor],
+    packs: Sequence[Pack],
+    *,
+    config: RunConfig,
+    state: ParallelState,
+    stop_requested: bool,
 ) -> tuple[dict[str, float], bool]:
     """Sums over all processes, each quantity counted once: the loss on the last stage, the packs on the data leader."""
     sums = torch.zeros(3 + len(COUNTS), dtype=torch.float64, device=state.device)
@@ -171,7 +181,7 @@ def _reduce(
     if logged and state.is_last_stage and state.tp_rank == 0:
         sums[1:3] = torch.stack(list(logged)).sum(0)
     if state.is_data_leader:
-        counts = _counts(packs)
+        counts = _counts(packs, config=config)
         sums[3:] = torch.tensor([counts[name] for name in COUNTS], dtype=torch.float64)
     torch.distributed.all_reduce(sums)
     stops, numerator, denominator, *counted = sums.tolist()
@@ -179,7 +189,8 @@ def _reduce(
     return {"loss": loss, **dict(zip(COUNTS, counted, strict=True))}, stops > 0
 
 
-def _counts(packs: Sequence[Pack]) -> dict[str, float]:
+def _counts(packs: Sequence[Pack], *, config: RunConfig) -> dict[str, float]:
+    model, trainable = config.model, config.stage.trainable
     return {
         "label_tokens": sum(pack.label_targets.numel() for pack in packs),
         "computed_tokens": sum(pack.num_tokens for pack in packs),
@@ -188,6 +199,8 @@ def _counts(packs: Sequence[Pack]) -> dict[str, float]:
         "samples": sum(len(pack.sample_ids) for pack in packs),
         "quarantined": sum(len(pack.quarantined) for pack in packs),
         "samples_checksum": sum(_checksum(pack.sample_ids) for pack in packs),
+        "ideal_flops": sum(ideal_flops(pack, model=model, trainable=trainable) for pack in packs),
+        "executed_flops": sum(executed_flops(pack, config=config) for pack in packs),
     }
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one line a step prints, made to be read and to be grepped.
 
-    step 1200/58000 | loss 2.3142 | grad 0.84 | lr 9.7e-5 | tok/s/gpu 9,310 | fill 99.4% | data 1.1% | eta 2d04h
+    step 1200/58000 | loss 2.3142 | grad 0.84 | lr 9.7e-5 | tok/s/gpu 9,310 | mfu 41.2% | fill 99.4% | data 1.1%
 
 Columns whose metric a step does not log are left out; metrics without a column are in metrics.jsonl only."""
 
@@ -48,6 +48,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("grad_norm", "grad", _short),
     ("lr", "lr", _exponent),
     ("tokens_per_s_per_gpu", "tok/s/gpu", "{:,.0f}".format),
+    ("mfu", "mfu", _percent),
     ("fill", "fill", _percent),
     ("memory_gib", "mem", "{:.1f} GiB".format),
     ("data_wait_fraction", "data", _percent),

@@ -2,7 +2,7 @@
 """Gathers the values of each step and makes one record of those since the last record, with the rates that follow.
 
     meter.add({"loss": ..., "vision_tokens": ..., "step_time_s": ..., ...})            every step
-    sinks.log(step, meter.take(world_size=..., steps_left=...))                  every logged step
+    sinks.log(step, meter.take(world_size=..., steps_left=..., peak_flops=...))          every logged step
 
 How steps become one value stands in definitions.py. Plain arithmetic on the host: no device, no collective."""
 
@@ -10,7 +10,15 @@ from collections.abc import Mapping
 
 from megatron_eve.metrics.definitions import METRICS
 
-NEEDED = ("vision_tokens", "text_tokens", "computed_tokens", "step_time_s", "data_wait_s")
+NEEDED = (
+    "vision_tokens",
+    "text_tokens",
+    "computed_tokens",
+    "ideal_flops",
+    "executed_flops",
+    "step_time_s",
+    "data_wait_s",
+)
 """What every step must give, because the rates are made from it; `step_time_s` includes `data_wait_s`."""
 
 
@@ -25,12 +33,18 @@ class StepMeter:
         assert set(NEEDED) <= set(values) <= set(METRICS), f"values of a step are {sorted(values)}"
         self._steps.append(dict(values))
 
-    def take(self, *, world_size: int, steps_left: int) -> dict[str, float]:
-        """One record of the steps since the last call, by the reduction of each metric; starts anew."""
+    def take(
+        self, *, world_size: int, steps_left: int, peak_flops: float | None
+    ) -> dict[str, float]:
+        """One record of the steps since the last call, by the reduction of each metric; starts anew.
+
+        `peak_flops`: FLOP/s of one process' device; None, where it is not known, leaves the utilisations out.
+        """
         assert self._steps, "no step was added since the last record"
         steps, self._steps = self._steps, []
         record = {name: _reduce(name, [step[name] for step in steps]) for name in steps[0]}
-        return record | _rates(steps, world_size=world_size, steps_left=steps_left)
+        speeds = _speeds(steps, world_size=world_size, peak_flops=peak_flops)
+        return record | _rates(steps, world_size=world_size, steps_left=steps_left) | speeds
 
 
 def _reduce(name: str, values: list[float]) -> float:
@@ -54,3 +68,15 @@ def _rates(steps: list[dict[str, float]], *, world_size: int, steps_left: int) -
         "tokens_per_s_per_gpu": sum(useful) / seconds / world_size,
         "eta_s": steps_left * seconds / len(steps),
     }
+
+
+def _speeds(
+    steps: list[dict[str, float]], *, world_size: int, peak_flops: float | None
+) -> dict[str, float]:
+    process_seconds = sum(step["step_time_s"] for step in steps) * world_size
+    useful = sum(step["ideal_flops"] for step in steps) / process_seconds
+    executed = sum(step["executed_flops"] for step in steps) / process_seconds
+    speeds = {"useful_tflops_per_gpu": useful / 1e12, "executed_tflops_per_gpu": executed / 1e12}
+    if peak_flops is None:
+        return speeds
+    return speeds | {"mfu": useful / peak_flops, "hardware_utilization": executed / peak_flops}

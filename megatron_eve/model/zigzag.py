@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tokens of a pack a context-parallel rank holds: zigzag, per sample.
 
-A sample of n tokens (a multiple of 2 * cp) is cut into 2 * cp chunks; rank r holds chunks r and 2 * cp - 1 - r, an early
-one with little to look back on and a late one, so that causal attention costs every rank the same. It is the partition
-that Transformer Engine's attention expects of packed (`thd`) input.
+A sample of n tokens (a multiple of 2 * cp) is cut into 2 * cp chunks; rank r holds chunks r and 2 * cp - 1 - r, an
+early one with little to look back on and a late one, so that causal attention costs every rank the same. It is the
+partition that Transformer Engine's attention expects of packed (`thd`) input.
 """
 
 from collections.abc import Sequence

@@ -56,8 +56,8 @@ class RankPlace:
 def stream_rows(pack_tokens: int, *, cp_size: int, align: int) -> int:
     """R: rows of a context-parallel rank's residual stream over all tensor-parallel ranks, the same for every pack.
 
-    Without context parallelism every row holds a token, because the packer aligns both segments. A zigzag part of a pack
-    has any number of vision tokens; one `align` of rows more leaves room to align both."""
+    Without context parallelism every row holds a token, because the packer aligns both segments. A zigzag part of a
+    pack has any number of vision tokens; one `align` of rows more leaves room to align both."""
     return pack_tokens if cp_size == 1 else pack_tokens // cp_size + align
 
 
@@ -90,6 +90,42 @@ def micro_batch(
         num_pack_labels=pack.label_rows.numel(),
         is_first_context_rank=place.cp_rank == 0,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutedRows:
+    """How many rows one context-parallel rank computes on, over its tensor-parallel ranks."""
+
+    vision: int
+    text: int
+    kept_vision: int  # behind the last layer's attention
+    kept_text: int
+    labels: int  # of the output layer
+
+
+def executed_rows(pack: Pack, *, cp_size: int, shards: int, align: int) -> list[ExecutedRows]:
+    """One entry for each context-parallel rank; what micro_batch gives to `shards` parts of the residual stream."""
+    ranks = []
+    for cp_rank in range(cp_size):
+        place = RankPlace(cp_rank=cp_rank, cp_size=cp_size)
+        tokens = _local_tokens(pack, place=place, align=align)
+        num_rows, num_vision = tokens.order.numel(), tokens.num_vision
+        kept_vision, kept_text = (
+            torch.cat(
+                _labelled_by_shard(tokens, begin=begin, end=end, shards=shards, align=align)
+            ).numel()
+            for begin, end in ((0, num_vision), (num_vision, num_rows))
+        )
+        ranks.append(
+            ExecutedRows(
+                vision=num_vision,
+                text=num_rows - num_vision,
+                kept_vision=kept_vision,
+                kept_text=kept_text,
+                labels=max(align, -(-tokens.label_rows.numel() // align) * align),
+            )
+        )
+    return ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

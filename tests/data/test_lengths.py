@@ -26,7 +26,7 @@ SHAPE = PackShape(pack_tokens=256, align=16)
 
 def load(table: ShardTable, qwen: Tokenizer, **changes: object) -> SampleLengths:
     settings = dataclasses.replace(SETTINGS, **changes)  # type: ignore[arg-type]
-    return load_lengths(table, settings=settings, tokenizer=qwen, shape=SHAPE)
+    return load_lengths(table, settings=[settings] * table.num_sources, tokenizer=qwen, shape=SHAPE)
 
 
 def caches(folder: Path) -> list[Path]:
@@ -119,7 +119,7 @@ def test_cache_is_read_and_belongs_to_its_settings(
     load(table, qwen, template="plain")
     load_lengths(
         table,
-        settings=SETTINGS,
+        settings=[SETTINGS],
         tokenizer=dataclasses.replace(qwen, fingerprint="another"),
         shape=SHAPE,
     )

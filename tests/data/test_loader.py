@@ -51,6 +51,7 @@ def open_loader(
         data=data,
         batch=batch,
         model=MODEL,
+        trainable=("patch_embedding", "vision", "text"),
         tokenizer=qwen,
         data_rank=rank,
         data_size=size,

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The packers: exact fit, exactly once, fill on realistic sizes; even and deterministic dealing."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
+from megatron_eve.config.schema import SplitConfig, TrainableGroup
 from megatron_eve.data.image_size import train_size
 from megatron_eve.data.packing import (
     Item,
-    OpenBins,
     PackCost,
     PackShape,
     PlannedPack,
@@ -18,8 +19,9 @@ from megatron_eve.data.packing import (
 )
 from megatron_eve.data.sample import image_token_count
 from megatron_eve.errors import ConfigError
+from tests.data.conftest import MODEL
 
-COST = PackCost(per_token=1000.0, per_token_squared=1.0)
+COST = PackCost(per_vision=1000, per_text=1000, per_text_label=0, per_square=1)
 
 
 def web_items(count: int, *, edge: int, seed: int, median_text: int) -> list[Item]:
@@ -52,39 +54,35 @@ def check(packs: list[PlannedPack], items: list[Item], shape: PackShape) -> None
 @pytest.mark.parametrize(
     ("edge", "pack_tokens", "median_text"), [(800, 8192, 60), (800, 16384, 150), (1600, 16384, 150)]
 )
-def test_realistic_mixes_fill_packs(edge: int, pack_tokens: int, median_text: int) -> None:
+def test_realistic_batches_fill_packs(edge: int, pack_tokens: int, median_text: int) -> None:
     shape = PackShape(pack_tokens=pack_tokens, align=128)
-    items = web_items(6000, edge=edge, seed=edge, median_text=median_text)
-    bins = OpenBins(shape=shape, max_open=16)
-    for item in items:
-        bins.put(item)
-    assert fill(bins.ready, shape) >= 0.97
-    bins.flush()
-    check(bins.ready, items, shape)
-    batch = items[:1024]
+    batch = web_items(1024, edge=edge, seed=edge, median_text=median_text)
     packs = pack_batch(batch, shape=shape)
     assert fill(packs, shape) >= 0.97
     check(packs, batch, shape)
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_any_items_are_packed_once_and_fit(seed: int) -> None:
+def small_items(seed: int, shape: PackShape) -> list[Item]:
     rng = np.random.default_rng(seed)
+    sizes = zip(rng.integers(0, 40, 200).tolist(), rng.integers(1, 25, 200).tolist(), strict=True)
+    return [Item(i, v, t) for i, (v, t) in enumerate(sizes) if shape.fits(v, t)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_batch_is_best_fit_longest_first(seed: int) -> None:
+    """Against the definition: every pack looked at for every item."""
     shape = PackShape(pack_tokens=64, align=8)
-    items = [
-        Item(i, int(v), int(t))
-        for i, (v, t) in enumerate(
-            zip(rng.integers(0, 40, 200), rng.integers(1, 25, 200), strict=True)
-        )
-        if shape.fits(int(v), int(t))
-    ]
-    check(pack_batch(items, shape=shape), items, shape)
-    bins = OpenBins(shape=shape, max_open=int(rng.integers(1, 5)))
-    for item in items:
-        bins.put(item)
-        assert len(bins.open) <= bins.max_open
-    bins.flush()
-    check(bins.ready, items, shape)
+    items = small_items(seed, shape)
+    packs: list[list[Item]] = []
+    for item in sorted(items, key=lambda i: -i.num_tokens):
+        takers = [p for p in packs if shape.fits(*np.sum([*p, item], axis=0)[1:].tolist())]
+        if takers:
+            max(takers, key=lambda p: sum(i.num_tokens for i in p)).append(item)
+        else:
+            packs.append([item])
+    found = pack_batch(items, shape=shape)
+    assert {frozenset(pack) for pack in found} == {frozenset(pack) for pack in packs}
+    check(found, items, shape)
 
 
 def test_fit_is_exact_at_the_edge() -> None:
@@ -145,3 +143,35 @@ def test_cost_counts_the_square_of_each_sample() -> None:
     one, two = (Item(0, 20, 20),), (Item(0, 10, 10), Item(1, 10, 10))
     assert COST.of(one, shape=shape) - COST.of((), shape=shape) == 1600
     assert COST.of(two, shape=shape) - COST.of((), shape=shape) == 800
+
+
+def test_cost_counts_padding_by_segment_and_labels_by_token() -> None:
+    shape = PackShape(pack_tokens=64, align=8)
+    cost = PackCost(per_vision=10, per_text=100, per_text_label=1000, per_square=0)
+    assert cost.of((), shape=shape) == 8 * 10 + 56 * 100
+    assert cost.of((Item(0, 9, 5),), shape=shape) == 16 * 10 + 48 * 100 + 5 * 1000
+
+
+@pytest.mark.parametrize(
+    ("trainable", "dense", "passes"),
+    [
+        (("patch_embedding",), True, (2, 2, 2)),
+        (("patch_embedding", "text"), True, (3, 3, 3)),  # a dense decoder is all text weights
+        (("patch_embedding", "vision"), False, (3, 2, 2)),
+        (("patch_embedding", "vision", "text"), False, (3, 3, 3)),
+    ],
+)
+def test_cost_of_the_model_counts_passes(
+    trainable: tuple[TrainableGroup, ...], dense: bool, passes: tuple[int, int, int]
+) -> None:
+    split = SplitConfig(norm=not dense, attention=not dense, ffn=not dense)
+    model = dataclasses.replace(MODEL, split=split)
+    # hidden 64: query and output 64 x 64, key and value 64 x 32, three matrices 64 x 128; vocabulary, 2 layers
+    linear, output = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128, 64 * 151_680 // 2
+    vision, text, label = passes
+    assert PackCost.of_model(model, trainable=trainable) == PackCost(
+        per_vision=vision * linear,
+        per_text=text * linear,
+        per_text_label=label * output,
+        per_square=3 * 64,
+    )

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_eve.config.schema import BatchConfig
 from megatron_eve.data.lengths import SampleLengths
-from megatron_eve.data.packing import PackShape, PlannedPack
+from megatron_eve.data.packing import PackCost, PackShape, PlannedPack
 from megatron_eve.data.plan import PackPlan, SampleOrder
 from megatron_eve.data.quarantine import Quarantined
 from megatron_eve.data.shards import ShardTable
@@ -20,6 +20,7 @@ from megatron_eve.errors import ConfigError, DataError
 from tests.data.conftest import data_config
 
 SHAPE = PackShape(pack_tokens=256, align=16)
+COST = PackCost(per_vision=1000, per_text=1000, per_text_label=100, per_square=3)
 
 
 def table_of(*shards: list[int]) -> ShardTable:
@@ -54,6 +55,7 @@ def plan_of(
     *,
     open_bins: int = 4,
     shape: PackShape = SHAPE,
+    cost: PackCost = COST,
     **changes: object,
 ) -> PackPlan:
     table, lengths = table_of([30, 50, 20], [40]), lengths_of(140, unfit=(3, 100))
@@ -61,6 +63,7 @@ def plan_of(
         order=order_of(table, lengths, **changes),
         lengths=lengths,
         shape=shape,
+        cost=cost,
         batch=BatchConfig(unit=unit, size=size),  # type: ignore[arg-type]
         open_bins=open_bins,
     )
@@ -179,6 +182,7 @@ def test_state_of_another_plan_is_refused() -> None:
     changed = [
         plan_of(seed=4),
         plan_of(open_bins=5),
+        plan_of(cost=dataclasses.replace(COST, per_vision=1500)),
         plan_of(shape=PackShape(pack_tokens=512, align=16)),
         plan_of("samples"),
         plan_of(proportions=[1.0, 2.0]),
@@ -209,6 +213,7 @@ def test_lengths_decide_the_fingerprint() -> None:
             order=order_of(table, lengths),
             lengths=one,
             shape=SHAPE,
+            cost=COST,
             batch=BatchConfig(unit="samples", size=3),
             open_bins=1,
         )

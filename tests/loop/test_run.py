@@ -88,6 +88,8 @@ def records(run_dir: Path) -> list[dict[str, float]]:
         "data_wait_s",
         "tokens_per_s_per_gpu",
         "data_wait_fraction",
+        "useful_tflops_per_gpu",
+        "executed_tflops_per_gpu",
         "eta_s",
     )
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()

@@ -13,14 +13,15 @@ def test_line_is_in_the_house_style() -> None:
         "grad_norm": 0.8412,
         "lr": 9.7e-5,
         "tokens_per_s_per_gpu": 9310.4,
+        "mfu": 0.4118,
         "fill": 0.9941,
         "memory_gib": 61.44,
         "data_wait_fraction": 0.0113,
         "samples": 1024.0,
     }
     assert console_line(values, step=1200, total_steps=58000) == (
-        "step 1200/58000 | loss 2.3142 | grad 0.84 | lr 9.7e-5 | tok/s/gpu 9,310 | fill 99.4% | "
-        "mem 61.4 GiB | data 1.1% | eta 2d04h"
+        "step 1200/58000 | loss 2.3142 | grad 0.84 | lr 9.7e-5 | tok/s/gpu 9,310 | mfu 41.2% | "
+        "fill 99.4% | mem 61.4 GiB | data 1.1% | eta 2d04h"
     )
 
 

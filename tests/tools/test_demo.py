@@ -24,7 +24,7 @@ def test_stages_follow_each_other(name: str) -> None:
     assert before[1:] == [stage.config.run_dir for stage in demo.stages[:-1]]
     sources = {s.name: [x.proportion for x in s.config.data.sources] for s in demo.stages}
     assert sources["stage1"] == sources["stage2_1"] == [0.98, 0.02]
-    assert sources["stage2_2"] == [0.75, 0.25]
+    assert sources["stage2_2"] == [0.85, 0.15]
     assert sources["stage3"] == [1.0]
     names = [step.name for step in demo.steps]
     assert len(set(names)) == len(names)

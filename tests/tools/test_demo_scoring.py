@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """tools.demo: right answers, what they are compared with, and what is written about them."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -115,7 +116,8 @@ def test_scores_by_type() -> None:
 def test_a_model_that_sees_passes() -> None:
     rows = score(seeing(num_right=8, num_right_with_wrong=0), guesses=GUESSES)
     assert shortfalls(rows) == []
-    assert verdict(rows).startswith("MET: the model sees. Open questions: 80.0%")
+    assert verdict(rows).startswith("MET: the model sees. shape 80.0% with the right image")
+    assert "open (shape and color) 80.0% with the right image (at least 80%)" in verdict(rows)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,19 @@ def test_a_model_that_does_not_see_is_named(num_right: int, num_wrong: int, mess
     assert verdict(rows).startswith("NOT MET")
     assert len(shortfalls(rows)) == 3
     assert "no color questions were asked" in shortfalls(score(asked[:10], guesses=GUESSES))
+
+
+def test_a_demonstration_may_rest_on_one_type() -> None:
+    asked = seeing(num_right=10, num_right_with_wrong=0)
+    blind_to_shapes = [
+        dataclasses.replace(one, answer="pear") if one.type == "shape" else one for one in asked
+    ]
+    rows = score(blind_to_shapes, guesses=GUESSES)
+    assert shortfalls(rows)
+    assert shortfalls(rows, must_see=("color",)) == []
+    assert verdict(rows, must_see=("color",)) == (
+        "MET: the model sees. color 100.0% with the right image (at least 80%), 0.0% with a wrong one (at most 5.0%)."
+    )
 
 
 def test_table_text() -> None:

@@ -21,7 +21,17 @@ from data_prep.demo.shape_facts import COLORS, SHAPES, YES_NO
 from data_prep.output import write_json
 from megatron_eve.data.conversation import IMAGE_MARK
 from megatron_eve.errors import DataError, EveError
-from tools.demo.scoring import Answered, Guesses, score, shortfalls, table, verdict, wrong_images
+from tools.demo.scoring import (
+    GROUPS,
+    MUST_SEE,
+    Answered,
+    Guesses,
+    score,
+    shortfalls,
+    table,
+    verdict,
+    wrong_images,
+)
 
 ANSWERS_FILE, RESULTS_FILE, RESULTS_TEXT_FILE = "answers.jsonl", "results.json", "results.md"
 WRONG_IMAGE_SEED = 42
@@ -109,11 +119,16 @@ def _answers(
 
 
 def write_results(
-    answered: Sequence[Answered], out: Path, *, guesses: Guesses, about: dict[str, object]
+    answered: Sequence[Answered],
+    out: Path,
+    *,
+    guesses: Guesses,
+    about: dict[str, object],
+    must_see: Sequence[str] = MUST_SEE,
 ) -> list[str]:
     """Write the three files; returns the lines of results.md."""
     rows = score(answered, guesses=guesses)
-    lines = [*table(rows), "", verdict(rows)]
+    lines = [*table(rows), "", verdict(rows, must_see=must_see)]
     out.mkdir(parents=True, exist_ok=True)
     with (out / ANSWERS_FILE).open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(one)) + "\n" for one in answered)
@@ -130,7 +145,7 @@ def write_results(
             ]
         )
     )
-    problems = shortfalls(rows)
+    problems = shortfalls(rows, must_see=must_see)
     results = {**about, "rows": [asdict(row) for row in rows], "met": not problems}
     write_json(out / RESULTS_FILE, {**results, "shortfalls": problems})
     return lines
@@ -152,7 +167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "wrong_image_seed": WRONG_IMAGE_SEED,
             "seconds": round(seconds, 1),
         }
-        lines = write_results(answered, arguments.out, guesses=guesses, about=about)
+        lines = write_results(
+            answered, arguments.out, guesses=guesses, about=about, must_see=arguments.must_see
+        )
     except EveError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -173,6 +190,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, metavar="N", help="the first N only; default: all")
     parser.add_argument(
         "--batch-size", type=int, default=BATCH_SIZE, help=f"questions (default {BATCH_SIZE})"
+    )
+    parser.add_argument(
+        "--must-see",
+        nargs="+",
+        choices=tuple(GROUPS),
+        default=MUST_SEE,
+        metavar="TYPE",
+        help=f"types of question on which the verdict rests; default: {', '.join(MUST_SEE)}",
     )
     return parser.parse_args(argv)
 

@@ -67,14 +67,17 @@ def eve_tiny_stage2_1() -> RunConfig:
 
 
 def eve_tiny_stage2_2() -> RunConfig:
-    """Stage 2.2: all weights, on captions and questions: with everything trainable the model learns to see."""
+    """Stage 2.2: all weights, on captions and questions: with everything trainable the model learns to see.
+
+    The learning rate does not fall to zero, because stage 3 goes on from it; captions keep their own short template."""
     return _run(
         recipe="eve_tiny_stage2_2",
         split=VARIANTS["eve-v2.0"],
         stage=StageConfig(name="2.2", trainable=("patch_embedding", "vision", "text")),
-        data=_data(shares={"captions": 0.75, "questions": 0.25}, template="qwen2"),
-        steps=1300,
-        learning_rate=1e-3,
+        data=_data(shares={"captions": 0.85, "questions": 0.15}, template="qwen2"),
+        steps=1100,
+        learning_rate=7e-4,
+        min_learning_rate=4e-4,
         weights="runs/eve_tiny_stage2_1",
     )
 
@@ -86,7 +89,7 @@ def eve_tiny_stage3() -> RunConfig:
         split=VARIANTS["eve-v2.0"],
         stage=StageConfig(name="3", trainable=("patch_embedding", "vision", "text")),
         data=_data(shares={"questions": 1.0}, template="qwen2"),
-        steps=700,
+        steps=600,
         learning_rate=5e-4,
         weights="runs/eve_tiny_stage2_2",
     )
@@ -97,7 +100,11 @@ def _data(
 ) -> DataConfig:
     return DataConfig(
         sources=tuple(
-            ShardSource(path=f"data/demo/{name}/shards", proportion=share)
+            ShardSource(
+                path=f"data/demo/{name}/shards",
+                proportion=share,
+                template="plain" if name == "captions" else None,
+            )
             for name, share in shares.items()
         ),
         tokenizer="data/demo/tokenizer",
@@ -125,6 +132,7 @@ def _run(
     steps: int,
     learning_rate: float,
     weights: str | None,
+    min_learning_rate: float = 0.0,
     copy_text_to_vision: bool = False,
     num_packs: int = 1,
 ) -> RunConfig:
@@ -150,7 +158,7 @@ def _run(
         optim=OptimConfig(
             peak_lr=learning_rate,
             patch_embedding_lr=learning_rate,
-            min_lr=0.0,
+            min_lr=min_learning_rate,
             warmup_fraction=0.03,
             adam_beta1=0.9,
             adam_beta2=0.999,

@@ -30,7 +30,7 @@ def smollm2_stage1() -> RunConfig:
         recipe="smollm2_stage1",
         split=VARIANTS["eve-v1.0"],
         stage=StageConfig(name="1", trainable=("patch_embedding",)),
-        data=_data(shards="captions", template="plain"),
+        data=_data(shares={"captions": 1.0}, template="plain"),
         steps=30,
         learning_rate=1e-3,
         weights="data/demo/weights/smollm2-135m-instruct",
@@ -43,7 +43,7 @@ def smollm2_stage2_1() -> RunConfig:
         recipe="smollm2_stage2_1",
         split=VARIANTS["eve-v2.0"],
         stage=StageConfig(name="2.1", trainable=("patch_embedding", "vision")),
-        data=_data(shards="captions", template="plain"),
+        data=_data(shares={"captions": 1.0}, template="plain"),
         steps=60,
         learning_rate=3e-4,
         weights="runs/smollm2_stage1",
@@ -52,12 +52,12 @@ def smollm2_stage2_1() -> RunConfig:
 
 
 def smollm2_stage2_2() -> RunConfig:
-    """Stage 2.2: all weights, on questions and answers."""
+    """Stage 2.2: all weights, on captions (with their own short template) and questions."""
     return _run(
         recipe="smollm2_stage2_2",
         split=VARIANTS["eve-v2.0"],
         stage=StageConfig(name="2.2", trainable=("patch_embedding", "vision", "text")),
-        data=_data(shards="questions", template="qwen2"),
+        data=_data(shares={"captions": 0.85, "questions": 0.15}, template="qwen2"),
         steps=120,
         learning_rate=2e-4,
         weights="runs/smollm2_stage2_1",
@@ -70,16 +70,23 @@ def smollm2_stage3() -> RunConfig:
         recipe="smollm2_stage3",
         split=VARIANTS["eve-v2.0"],
         stage=StageConfig(name="3", trainable=("patch_embedding", "vision", "text")),
-        data=_data(shards="questions", template="qwen2"),
+        data=_data(shares={"questions": 1.0}, template="qwen2"),
         steps=40,
         learning_rate=1e-4,
         weights="runs/smollm2_stage2_2",
     )
 
 
-def _data(*, shards: str, template: TemplateName) -> DataConfig:
+def _data(*, shares: dict[str, float], template: TemplateName) -> DataConfig:
     return DataConfig(
-        sources=(ShardSource(path=f"data/demo/{shards}/shards", proportion=1.0),),
+        sources=tuple(
+            ShardSource(
+                path=f"data/demo/{name}/shards",
+                proportion=share,
+                template="plain" if name == "captions" else None,
+            )
+            for name, share in shares.items()
+        ),
         tokenizer="data/demo/tokenizer-smollm2",
         template=template,
         image_edge=256,

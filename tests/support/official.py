@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The official code's own numbers (tests/golden/official, see its README.md), and our model run on the same weights
+and samples inside gloo workers."""
+
+import contextlib
+import io
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from checkpoints_convert.hf_config import read_hf_config
+from megatron_eve.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainableGroup
+from tests.support.tiny import RawSample, naive_pack
+from tests.support.train_once import EVERYTHING, build, run_config
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "official"
+CASES = ("v2.0", "v2.0-tied", "v1.5", "attention-only", "norm-only", "dense")
+STEPS, MICRO_BATCHES_PER_STEP = 20, 2
+PEAK_LR, PATCH_EMBEDDING_LR, WARMUP_FRACTION = 1e-3, 5e-4, 0.03
+TOKENS, ALIGN = 96, 8  # of a pack; the longest micro-batch has 63 tokens
+
+
+@dataclass(frozen=True, slots=True)
+class OfficialBatch:
+    """What the official code computed on micro-batch 0; gradients by their official names."""
+
+    logits: Tensor  # [L, V] at the rows that predict a label, sample after sample
+    loss: float
+    gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class OfficialSteps:
+    """What 20 steps of the official trainer did; the trained parameters by their official names."""
+
+    micro_batch_losses: Tensor  # [20, 2]
+    grad_norms: Tensor  # [20] float64, before each update
+    learning_rates: Tensor  # [20, 2] float64: decoder, patch embedding
+    final: dict[str, Tensor]
+
+
+@cache
+def official_batch(case: str) -> OfficialBatch:
+    """The golden forward and backward of a case of CASES."""
+    tensors = load_file(GOLDEN / f"{case}.safetensors")
+    return OfficialBatch(
+        logits=tensors["logits"], loss=tensors["loss"].item(), gradients=_under(tensors, "grad.")
+    )
+
+
+@cache
+def official_steps(name: str) -> OfficialSteps:
+    """The golden steps of a case, or of "v2.0-stage2.1", where the text weights are frozen."""
+    tensors = load_file(GOLDEN / f"{name}.safetensors")
+    return OfficialSteps(
+        micro_batch_losses=tensors["steps.micro_batch_loss"],
+        grad_norms=tensors["steps.grad_norm"],
+        learning_rates=tensors["steps.lr"],
+        final=_under(tensors, "final."),
+    )
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+@cache
+def initial_weights(case: str) -> dict[str, Tensor]:
+    """The weights that a case starts from: those of the one stored set that its model has."""
+    stored = load_file(GOLDEN / "weights.safetensors")
+    return {name: stored[name] for name in official_batch(case).gradients}
+
+
+def write_official_folder(case: str, folder: Path) -> ModelConfig:
+    """The case as the official classes save it: config.json and model.safetensors. Returns what our converter reads."""
+    folder.mkdir(parents=True)
+    config = json.loads((GOLDEN / "configs.json").read_text())[case]
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(initial_weights(case), folder / "model.safetensors", metadata={"format": "pt"})
+    return read_hf_config(folder, patch_embed_dim=0).model
+
+
+@cache
+def micro_batches() -> list[list[RawSample]]:
+    """The five micro-batches; the optimizer steps walk over them round and round."""
+    stored = load_file(GOLDEN / "samples.safetensors")
+    batches: dict[int, dict[int, dict[str, Tensor]]] = {}
+    for key, tensor in stored.items():
+        match = re.fullmatch(r"(\d+)\.(\d+)\.(\w+)", key)
+        assert match, key
+        batch, sample, part = int(match[1]), int(match[2]), match[3]
+        batches.setdefault(batch, {}).setdefault(sample, {})[part] = tensor
+    return [
+        [_raw_sample(batches[b][s]) for s in range(len(batches[b]))] for b in range(len(batches))
+    ]
+
+
+def _raw_sample(parts: dict[str, Tensor]) -> RawSample:
+    images = [parts[name] for name in sorted(parts) if name.startswith("image")]
+    return RawSample(ids=parts["ids"], images=tuple(images), labels=parts["labels"])
+
+
+def micro_batches_of_step(step: int) -> list[list[RawSample]]:
+    """The micro-batches of one optimizer step."""
+    batches, first = micro_batches(), step * MICRO_BATCHES_PER_STEP
+    return [batches[(first + i) % len(batches)] for i in range(MICRO_BATCHES_PER_STEP)]
+
+
+def official_run(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    trainable: tuple[TrainableGroup, ...] = EVERYTHING,
+) -> RunConfig:
+    """The configuration under which our step is the official one."""
+    return run_config(
+        model,
+        parallel,
+        trainable=trainable,
+        optim=dict(
+            peak_lr=PEAK_LR,
+            patch_embedding_lr=PATCH_EMBEDDING_LR,
+            min_lr=0.0,
+            warmup_fraction=WARMUP_FRACTION,
+            adam_beta1=0.9,
+            adam_beta2=0.999,
+            adam_eps=1e-8,
+            weight_decay=0.0,
+            clip_grad=None,
+            loss_normalization="microbatch_mean",
+        ),
+    )
+
+
+def packs(batches: list[list[RawSample]], model: ModelConfig) -> list[Any]:
+    """One pack for each micro-batch."""
+    return [naive_pack(samples, model=model, tokens=TOKENS, align=ALIGN) for samples in batches]
+
+
+def convert(source: Path, dest: Path) -> None:
+    """In workers: `python -m checkpoints_convert hf-to-megatron SOURCE DEST`."""
+    from checkpoints_convert.__main__ import main
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["hf-to-megatron", str(source), str(dest)]) == 0
+
+
+def logits_of_first_batch(config: RunConfig, weights: Path) -> Tensor:
+    """In workers: [L, V] at the labelled rows of micro-batch 0, sample after sample."""
+    from megatron_eve.loop.step import to_device
+
+    (chunk,), _, state, _ = build(config, weights=str(weights))
+    (pack,) = packs(micro_batches()[:1], config.model)
+    (batch,) = to_device([pack], config=config, state=state)
+    with torch.no_grad():
+        part = chunk.logits(batch)
+    parts = [torch.empty_like(part) for _ in range(config.parallel.tensor)]
+    torch.distributed.all_gather(parts, part.contiguous(), group=state.groups.tp)
+    logits = torch.cat(parts, dim=1)[: pack.label_rows.numel(), : config.model.vocab_size]
+    return logits[pack.modality_order[pack.label_rows].argsort()]
+
+
+def gradients_of_first_batch(config: RunConfig, weights: Path, out: Path) -> float:
+    """In workers: the loss of micro-batch 0; its gradients go to `out` as a weights folder."""
+    from megatron_eve.checkpoint.weights import save_weights
+    from megatron_eve.loop.step import forward_backward
+    from megatron_eve.optim.build import build_optimizer
+
+    (chunk,), wrapped, state, mcore = build(config, weights=str(weights))
+    mcore.grad_scale_func = build_optimizer(wrapped, config=config, state=state).scale_loss
+    batch = packs(micro_batches()[:1], config.model)
+    (logged,) = forward_backward(wrapped, batch, config=config, state=state)
+    for param in chunk.parameters():
+        param.data.copy_(param.main_grad)
+    save_weights([chunk], out, config_text="")
+    return float(logged[0] / logged[1])
+
+
+def train(config: RunConfig, weights: Path, out: Path) -> list[dict[str, float]]:
+    """In workers: the metrics of each of the 20 steps; the weights after them go to `out`."""
+    from megatron_eve.checkpoint.weights import save_weights
+    from megatron_eve.loop.step import train_step
+    from megatron_eve.optim.build import build_optimizer, build_schedule
+
+    (chunk,), wrapped, state, mcore = build(config, weights=str(weights))
+    optimizer = build_optimizer(wrapped, config=config, state=state)
+    mcore.grad_scale_func = optimizer.scale_loss
+    schedule = build_schedule(optimizer, config=config, steps=STEPS)
+    metrics = []
+    for step in range(STEPS):
+        batch = packs(micro_batches_of_step(step), config.model)
+        result = train_step(
+            wrapped,
+            batch,
+            optimizer=optimizer,
+            schedule=schedule,
+            config=config,
+            state=state,
+            stop_requested=False,
+        )
+        metrics.append(result.metrics)
+    save_weights([chunk], out, config_text="")
+    return metrics
