@@ -171,6 +171,8 @@ class CheckpointManager:
             ) from error
         load_chunks(training.chunks, loaded)
         limits = [(group["max_lr"], group["min_lr"]) for group in training.optimizer.param_groups]
+        if not training.optimizer.config.use_distributed_optimizer:
+            _restore_empty_state(loaded["optimizer"])
         training.optimizer.load_state_dict(loaded["optimizer"])
         # The learning rate is the configuration's, not the checkpoint's: a run may be lengthened.
         for group, (max_lr, min_lr) in zip(training.optimizer.param_groups, limits, strict=True):
@@ -192,6 +194,16 @@ class CheckpointManager:
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         generators = ShardedObject("random", _random_state(), (world_size,), (rank,), replica_id=0)
         return {**weights, "optimizer": optimizer, "random": generators, "world": _world(training)}
+
+
+def _restore_empty_state(optimizer: dict[str, Any]) -> None:
+    """A pipeline stage that trains nothing has no moments; a load leaves out what is empty, megatron-core wants it."""
+    if (
+        "optimizer" in optimizer
+    ):  # low precision: the moments lie one level deeper, beside the fp32 weights
+        optimizer.setdefault("fp32_from_fp16_params", [])
+        optimizer = optimizer["optimizer"]
+    optimizer.setdefault("state", {})
 
 
 def _gather_parameters(model: Sequence[DistributedDataParallel]) -> None:

@@ -100,7 +100,7 @@ def test_an_infinite_gradient_is_refused_before_the_update(gloo1):  # type: igno
     assert unchanged
 
 
-def train_stage_1(parallel: ParallelConfig, run_dir: Path) -> list[dict[str, float]]:
+def train_stage_1(parallel: ParallelConfig, dtype: str, run_dir: Path) -> list[dict[str, float]]:
     """Two more steps of a run of stage 1; the first call takes and saves two steps before."""
     config, training, state = assemble(
         parallel,
@@ -108,6 +108,7 @@ def train_stage_1(parallel: ParallelConfig, run_dir: Path) -> list[dict[str, flo
         model=tiny_model(DENSE),
         trainable=("patch_embedding",),
         optim={"warmup_fraction": 0.0},
+        train={"dtype": dtype},
     )
     manager = CheckpointManager(run_dir, keep_last=1, config_text="")
     newest = manager.newest()
@@ -120,19 +121,20 @@ def train_stage_1(parallel: ParallelConfig, run_dir: Path) -> list[dict[str, flo
 
 
 @pytest.mark.parametrize(
-    "parallel",
+    ("parallel", "dtype"),
     [
-        layout(pipeline=2),
-        layout(pipeline=2, virtual=2),
-        layout(pipeline=2, data=2, distributed_optimizer=True, overlap=True),
+        (layout(pipeline=2), "fp32"),
+        (layout(pipeline=2), "bf16"),
+        (layout(pipeline=2, virtual=2), "fp32"),
+        (layout(pipeline=2, data=2, distributed_optimizer=True, overlap=True), "bf16"),
     ],
-    ids=["pp2", "pp2 virtual", "pp2 dp2 distopt overlap"],
+    ids=["pp2", "pp2 bf16", "pp2 virtual", "pp2 dp2 distopt overlap bf16"],
 )
-def test_a_pipeline_stage_that_trains_nothing(gloo_pools, tmp_path, parallel):  # type: ignore[no-untyped-def]
+def test_a_pipeline_stage_that_trains_nothing(gloo_pools, tmp_path, parallel, dtype):  # type: ignore[no-untyped-def]
     """In stage 1 only the first pipeline stage has something to train; all take steps, save, and resume to the bit."""
     pool = gloo_pools[parallel.world_size]
-    on = pool.run(train_stage_1, parallel, tmp_path)
-    resumed = pool.run(train_stage_1, parallel, tmp_path)
+    on = pool.run(train_stage_1, parallel, dtype, tmp_path)
+    resumed = pool.run(train_stage_1, parallel, dtype, tmp_path)
     assert resumed == on
     assert all(ranks == on[0] for ranks in on), "metrics are the same on every process"
     assert on[0][0]["loss"] != on[0][1]["loss"]
