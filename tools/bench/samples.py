@@ -3,10 +3,9 @@
 
 Sizes are drawn before scaling as web images and captions have them: the edge of an image (square root of its area) is
 log-normal, its aspect ratio too, and the train-time rule caps its area; text is log-normal. Contents are random. With
-the template `plain` every text token is a target, with `qwen2` half of them, and one sample in eight has no image.
+the template `plain` every text token is a target, with `qwen2` half of them, and one sample in twenty has no image.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,13 @@ from megatron_eve.config.schema import RunConfig
 from megatron_eve.data.assemble import ExpandedSample, PackMember, assemble_pack, expand
 from megatron_eve.data.conversation import IMAGE_PLACEHOLDER, EncodedSample
 from megatron_eve.data.image_size import PIXELS_PER_TOKEN, train_size
-from megatron_eve.data.packing import PackCost, PackShape
+from megatron_eve.data.packing import Item, PackShape, PlannedPack, pack_batch
 from megatron_eve.data.patches import patchify
 from megatron_eve.data.sample import IGNORE, Pack
-from megatron_eve.data.stream_packer import StreamPacker
 
 _EDGE_MEDIAN = {800: 800.0, 1600: 1200.0}  # pixels, by the recipe's cap
 _EDGE_SIGMA, _ASPECT_SIGMA = 0.4, 0.3
+_LOOK_AHEAD = 32  # samples
 _TEXT_MEDIAN, _TEXT_SIGMA, _TEXT_RANGE = 90.0, 0.6, (16, 400)
 
 
@@ -53,7 +52,7 @@ def stream(config: RunConfig, *, token_share: float, seed: int) -> Iterator[Benc
         if questions:
             labels[: ids.size // 2] = IGNORE
         images: tuple[NDArray[np.uint8], ...] = ()
-        if not questions or rng.random() > 1 / 8:
+        if not questions or rng.random() > 1 / 20:
             images = (_image(config, token_share=token_share, rng=rng),)
             ids = np.concatenate([[IMAGE_PLACEHOLDER], ids])
             labels = np.concatenate([[IGNORE], labels])
@@ -83,49 +82,36 @@ class StepSamples:
 def steps_of_packs(
     config: RunConfig, samples: Iterator[BenchSample], *, packs_per_step: int
 ) -> Iterator[StepSamples]:
-    """Steps of full packs, made by the trainer's own online packer out of the stream."""
+    """Steps that fill `packs_per_step` packs, by the trainer's best fit.
+
+    A step takes samples in stream order while they fit; one that does not waits for the next step, and after
+    `_LOOK_AHEAD` such samples the step is full."""
     shape = PackShape(pack_tokens=config.data.pack_tokens, align=config.data.align)
-    packer = StreamPacker(
-        shape=shape,
-        cost=PackCost.of_model(config.model, trainable=config.stage.trainable),
-        max_tokens=config.data.open_bins * shape.pack_tokens,
-    )
-    seen: list[BenchSample] = []
+    pixels = config.model.pixels_per_token
+    waiting: list[BenchSample] = []
     while True:
-        numbers = []
-        for _ in range(packs_per_step):
-            _fill(packer, seen, samples, shape=shape, config=config)
-            numbers.append([item.sample for item in packer.take()])
+        chosen: list[BenchSample] = []
+        items: list[Item] = []
+        plan: list[PlannedPack] = []
+        passed: list[BenchSample] = []
+        while len(passed) < _LOOK_AHEAD:
+            sample = waiting.pop(0) if waiting else next(samples)
+            tokens = sample.expanded(pixels_per_token=pixels)
+            num_vision = int(tokens.is_vision.sum())
+            item = Item(len(chosen), num_vision, int(tokens.ids.size) - num_vision)
+            if not shape.fits(item.num_vision, item.num_text):
+                continue  # longer than a pack: the trainer leaves it out, too
+            longer = pack_batch([*items, item], shape=shape)
+            if len(longer) > packs_per_step:
+                passed.append(sample)
+                continue
+            chosen.append(sample)
+            items.append(item)
+            plan = longer
+        waiting = passed + waiting
         yield StepSamples(
-            packs=tuple(tuple(seen[i] for i in pack) for pack in numbers),
-            in_stream_order=tuple(seen[i] for i in sorted(itertools.chain(*numbers))),
-        )
-
-
-def _fill(
-    packer: StreamPacker,
-    seen: list[BenchSample],
-    samples: Iterator[BenchSample],
-    *,
-    shape: PackShape,
-    config: RunConfig,
-) -> None:
-    """Samples into the pool until it is full; a sample that no pack holds is left out."""
-    while True:
-        sample = next(samples)
-        tokens = sample.expanded(pixels_per_token=config.model.pixels_per_token)
-        num_vision = int(tokens.is_vision.sum())
-        num_text = int(tokens.ids.size) - num_vision
-        if not shape.fits(num_vision, num_text):
-            continue
-        is_room = packer.accepts(np.array([num_vision + num_text])) > 0
-        if not is_room:
-            return
-        seen.append(sample)
-        packer.add(
-            np.array([len(seen) - 1]),
-            num_vision=np.array([num_vision]),
-            num_text=np.array([num_text]),
+            packs=tuple(tuple(chosen[item.sample] for item in pack) for pack in plan),
+            in_stream_order=tuple(chosen),
         )
 
 
