@@ -211,6 +211,27 @@ def test_aligned_samples_are_planned_as_long_as_they_become(
         assert labels[0] == labels[1]
 
 
+def test_each_source_is_written_with_its_own_template(
+    write_shards: WriteShards, qwen_folder: Path, qwen: Tokenizer
+) -> None:
+    """The same samples twice: as captions without a word of the chat template, and as a conversation."""
+    folders = [write_shards(name, [make_sample(i) for i in range(4)]) for name in ("a", "b")]
+    config = data_config(folders, tokenizer=qwen_folder)
+    sources = (dataclasses.replace(config.sources[0], template="plain"), config.sources[1])
+    config = dataclasses.replace(config, sources=sources, pack_tokens=1024)
+    batch = BatchConfig(unit="samples", size=8)
+    texts = []
+    for pack in run(open_loader(config, qwen, batch=batch), 1)[0]:
+        ids = torch.zeros(pack.num_tokens, dtype=torch.int64)
+        ids[pack.modality_order[pack.num_vision :]] = pack.text_ids
+        begins = pack.cu_seqlens.tolist()
+        for begin, end in itertools.pairwise(begins[: len(pack.sample_ids) + 1]):
+            texts.append(qwen.decode(ids[begin:end].tolist()))
+    assert len(texts) == 8
+    assert sum("ASSISTANT:" in text for text in texts) == 4
+    assert sum("What is it?" in text for text in texts) == 4  # `plain` leaves the human turn out
+
+
 def broken_image_set() -> list[Sample]:
     samples = [make_sample(i) for i in range(6)]
     data = samples[2].images[0]
