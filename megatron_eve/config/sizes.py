@@ -73,7 +73,9 @@ def memory_estimate(config: RunConfig) -> MemoryEstimate:
     trained = sum(held[group] for group in config.stage.trainable)
     # Adam keeps two fp32 moments, and under bf16 an fp32 copy of the weights.
     optimizer_bytes = trained * _FP32 * (3 if config.train.dtype == "bf16" else 2)
-    shards = config.parallel.data if config.parallel.distributed_optimizer else 1
+    parallel = config.parallel
+    # megatron-core spreads the optimizer over data- and context-parallel ranks together
+    shards = parallel.data * parallel.context if parallel.distributed_optimizer else 1
     return MemoryEstimate(
         weights=sum(held.values()) * BYTES_PER_VALUE[config.train.dtype],
         gradients=trained * _FP32,
@@ -122,14 +124,16 @@ def largest_image_tokens(*, image_edge: int, max_aspect_ratio: float, pixels_per
 
 
 def largest_sample_tokens(config: RunConfig) -> int:
-    """Pack tokens that a sample with one image of the largest size and the longest text takes, segments aligned."""
+    """Pack tokens that a sample with one image of the largest size and the longest text takes: the sample padded to
+    `sample_align` with text, then both segments aligned."""
     align = config.data.align
     image = largest_image_tokens(
         image_edge=config.data.image_edge,
         max_aspect_ratio=config.data.max_aspect_ratio,
         pixels_per_token=config.model.pixels_per_token,
     )
-    return -(-image // align) * align + -(-config.data.max_text_tokens // align) * align
+    text = config.data.max_text_tokens + config.data.sample_align - 1
+    return -(-image // align) * align + -(-text // align) * align
 
 
 def total_steps(config: RunConfig, *, num_samples: int | None) -> int | None:

@@ -130,6 +130,7 @@ def assemble_pack(
         label_rows=torch.from_numpy(label_rows),
         label_targets=torch.from_numpy(targets_in_order[label_rows]),
         sample_ids=tuple(member.id for member in members),
+        sample_padding=tuple(one.num_padding for one in tokens),
         num_real_vision=num_real[0],
         num_real_text=num_real[1] - sum(one.num_padding for one in tokens),
         quarantined=tuple((m.id, m.quarantined) for m in members if m.quarantined is not None),

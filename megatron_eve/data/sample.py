@@ -63,6 +63,7 @@ class Pack:
     label_rows: Tensor  # [L] int64: modality-order rows whose next token (in sequence order) is a target; ascending
     label_targets: Tensor  # [L] int64: that next token's id
     sample_ids: tuple[str, ...]  # real samples in the pack, in sequence order
+    sample_padding: tuple[int, ...]  # padding tokens at the end of each of them (data.sample_align)
     num_real_vision: int  # without padding
     num_real_text: int  # without padding
     quarantined: tuple[

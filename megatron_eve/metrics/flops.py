@@ -230,7 +230,7 @@ class _Samples:
         label_places = pack.modality_order[pack.label_rows]
         self._bounds = pack.cu_seqlens[: len(pack.sample_ids) + 1].long()
         self._num_tokens = pack.num_tokens
-        self.length = self._bounds.diff()
+        self.length = self._bounds.diff() - torch.tensor(pack.sample_padding, dtype=torch.int64)
         self.vision = self._per_sample(vision_places)
         self.text = self.length - self.vision
         self.patches = self._per_sample(vision_places[pack.vision_kind == VISION_PATCH])

@@ -75,6 +75,8 @@ def test_largest_sample_counts_aligned_segments() -> None:
     assert largest_sample_tokens(config) == -(-image // 16) * 16 + 256
     longer = apply_overrides(config, ["data.max_text_tokens=257"])
     assert largest_sample_tokens(longer) == largest_sample_tokens(config) + 16
+    padded = apply_overrides(config, ["data.sample_align=4"])
+    assert largest_sample_tokens(padded) == largest_sample_tokens(config) + 16
 
 
 def test_vocabulary_is_padded_to_the_tensor_size() -> None:
@@ -106,6 +108,13 @@ def test_memory_of_a_hand_counted_rank() -> None:
     assert (estimate.weights, estimate.gradients) == (2 * held, 4 * held)
     assert estimate.optimizer == -(-12 * held // 32)
     assert estimate.total == estimate.weights + estimate.gradients + estimate.optimizer
+
+
+def test_context_parallelism_holds_the_same_share_of_the_optimizer() -> None:
+    """megatron-core spreads it over data- and context-parallel ranks together."""
+    config = load_recipe("eve7b_stage2_2")
+    halved = apply_overrides(config, ["parallel.context=2", "data.sample_align=4"])
+    assert memory_estimate(halved) == memory_estimate(config)
 
 
 def test_memory_counts_trained_groups_only_and_the_fullest_stage() -> None:

@@ -155,8 +155,10 @@ def test_7b_layer_has_its_published_size() -> None:
     assert flops["attention"].forward == 28 * 4 * 3584
 
 
-def pack_of(*samples, tokens: int = 64) -> Pack:  # type: ignore[no-untyped-def]
-    return naive_pack(list(samples), model=MODEL, tokens=tokens, align=ALIGN)
+def pack_of(*samples, tokens: int = 64, sample_align: int = 1) -> Pack:  # type: ignore[no-untyped-def]
+    return naive_pack(
+        list(samples), model=MODEL, tokens=tokens, align=ALIGN, sample_align=sample_align
+    )
 
 
 PICTURE = sample(
@@ -216,6 +218,7 @@ def test_ideal_does_not_depend_on_packing(split, trainable) -> None:  # type: ig
     together = ideal(pack_of(PICTURE, QUESTION, TEXT))
     assert together == ideal(pack_of(TEXT, PICTURE, tokens=48), pack_of(QUESTION, tokens=128))
     assert together == ideal(pack_of(PICTURE), pack_of(TEXT), pack_of(QUESTION))
+    assert together == ideal(pack_of(PICTURE, QUESTION, TEXT, tokens=96, sample_align=16))
     assert together > ideal(pack_of(PICTURE, TEXT)) > 0
 
 

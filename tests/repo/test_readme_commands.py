@@ -28,11 +28,17 @@ SMALL_RUN = (
 )
 INSTALLED_BY_MAKE = ("-c constraints.txt -e '.[cpu]'", "-c constraints.txt --no-deps mosaicml")
 ELSEWHERE = {
-    "mkdir -p logs": ("tests/slurm/test_cluster.py", "test_readme_lines_start_a_job"),
-    "sbatch ": ("tests/slurm/test_cluster.py", "test_readme_lines_start_a_job"),
     "pip install ": ("tests/repo/test_packaging.py", "test_the_two_documented_lines_suffice"),
 }
-"""Start of a command -> file and test that run it: on the toy Slurm, and in an environment of the user's own."""
+"""Start of a command -> file and test that run it in an environment of the user's own."""
+SBATCH = """#!/bin/bash
+set -e
+bash -n "$1"
+grep -q '^#SBATCH --output=logs/' "$1"
+cd "$CHECKOUT"
+exec "$PYTHON" -m megatron_eve.train "eve7b_$(basename "$1" .sbatch)" "${@:2}" --dry-run
+"""
+"""Stands for Slurm: takes the file and its arguments as sbatch does, and asks the trainer whether it would start."""
 
 
 def run(command: str, *, cwd: Path, code: int = 0, **environment: str) -> str:
@@ -119,10 +125,26 @@ def submit(command: str, installed: Path, tmp_path: Path) -> None:
     assert "dry run" in run(command, cwd=REPO)
 
 
+def batch(command: str, installed: Path, tmp_path: Path) -> None:
+    """With a stand-in for sbatch; tests/slurm/test_cluster.py runs the same lines on a Slurm."""
+    (tmp_path / "sbatch").write_text(SBATCH)
+    (tmp_path / "sbatch").chmod(0o755)
+    (tmp_path / "slurm").symlink_to(REPO / "slurm")
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "CHECKOUT": str(REPO),
+    }
+    printed = run(command, cwd=tmp_path, **environment)
+    assert (tmp_path / "logs").is_dir() if "mkdir" in command else "128 = 16 nodes x 8" in printed
+
+
 RUNNERS: dict[str, Callable[[str, Path, Path], None]] = {
     "make ": run_make,
     "python -m megatron_eve.train ": plan,
     "python -m slurm.submit ": submit,
+    "mkdir ": batch,
+    "sbatch ": batch,
 }
 
 

@@ -43,25 +43,31 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     data_prep(
         "tokenizer", "train", folder / "corpus.txt", folder / "tokenizer", "--vocab-size", 300
     )
-    return [f"data.sources.0.path={folder}/shards", f"data.tokenizer={folder}/tokenizer"]
+    return overrides_for(folder)
+
+
+def overrides_for(folder: Path) -> list[str]:
+    """The tiny recipe on this test's data, on two nodes of one process."""
+    return [
+        "data.sources=()",
+        f"data.sources.0.path={folder}/shards",
+        "data.sources.0.proportion=1",
+        f"data.tokenizer={folder}/tokenizer",
+        "parallel.num_nodes=2",
+        "parallel.gpus_per_node=1",
+        "parallel.sequence_parallel=true",
+        "checkpoint.load_weights_from=none",
+        f"train.steps={STEPS}",
+        "batch.size=8",
+        "logging.every_steps=1",
+        "checkpoint.save_every_steps=4",
+    ]
 
 
 def submit(cluster: Cluster, data: list[str], run_dir: Path, log: Path) -> str:
     """The stage file as it is, with the tiny recipe on two nodes of one process."""
     if "MODE=flat" in (Path(cluster.env["TOY_SLURM_DIR"]) / "vars").read_text():
         pytest.skip("without namespaces the nodes' names do not resolve")
-    overrides = [
-        *data,
-        "parallel.num_nodes=2",
-        "parallel.gpus_per_node=1",
-        "checkpoint.load_weights_from=none",
-    ]
-    overrides += [
-        f"train.steps={STEPS}",
-        "batch.size=8",
-        "logging.every_steps=1",
-        "checkpoint.save_every_steps=4",
-    ]
     argv = (
         "sbatch",
         "--parsable",
@@ -76,7 +82,7 @@ def submit(cluster: Cluster, data: list[str], run_dir: Path, log: Path) -> str:
         "PYTHON": sys.executable,
         "EVE_MIN_FREE_GIB": "0.1",
     }
-    return cluster.run(*argv, *overrides, env=env).strip()
+    return cluster.run(*argv, *data, env=env).strip()
 
 
 def losses(run_dir: Path) -> dict[int, float]:

@@ -143,6 +143,7 @@ def naive_pack(
     ids: list[int] = []
     targets: list[int] = []
     lengths: list[int] = []
+    paddings: list[int] = []
     patches: list[Tensor] = []
     for sample in samples:
         start, images = len(kinds), iter(sample.images)
@@ -166,6 +167,7 @@ def naive_pack(
         ids += [0] * padding
         labels += [IGNORE] * padding
         lengths.append(len(kinds) - start)
+        paddings.append(padding)
         targets += [*labels[1:], IGNORE]
     num_real_vision = sum(kind >= 0 for kind in kinds)
     num_real_text = len(kinds) - num_real_vision
@@ -197,7 +199,8 @@ def naive_pack(
         label_rows=rows_m,
         label_targets=targets_m[rows_m],
         sample_ids=tuple(str(i) for i in range(len(samples))),
+        sample_padding=tuple(paddings),
         num_real_vision=num_real_vision,
-        num_real_text=num_real_text,
+        num_real_text=num_real_text - sum(paddings),
         quarantined=(),
     )
