@@ -8,4 +8,7 @@ export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 local_cache=${SLURM_TMPDIR:-/tmp}/megatron_eve-$UID-$SLURM_JOB_ID
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$local_cache/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$local_cache/inductor}
+# Ahead of the time limit USR2 may come before the command listens, imports being slow; by default it would kill the rank.
+# One rank that heard it is enough, because the trainer stops on all ranks together.
+trap '' USR2
 exec "$@"
