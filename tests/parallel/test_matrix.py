@@ -47,17 +47,18 @@ EVERY_CASE = [
 FAST = {
     "1": EVERY_CASE,
     "tp2 sp": [("all", "2.2"), ("dense", "1"), ("ffn", "2.1"), ("all-tied", "2.2")],
-    "tp2": [("norm", "2.2")],
+    "tp2": [("norm", "2.2"), ("all", "2.1"), ("all", "2.2")],
     "tp2 sp full": [("all", "2.1"), ("dense", "1")],
     "pp2": [("dense", "1"), ("all", "2.1"), ("all-tied", "2.2")],
     "pp2 selective": [("all", "2.2")],
-    "pp2 virtual": [("all-tied", "2.2")],
+    "pp2 virtual": [("all-tied", "2.2"), ("all", "2.2")],
     "dp2 overlap": [("all", "2.1")],
     "dp2 distopt overlap": [("all", "2.2"), ("all", "2.1"), ("dense", "1")],
     "cp2": [("all", "2.2"), ("dense", "1"), ("norm", "2.1")],
     "cp2 distopt overlap": [("ffn", "2.2")],
-    "tp2 sp pp2": [("all-tied", "2.2")],
+    "tp2 sp pp2": [("all-tied", "2.2"), ("all", "2.2")],
     "tp2 sp cp2": [("all", "2.2")],
+    "tp2 sp cp2 distopt overlap": [("all", "2.2")],
     "pp2 cp2": [("all", "2.1")],
 }
 """Cases of each layout in `make test`."""

@@ -81,6 +81,7 @@ LAYOUTS: dict[str, Layout] = {
     "dp4 distopt": _named(layout(data=4, **DISTOPT)),
     "tp2 sp pp2": _named(layout(pipeline=2, **SP2)),
     "tp2 sp cp2": _named(layout(context=2, **SP2)),
+    "tp2 sp cp2 distopt overlap": _named(layout(context=2, **SP2, **OVERLAPPED)),
     "tp2 cp2 selective": _named(layout(tensor=2, context=2), "selective"),
     "tp2 sp dp2 distopt overlap": _named(layout(data=2, **SP2, **OVERLAPPED)),
     "tp2 pp2 virtual full": _named(layout(tensor=2, pipeline=2, virtual=2), "full"),
