@@ -34,6 +34,15 @@ class ModalityPartitioned(MegatronModule):
         self.text = build()
 
 
+def segments(x: Tensor, num_vision_rows: int) -> tuple[Tensor, Tensor]:
+    """Vision and text rows of [rows, ...], as views.
+
+    One split instead of two slices: its backward concatenates the two gradients, where each slice's would fill a tensor
+    of the full size with zeros, and autograd would then add these."""
+    vision, text = x.split([num_vision_rows, x.shape[0] - num_vision_rows])
+    return vision, text
+
+
 class ModalityPartitionedLinear(ModalityPartitioned):
     """Two column- or row-parallel linears. Called like them by megatron-core's builders; `branch` is their class.
 
@@ -54,9 +63,8 @@ class ModalityPartitionedLinear(ModalityPartitioned):
     def forward(self, x: Tensor, num_vision_rows: int) -> tuple[Tensor, None]:
         """[rows_in, 1, in] -> [rows_out, 1, out]; under sequence parallelism a column-parallel linear gathers and a
         row-parallel one scatters each segment by itself."""
-        vision, _ = self.vision(x[:num_vision_rows])
-        text, _ = self.text(x[num_vision_rows:])
-        return torch.cat([vision, text]), None
+        vision, text = segments(x, num_vision_rows)
+        return torch.cat([self.vision(vision)[0], self.text(text)[0]]), None
 
     def backward_dw(self) -> None:
         """Delayed weight gradients of both branches (a no-op for megatron-core's own linears)."""
@@ -74,7 +82,8 @@ class ModalityPartitionedNorm(ModalityPartitioned):
 
     def forward(self, x: Tensor, num_vision_rows: int) -> Tensor:
         """[rows, 1, h] -> the same shape."""
-        return torch.cat([self.vision(x[:num_vision_rows]), self.text(x[num_vision_rows:])])
+        vision, text = segments(x, num_vision_rows)
+        return torch.cat([self.vision(vision), self.text(text)])
 
 
 class ModalityPartitionedMLP(MLP):
@@ -82,9 +91,8 @@ class ModalityPartitionedMLP(MLP):
 
     def forward(self, x: Tensor, num_vision_rows: int) -> tuple[Tensor, None]:
         """[rows, 1, h] -> [rows, 1, h]; `num_vision_rows` counts rows of the (sharded) input."""
-        vision = self._branch(x[:num_vision_rows], "vision")
-        text = self._branch(x[num_vision_rows:], "text")
-        return torch.cat([vision, text]), None
+        vision, text = segments(x, num_vision_rows)
+        return torch.cat([self._branch(vision, "vision"), self._branch(text, "text")]), None
 
     def _branch(self, x: Tensor, modality: str) -> Tensor:
         gate_up, _ = getattr(self.linear_fc1, modality)(x)
