@@ -21,7 +21,7 @@ LAYOUTS = {
     "cp2": layout(context=2),
     "tp2 sp cp2": layout(tensor=2, context=2, sequence_parallel=True),
 }
-PER_TASK = 4  # steps of one task, so that it ends well before the pool's timeout
+PER_TASK = 2  # steps of one task, so that it ends well before the pool's timeout
 FAST, ALL = (
     ((0, 1, 2, 9), 25),
     (tuple(range(20)), 50),
