@@ -125,10 +125,12 @@ def test_memory_counts_trained_groups_only_and_the_fullest_stage() -> None:
         apply_overrides(load_recipe("eve7b_stage2_2"), ["parallel.pipeline=2"])
     )
     assert whole.weights / 2 < halves.weights < 0.6 * whole.weights
-    unsharded = apply_overrides(
-        load_recipe("smollm2_stage3"), ["parallel.distributed_optimizer=false"]
-    )
-    assert (
-        memory_estimate(unsharded).optimizer
-        == 2 * memory_estimate(load_recipe("smollm2_stage3")).optimizer
-    )
+    sharded, unsharded = (
+        apply_overrides(
+            load_recipe("smollm2_stage3"),
+            ["parallel.pipeline=1", "parallel.virtual_pipeline=1",
+             f"parallel.distributed_optimizer={choice}"],
+        )
+        for choice in ("true", "false")
+    )  # fmt: skip
+    assert memory_estimate(unsharded).optimizer == 2 * memory_estimate(sharded).optimizer
