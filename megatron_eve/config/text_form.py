@@ -3,7 +3,7 @@
 that overrides are laid over.
 
 `config_text` writes every field, sorted, one `key: value` per line; `config_from_text` is its exact inverse and refuses
-unknown, missing, repeated and ill-typed keys. Neither checks how fields fit together: that is resolve()'s part."""
+unknown, missing, repeated and ill-typed keys; only a field with a default may be missing. Neither checks how fields fit together: that is resolve()'s part."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -48,7 +48,8 @@ def flatten(config: RunConfig) -> dict[str, str]:
 
 
 def build(flat: Mapping[str, str]) -> RunConfig:
-    """The configuration that the flat form describes, every field present and typed, nothing left over.
+    """The configuration that the flat form describes: every field typed, those without a default present, nothing left
+    over.
 
     Raises: ConfigError for an unknown, missing or ill-typed key.
     """

@@ -55,6 +55,18 @@ def test_empty_tuples_and_many_sources_survive() -> None:
         assert config_from_text(config_text(config)) == config
 
 
+def test_source_without_a_template_takes_the_stages() -> None:
+    """Also in the text of a run that was written before sources had templates of their own."""
+    without = "".join(
+        line
+        for line in TEXT.splitlines(keepends=True)
+        if not re.match(r"data\.sources\.\d+\.template:", line)
+    )
+    assert without != TEXT
+    sources = config_from_text(without).data.sources
+    assert sources and all(source.template is None for source in sources)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
