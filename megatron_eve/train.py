@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.dry_run:
         print(config_text(config))
-        print(plan_text(config, num_samples=None))
+        print(plan_text(config, epoch=None))
         return 0
     return _train(config)
 

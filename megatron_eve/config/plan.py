@@ -2,10 +2,12 @@
 """The start-up plan: what a run will do, printed as arithmetic so that a reader can check every number.
 
 One aligned line per quantity, e.g. `batch       1,024 samples a step = 32 data-parallel ranks x 32.0 on average`.
-Needs nothing but a resolved configuration and, for a run counted in epochs, the number of samples."""
+Needs nothing but a resolved configuration and, for a run counted in epochs, what an epoch holds."""
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.sizes import (
+    EpochSize,
+    expected_packs,
     largest_image_tokens,
     largest_sample_tokens,
     memory_estimate,
@@ -16,18 +18,19 @@ from megatron_eve.config.sizes import (
 )
 
 _GIB = 1 << 30
+_FILLED = 0.95  # of the computed packs; what is below deserves advice
 
 
-def plan_text(config: RunConfig, *, num_samples: int | None) -> str:
-    """The plan, one line per quantity. `num_samples`: samples of all sources together, None while not known."""
+def plan_text(config: RunConfig, *, epoch: EpochSize | None) -> str:
+    """The plan, one line per quantity. `epoch`: None while the shards are not read."""
     lines = [
         ("run", f"{config.recipe} in {config.run_dir}"),
         ("stage", f"{config.stage.name}, trains {', '.join(config.stage.trainable)}"),
         ("weights", _weights(config)),
         *_layout(config),
-        *_batch(config),
-        ("steps", _steps(config, num_samples=num_samples)),
-        ("schedule", _schedule(config, num_samples=num_samples)),
+        *_batch(config, epoch=epoch),
+        ("steps", _steps(config, epoch=epoch)),
+        ("schedule", _schedule(config, epoch=epoch)),
         *_parameters(config),
         ("memory", _memory(config)),
         ("checkpoint", f"every {config.checkpoint.save_every_steps:,} steps, the last "
@@ -63,7 +66,7 @@ def _layout(config: RunConfig) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _batch(config: RunConfig) -> list[tuple[str, str]]:
+def _batch(config: RunConfig, *, epoch: EpochSize | None) -> list[tuple[str, str]]:
     data, batch, ranks = config.data, config.batch, config.parallel.data
     image = largest_image_tokens(
         image_edge=data.image_edge,
@@ -72,6 +75,7 @@ def _batch(config: RunConfig) -> list[tuple[str, str]]:
     )
     if batch.unit == "samples":
         size = f"{batch.size:,} samples a step = {ranks} data-parallel ranks x {batch.size / ranks:,.1f} on average"
+        size += "" if epoch is None else _fill_of_samples(config, epoch=epoch)
     else:
         size = (f"{batch.size:,} packs a step = {ranks} data-parallel ranks x {batch.size // ranks:,}; "
                 f"{batch.size * data.pack_tokens:,} tokens = {batch.size:,} x {data.pack_tokens:,}")  # fmt: skip
@@ -85,18 +89,42 @@ def _batch(config: RunConfig) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _steps(config: RunConfig, *, num_samples: int | None) -> str:
+def rounding_advice(config: RunConfig, *, epoch: EpochSize) -> str | None:
+    """What to change when a step of samples leaves many packs empty, because every rank takes as many as any other."""
+    filled, computed = expected_packs(config, epoch=epoch)
+    if filled >= _FILLED * computed:
+        return None
+    ranks = config.parallel.data
+    packs = max(1, round(filled / ranks)) * ranks
+    samples = packs * config.data.pack_tokens * epoch.samples / epoch.tokens
+    return (
+        f"batch.unit=samples: {config.batch.size:,} samples fill {filled:,.1f} packs, and {computed:,} are computed "
+        f"because each of {ranks} ranks has as many; batch.unit=packs batch.size={packs} takes {samples:,.0f} "
+        "samples a step on average and fills them all"
+    )
+
+
+def _fill_of_samples(config: RunConfig, *, epoch: EpochSize) -> str:
+    filled, computed = expected_packs(config, epoch=epoch)
+    return f"; they fill {filled:,.1f} of {computed:,} packs: {filled / computed:.1%}"
+
+
+def _steps(config: RunConfig, *, epoch: EpochSize | None) -> str:
     train, batch = config.train, config.batch
-    steps = total_steps(config, num_samples=num_samples)
+    steps = total_steps(config, epoch=epoch)
+    of_packs = batch.unit == "packs"
+    a_step = f"({batch.size:,} x {config.data.pack_tokens:,})" if of_packs else f"{batch.size:,}"
+    what = "tokens" if of_packs else "samples"
     if steps is None:
-        return f"ceil({train.epochs:g} epochs x samples / {batch.size:,}), known once the shards are read"
-    if train.steps is not None:
+        return f"ceil({train.epochs:g} epochs x {what} / {a_step}), known once the shards are read"
+    if train.steps is not None or epoch is None:
         return f"{steps:,}"
-    return f"{steps:,} = ceil({train.epochs:g} epochs x {num_samples:,} samples / {batch.size:,})"
+    count = epoch.tokens if of_packs else epoch.samples
+    return f"{steps:,} = ceil({train.epochs:g} epochs x {count:,} {what} / {a_step})"
 
 
-def _schedule(config: RunConfig, *, num_samples: int | None) -> str:
-    optim, steps = config.optim, total_steps(config, num_samples=num_samples)
+def _schedule(config: RunConfig, *, epoch: EpochSize | None) -> str:
+    optim, steps = config.optim, total_steps(config, epoch=epoch)
     warmup = f"{optim.warmup_fraction:g} of the steps"
     if steps is not None:
         warmup = f"{warmup_steps(config, steps=steps):,} steps = ceil({optim.warmup_fraction:g} x {steps:,})"

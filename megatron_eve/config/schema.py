@@ -156,7 +156,7 @@ class OptimConfig:
 class TrainConfig:
     """Length and numerics of the run."""
 
-    steps: int | None  # None: as many as `epochs` over the sources give; needs batch.unit = samples
+    steps: int | None  # None: as many as `epochs` over the sources give
     epochs: float | None
     dtype: Literal["bf16", "fp32"]
     backend: Literal["local", "te"]  # local: megatron-core's own layers; te: Transformer Engine

@@ -136,14 +136,37 @@ def largest_sample_tokens(config: RunConfig) -> int:
     return -(-image // align) * align + -(-text // align) * align
 
 
-def total_steps(config: RunConfig, *, num_samples: int | None) -> int | None:
-    """Steps of the run: `train.steps`, or as many as let `train.epochs` times `num_samples` come at least; the last
-    global batch is filled from the next epoch. None when the number of samples is needed and not known."""
-    if config.train.steps is not None or config.train.epochs is None:
-        return config.train.steps
-    if num_samples is None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpochSize:
+    """What all sources hold together, known once the shards are read."""
+
+    samples: int  # fit for training
+    tokens: int  # theirs, with what pads each sample
+
+
+def total_steps(config: RunConfig, *, epoch: EpochSize | None) -> int | None:
+    """Steps of the run: `train.steps`, or as many as let `train.epochs` epochs come.
+
+    In samples the last global batch is filled from the next epoch; in packs their tokens are counted as if every pack
+    were full, so that as much of an epoch is left as the packer leaves empty, less than 1%. None when the size of an
+    epoch is needed and not known."""
+    train, batch = config.train, config.batch
+    if train.steps is not None or train.epochs is None:
+        return train.steps
+    if epoch is None:
         return None
-    return math.ceil(config.train.epochs * num_samples / config.batch.size)
+    if batch.unit == "packs":
+        return math.ceil(train.epochs * epoch.tokens / (batch.size * config.data.pack_tokens))
+    return math.ceil(train.epochs * epoch.samples / batch.size)
+
+
+def expected_packs(config: RunConfig, *, epoch: EpochSize) -> tuple[float, int]:
+    """Packs that the samples of an average step fill, and packs that are computed: every rank has the same number."""
+    ranks = config.parallel.data
+    if config.batch.unit == "packs":
+        return config.batch.size, config.batch.size
+    filled = config.batch.size * epoch.tokens / epoch.samples / config.data.pack_tokens
+    return filled, math.ceil(filled / ranks) * ranks
 
 
 def warmup_steps(config: RunConfig, *, steps: int) -> int:

@@ -107,17 +107,11 @@ def _align_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _length_problems(config: RunConfig) -> Iterator[str]:
-    train, batch = config.train, config.batch
+    train = config.train
     if (train.steps is None) == (train.epochs is None):
         yield (
             f"train.steps={_text(train.steps)} and train.epochs={_text(train.epochs)}: exactly one of "
             "the two must be set; set the other to none."
-        )
-    elif train.epochs is not None and batch.unit == "packs":
-        yield (
-            f"train.epochs={train.epochs:g} needs batch.unit=samples, found packs: how many packs an "
-            "epoch gives is known only after it; set train.steps and train.epochs=none, or "
-            "batch.unit=samples."
         )
 
 

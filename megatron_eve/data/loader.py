@@ -9,7 +9,6 @@ reported; anything else that goes wrong in a thread surfaces at `next`, naming t
 """
 
 import logging
-import math
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from megatron_eve.config.schema import BatchConfig, DataConfig, ModelConfig, TrainableGroup
+from megatron_eve.config.sizes import EpochSize
 from megatron_eve.data.lengths import LengthSettings, SampleLengths, load_lengths
 from megatron_eve.data.pack_builder import PackBuilder
 from megatron_eve.data.packing import PackCost, PackShape, PlannedPack, deal
@@ -108,10 +108,7 @@ class PackLoader:
         )
         self._pending: deque[_PendingStep] = deque()
         self._state = self._plan.state_dict()
-        self.num_samples = len(order)
-        self.steps_per_epoch = (
-            math.ceil(len(order) / batch.size) if batch.unit == "samples" else None
-        )
+        self.epoch_size = EpochSize(samples=len(order), tokens=order.num_tokens)
         self.stats = LoaderStats(quarantined=Counter(lengths.reasons))
         self._report_left_out(lengths, num_total=len(table))
 

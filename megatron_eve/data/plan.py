@@ -52,6 +52,7 @@ class SampleOrder:
         self._share = _share_out(
             [indices.size for indices in self._indices], data=data, lengths=lengths
         )
+        self.num_tokens = _tokens_of_an_epoch(self._indices, self._share, lengths=lengths)
         self._warn_of_small_blocks()
         self._cached: tuple[int, NDArray[np.int64]] | None = None
         content = [*self._indices, *self._shard_sizes, np.asarray(self._share)]
@@ -133,6 +134,19 @@ def _share_out(sizes: list[int], *, data: DataConfig, lengths: SampleLengths) ->
     share[largest] += 1
     result: list[int] = share.tolist()
     return result
+
+
+def _tokens_of_an_epoch(
+    indices: list[NDArray[np.int64]], share: list[int], *, lengths: SampleLengths
+) -> int:
+    """Exact where a source comes whole, else by its mean."""
+    total = 0.0
+    for source, count in zip(indices, share, strict=True):
+        if count:
+            tokens = lengths.num_vision[source].sum(dtype=np.int64)
+            tokens += lengths.num_text[source].sum(dtype=np.int64)
+            total += count / source.size * float(tokens)
+    return round(total)
 
 
 class PackPlan:

@@ -20,7 +20,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_eve import device
 from megatron_eve.checkpoint.manager import CheckpointManager, TrainingState
 from megatron_eve.checkpoint.weights import load_weights
-from megatron_eve.config.plan import plan_text
+from megatron_eve.config.plan import plan_text, rounding_advice
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.sizes import total_steps
 from megatron_eve.config.text_form import config_text, flatten
@@ -104,15 +104,17 @@ def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
         run_dir, keep_last=config.checkpoint.keep_last, config_text=config_text(config)
     )
     loader = _open_loader(config, state=state, run_dir=run_dir)
-    num_samples = _from_rank0(loader.num_samples if loader is not None else 0)
-    steps = total_steps(config, num_samples=num_samples)
+    epoch = _from_rank0(loader.epoch_size if loader is not None else None)
+    steps = total_steps(config, epoch=epoch)
     if not steps:
         raise ConfigError(
-            f"the sources hold {num_samples} usable samples, less than one step of {config.batch.size}; "
+            f"the sources hold {epoch.samples} usable samples, less than one step of {config.batch.size}; "
             "set train.steps or a smaller batch.size"
         )
     if state.rank == 0:
-        _LOG.info("plan\n%s", plan_text(config, num_samples=num_samples))
+        _LOG.info("plan\n%s", plan_text(config, epoch=epoch))
+        if advice := rounding_advice(config, epoch=epoch):
+            _LOG.warning("%s", advice)
     chunks, mcore = build_model(
         config.model,
         parallel=config.parallel,

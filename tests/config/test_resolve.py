@@ -193,7 +193,6 @@ TRAINING = [
         "train.steps=10 and train.epochs=1: exactly one of the two must be set",
     ),
     (S22, "train.epochs=none", "train.steps=none and train.epochs=none: exactly one"),
-    (S22, "batch.unit=packs", "train.epochs=1 needs batch.unit=samples, found packs"),
     (
         S22,
         "optim.min_lr=1e-4",
@@ -263,12 +262,12 @@ def test_refusal_says_what_and_why(recipe: str, overrides: str, message: str) ->
 
 
 def test_all_problems_are_reported_at_once() -> None:
-    config = apply_overrides(load_recipe(S22), ["parallel.tensor=3", "batch.unit=packs"])
+    config = apply_overrides(load_recipe(S22), ["parallel.tensor=3", "train.steps=5"])
     with pytest.raises(ConfigError) as refusal:
         resolve(config)
     message = str(refusal.value)
     assert "model.num_kv_heads=4" in message
-    assert "train.epochs=1 needs batch.unit=samples" in message
+    assert "train.steps=5 and train.epochs=1: exactly one" in message
 
 
 @pytest.mark.parametrize(

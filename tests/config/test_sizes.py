@@ -8,6 +8,7 @@ import pytest
 from megatron_eve.config.overrides import apply_overrides
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.sizes import (
+    EpochSize,
     largest_image_tokens,
     largest_sample_tokens,
     memory_estimate,
@@ -86,17 +87,17 @@ def test_vocabulary_is_padded_to_the_tensor_size() -> None:
 
 def test_steps_of_an_epoch_let_every_sample_come() -> None:
     config = load_recipe("eve7b_stage1")
-    assert total_steps(config, num_samples=10_000_000) == 9766
-    assert total_steps(config, num_samples=None) is None
+    assert total_steps(config, epoch=EpochSize(samples=10_000_000, tokens=1)) == 9766
+    assert total_steps(config, epoch=None) is None
     assert (
-        total_steps(load_recipe("eve_tiny_stage1"), num_samples=None)
+        total_steps(load_recipe("eve_tiny_stage1"), epoch=None)
         == load_recipe("eve_tiny_stage1").train.steps
     )
     assert warmup_steps(config, steps=9766) == 293
 
 
 def test_epoch_smaller_than_a_batch_is_one_step() -> None:
-    assert total_steps(load_recipe("eve7b_stage1"), num_samples=1023) == 1
+    assert total_steps(load_recipe("eve7b_stage1"), epoch=EpochSize(samples=1023, tokens=1)) == 1
 
 
 def test_memory_of_a_hand_counted_rank() -> None:

@@ -144,8 +144,7 @@ def test_loading_a_state_discards_what_was_read_ahead(data: DataConfig, qwen: To
 
 def test_epoch_holds_every_fit_sample_once_and_counts(data: DataConfig, qwen: Tokenizer) -> None:
     loader = open_loader(data, qwen, batch=BatchConfig(unit="samples", size=8))
-    assert loader.num_samples == 32
-    assert loader.steps_per_epoch == 4
+    assert loader.epoch_size.samples == 32
     packs = [pack for step in run(loader, 4) for pack in step]
     names = [name for pack in packs for name in pack.sample_ids]
     assert sorted(names) == [f"sample-{i:05d}" for i in range(34) if i not in (5, 22)]
@@ -154,7 +153,7 @@ def test_epoch_holds_every_fit_sample_once_and_counts(data: DataConfig, qwen: To
     assert loader.stats.quarantined == {"no_answer": 1, "aspect_ratio": 1}
     real = sum(pack.num_real_text + pack.num_real_vision for pack in packs)
     assert loader.stats.fill == pytest.approx(real / (256 * len(packs)))
-    assert open_loader(data, qwen, batch=PACKS).steps_per_epoch is None
+    assert loader.epoch_size.tokens == real
 
 
 def test_pixels_and_text_are_those_of_the_sample(
