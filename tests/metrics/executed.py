@@ -24,20 +24,21 @@ _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class FlopCounter(TorchDispatchMode):
-    """Adds up the FLOPs of the operators called while it is entered."""
+    """Adds up the FLOPs of the operators called while it is entered, and those of them that an explicit mask wastes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
+        self.masked_flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operator = func.overloadpacket
         if operator is _ATTENTION:
-            self.flops += 2 * _attention_product(*args, **kwargs)
+            self._add_attention(2, *args, **kwargs)
         elif operator is _ATTENTION_BACKWARD:
             _, query, key, value, _, _, *masking = args
-            self.flops += 5 * _attention_product(query, key, value, *masking, **kwargs)
+            self._add_attention(5, query, key, value, *masking, **kwargs)
         elif operator not in flop_registry:
             with self:
                 result = func.decompose(*args, **kwargs)
@@ -48,25 +49,36 @@ class FlopCounter(TorchDispatchMode):
             self.flops += flop_registry[operator](*args, **kwargs, out_val=out)
         return out
 
+    def _add_attention(
+        self,
+        products: int,
+        query: Any,
+        key: Any,
+        value: Any,
+        dropout: float = 0.0,
+        is_causal: bool = False,
+        *,
+        attn_mask: Any = None,
+        scale: float | None = None,
+    ) -> None:
+        """`products` over pairs of query [B, N, n, D] and key [B, K, m, D]; a mask [n, m] is 0 where one may look."""
+        (batch, heads, num_queries, dim), num_keys = query.shape, key.shape[2]
+        pairs, hidden = num_queries * num_keys, 0
+        if is_causal:
+            pairs = sum(min(number + 1, num_keys) for number in range(num_queries))
+        if attn_mask is not None:
+            hidden = int((attn_mask != 0).sum())
+        self.flops += products * 2 * batch * heads * dim * pairs
+        self.masked_flops += products * 2 * batch * heads * dim * hidden
 
-def _attention_product(
-    query: Any, key: Any, value: Any, dropout: float = 0.0, is_causal: bool = False, **unused: Any
-) -> int:
-    """FLOPs of one product over the pairs of query [B, N, n, D] and key [B, K, m, D]."""
-    (batch, heads, num_queries, dim), num_keys = query.shape, key.shape[2]
-    pairs = num_queries * num_keys
-    if is_causal:
-        pairs = sum(min(number + 1, num_keys) for number in range(num_queries))
-    return 2 * batch * heads * dim * pairs
 
-
-def executed_on_rank(config: RunConfig, packs: list[Pack]) -> int:
+def executed_on_rank(config: RunConfig, packs: list[Pack], *, behind_masks_too: bool = True) -> int:
     """FLOPs of this rank in one forward and backward of all `packs`, the same on every data-parallel rank."""
     _, wrapped, state, mcore = build(config, weights=None)
     mcore.grad_scale_func = build_optimizer(wrapped, config=config, state=state).scale_loss
     with FlopCounter() as counter:
         forward_backward(wrapped, packs, config=config, state=state)
-    return counter.flops
+    return counter.flops - (0 if behind_masks_too else counter.masked_flops)
 
 
 def products_of_a_linear(*, trained: bool, input_requires_grad: bool) -> int:

@@ -93,6 +93,17 @@ def test_processes_together(gloo2, stage, parallel) -> None:  # type: ignore[no-
     assert sum(gloo2.run(executed_on_rank, config, [pack])) == executed_flops(pack, config=config)
 
 
+@pytest.mark.parametrize("stage", ["1", "2.1", "3"])
+def test_context_parallel_ranks_together(gloo2, stage) -> None:  # type: ignore[no-untyped-def]
+    """A CPU's kernel multiplies a late chunk with its whole past and masks; the formula, like a GPU's kernels, counts
+    what a token sees. Everything else is equal to the last FLOP, rows that hold no token included."""
+    config = config_of(stage, layers=3, parallel=layout(context=2), data={"sample_align": 4})
+    pack = padded_pack(config.model, stage=stage)
+    counted = gloo2.run(executed_on_rank, config, [pack], behind_masks_too=False)
+    assert sum(counted) == executed_flops(pack, config=config)
+    assert sum(gloo2.run(executed_on_rank, config, [pack])) > sum(counted)
+
+
 @pytest.mark.parametrize(
     ("trained", "input_requires_grad", "products"), [(True, True, 3), (False, True, 2)]
 )
