@@ -33,6 +33,7 @@ from megatron_eve.loop.step import train_step
 from megatron_eve.metrics.peak import peak_flops
 from megatron_eve.metrics.sinks import Sinks
 from megatron_eve.metrics.throughput import StepMeter
+from megatron_eve.model.accelerators import accelerators_line, refuse_missing_accelerators
 from megatron_eve.model.build import build_model
 from megatron_eve.model.stages import freeze
 from megatron_eve.optim.build import build_optimizer, build_schedule
@@ -61,6 +62,7 @@ def run(config: RunConfig) -> None:
 
     Returns when the run is done or was asked to stop; RUN_DIR/DONE tells which.
     """
+    refuse_missing_accelerators(config)
     init_distributed(timeout_s=config.train.distributed_timeout_s)
     state = init_model_parallel(config.parallel, seed=config.train.seed)
     torch.use_deterministic_algorithms(config.train.deterministic)
@@ -113,6 +115,7 @@ def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
         )
     if state.rank == 0:
         _LOG.info("plan\n%s", plan_text(config, num_samples=num_samples))
+        _LOG.info("kernels: %s", accelerators_line(config))
     chunks, mcore = build_model(
         config.model,
         parallel=config.parallel,
@@ -122,6 +125,7 @@ def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
         recompute=config.train.recompute,
         deterministic=config.train.deterministic,
         seed=config.train.seed,
+        gpu=config.gpu,
     )
     newest = checkpoints.newest()
     if newest is None and config.checkpoint.load_weights_from is not None:
