@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of Transformer Engine's signatures, read from its sources without importing them.
+r"""The table of Transformer Engine's signatures, read from its sources without importing them.
 
-    python -m tests.support.te_signatures transformer_engine-2.11.0-py3-none-any.whl > tests/golden/transformer_engine.json
+    python -m tests.support.te_signatures transformer_engine-2.11.0-py3-none-any.whl \
+        > tests/golden/transformer_engine.json
 
 The wheel is pure Python and loads nowhere without a GPU's libraries; its syntax tree says all that is needed: the
 parameters of what is called, and the few facts of its insides that the product relies on."""
@@ -20,7 +21,10 @@ CALLABLES = {
     "Linear": (f"{_PYTORCH}/module/linear.py", "Linear.__init__"),
     "Linear.forward": (f"{_PYTORCH}/module/linear.py", "Linear.forward"),
     "LayerNormLinear": (f"{_PYTORCH}/module/layernorm_linear.py", "LayerNormLinear.__init__"),
-    "LayerNormLinear.forward": (f"{_PYTORCH}/module/layernorm_linear.py", "LayerNormLinear.forward"),
+    "LayerNormLinear.forward": (
+        f"{_PYTORCH}/module/layernorm_linear.py",
+        "LayerNormLinear.forward",
+    ),
     "RMSNorm": (f"{_PYTORCH}/module/rmsnorm.py", "RMSNorm.__init__"),
     "DotProductAttention": (_ATTENTION, "DotProductAttention.__init__"),
     "DotProductAttention.forward": (_ATTENTION, "DotProductAttention.forward"),
@@ -70,7 +74,11 @@ def parameters(function: ast.FunctionDef) -> list[str]:
 
 
 def calls_within(node: ast.AST) -> set[str]:
-    return {n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    return {
+        n.func.id
+        for n in ast.walk(node)
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+    }
 
 
 def table(place: Path) -> dict[str, Any]:
@@ -87,11 +95,14 @@ def table(place: Path) -> dict[str, Any]:
             for name, (path, path_in_file) in CALLABLES.items()
         },
         "recipes": {
-            name: [n.target.id for n in definition(recipes, name).body if isinstance(n, ast.AnnAssign)]
+            name: [
+                n.target.id for n in definition(recipes, name).body if isinstance(n, ast.AnnAssign)
+            ]
             for name in RECIPES
         },
         "recipes_ignore_unknown_arguments": any(
-            isinstance(n, ast.ImportFrom) and n.module == "pydantic.dataclasses" for n in recipes.body
+            isinstance(n, ast.ImportFrom) and n.module == "pydantic.dataclasses"
+            for n in recipes.body
         ),
         "workspace_is_cached": [ast.unparse(d) for d in workspace.decorator_list],
         "product_asks_for_its_workspace_by_name": "get_cublas_workspace"
