@@ -28,6 +28,7 @@ from megatron_eve.data.loader import PackLoader
 from megatron_eve.data.tokenizer import load_tokenizer
 from megatron_eve.errors import ConfigError
 from megatron_eve.loop.feed import next_step
+from megatron_eve.loop.non_finite import SkipGuard
 from megatron_eve.loop.signals import DONE_FILE, StopFlag, stop_on_signal
 from megatron_eve.loop.step import train_step
 from megatron_eve.metrics.peak import peak_flops
@@ -189,10 +190,10 @@ def _train(run: Run, *, stop: StopFlag) -> None:
     )
     with closing(sinks):
         stopping = False
-        meter = StepMeter()
+        meter, guard = StepMeter(), SkipGuard()
         peak = peak_flops(device.device_name(), dtype=run.config.train.dtype)
         while done < run.steps and not stopping:
-            stopping = _step(run, stop=stop, meter=meter)
+            stopping = _step(run, stop=stop, meter=meter, guard=guard)
             done += 1
             last = stopping or done == run.steps
             if done % run.config.logging.every_steps == 0 or last:
@@ -206,7 +207,7 @@ def _train(run: Run, *, stop: StopFlag) -> None:
     _finish(run, done=done)
 
 
-def _step(run: Run, *, stop: StopFlag, meter: StepMeter) -> bool:
+def _step(run: Run, *, stop: StopFlag, meter: StepMeter, guard: SkipGuard) -> bool:
     """One step into the meter. Returns whether a process was asked to stop."""
     started = time.perf_counter()
     packs = next_step(run.loader, state=run.state)
@@ -222,6 +223,7 @@ def _step(run: Run, *, stop: StopFlag, meter: StepMeter) -> bool:
     )
     seconds = {"step_time_s": time.perf_counter() - started, "data_wait_s": waited}
     meter.add(result.metrics | seconds | _memory())
+    guard.count(skipped=bool(result.metrics["skipped"]))
     return result.stop_requested
 
 
