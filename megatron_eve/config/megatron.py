@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from megatron_eve import device
-from megatron_eve.config.schema import ModelConfig, OptimConfig, ParallelConfig, RunConfig
+from megatron_eve.config.schema import (
+    GpuConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+)
 
 device.install()
 
@@ -19,6 +25,10 @@ from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PLAIN_GPU = GpuConfig()
+_FP8_RECIPES = {"current": "tensorwise", "delayed": "delayed", "block": "blockwise"}
+_AMAX_HISTORY = 1024
+"""Steps whose maxima give a delayed scale: Transformer Engine's own default; megatron-core's is 1."""
 
 
 def transformer_config(
@@ -28,6 +38,7 @@ def transformer_config(
     dtype: str,
     recompute: str = "none",
     deterministic: bool = False,
+    gpu: GpuConfig = PLAIN_GPU,
 ) -> TransformerConfig:
     """megatron-core's description of the decoder and of how it is spread over processes."""
     torch_dtype = DTYPES[dtype]
@@ -52,7 +63,7 @@ def transformer_config(
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=gpu.fused_weight_gradients,
         use_cpu_initialization=not device.has_gpu(),
         bf16=dtype == "bf16",
         params_dtype=torch_dtype,
@@ -68,6 +79,22 @@ def transformer_config(
         calculate_per_token_loss=True,
         deterministic_mode=deterministic,
         **_recompute_fields(recompute),
+        **_fp8_fields(gpu),
+    )
+
+
+def _fp8_fields(gpu: GpuConfig) -> dict[str, Any]:
+    """E4M3 forward; gradients in E5M2, but in E4M3 with scales of blocks: TE's defaults for each recipe."""
+    if gpu.fp8 == "none":
+        return {}
+    return dict(
+        fp8="e4m3" if gpu.fp8 == "block" else "hybrid",
+        fp8_recipe=_FP8_RECIPES[gpu.fp8],
+        fp8_amax_history_len=_AMAX_HISTORY,
+        fp8_amax_compute_algo="max",
+        first_last_layers_bf16=bool(gpu.bf16_first_layers or gpu.bf16_last_layers),
+        num_layers_at_start_in_bf16=gpu.bf16_first_layers,
+        num_layers_at_end_in_bf16=gpu.bf16_last_layers,
     )
 
 

@@ -40,6 +40,7 @@ _AT_LEAST_ONE = (
     "checkpoint.save_every_steps",
     "checkpoint.keep_last",
     "logging.every_steps",
+    "gpu.fp8_min_width",
 )
 _ABOVE_ZERO = (
     "model.rms_norm_eps",
@@ -57,6 +58,8 @@ _NOT_NEGATIVE = (
     "train.seed",
     "optim.min_lr",
     "optim.weight_decay",
+    "gpu.bf16_first_layers",
+    "gpu.bf16_last_layers",
 )
 _BELOW_ONE = ("optim.warmup_fraction", "optim.adam_beta1", "optim.adam_beta2")
 _NOT_EMPTY = (

@@ -164,6 +164,30 @@ class TrainConfig:
     seed: int
     deterministic: bool  # only kernels that give the same bits for the same input
     distributed_timeout_s: int
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite updates nothing; the run ends there or goes on with the next one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuConfig:
+    """What a run may do on a GPU beyond plain BF16. All off: each is a choice, measured by tools/bench/gpu.py.
+
+    The `fp8_*` and `bf16_*` fields and `modality_streams` belong to train.backend=te. No choice depends on a pack's
+    contents, because ranks whose products differ in precision would exchange different scales."""
+
+    fp8: Literal["none", "current", "delayed", "block"] = "none"
+    """Linears of the decoder in FP8, one scale a tensor, by the step's own maximum (`current`), by those of earlier
+    steps (`delayed`), or one scale a block of 128 (`block`). Weights, norms and attention stay BF16."""
+    fp8_min_width: int = 2048
+    """A linear whose input or output on one rank is narrower than this stays BF16: quantizing would cost what the
+    product saves."""
+    bf16_first_layers: int = 0  # decoder layers at the start that stay BF16
+    bf16_last_layers: int = 0
+    modality_streams: bool = False  # vision and text modules of a block on two CUDA streams
+    fused_weight_gradients: bool = (
+        False  # weight gradients are added to the fp32 buffer by the product itself
+    )
+    fused_rope: bool = False  # one Triton kernel for permutation and rotary positions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,3 +229,4 @@ class RunConfig:
     train: TrainConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    gpu: GpuConfig = GpuConfig()

@@ -7,6 +7,7 @@ trains its decoder where the split one trains the vision branch."""
 from collections.abc import Iterator
 from pathlib import PurePath
 
+from megatron_eve.config.gpu_checks import gpu_problems
 from megatron_eve.config.schema import RunConfig, TrainableGroup
 from megatron_eve.config.sizes import largest_sample_tokens
 
@@ -21,6 +22,7 @@ def training_problems(config: RunConfig) -> Iterator[str]:
     yield from _length_problems(config)
     yield from _schedule_problems(config)
     yield from _numerics_problems(config)
+    yield from gpu_problems(config)
     yield from _checkpoint_problems(config)
 
 

@@ -28,11 +28,13 @@ from megatron_eve.data.loader import PackLoader
 from megatron_eve.data.tokenizer import load_tokenizer
 from megatron_eve.errors import ConfigError
 from megatron_eve.loop.feed import next_step
+from megatron_eve.loop.non_finite import SkipGuard
 from megatron_eve.loop.signals import DONE_FILE, StopFlag, stop_on_signal
 from megatron_eve.loop.step import train_step
 from megatron_eve.metrics.peak import peak_flops
 from megatron_eve.metrics.sinks import Sinks
 from megatron_eve.metrics.throughput import StepMeter
+from megatron_eve.model.accelerators import accelerators_line, refuse_missing_accelerators
 from megatron_eve.model.build import build_model
 from megatron_eve.model.stages import freeze
 from megatron_eve.optim.build import build_optimizer, build_schedule
@@ -61,6 +63,7 @@ def run(config: RunConfig) -> None:
 
     Returns when the run is done or was asked to stop; RUN_DIR/DONE tells which.
     """
+    refuse_missing_accelerators(config)
     init_distributed(timeout_s=config.train.distributed_timeout_s)
     state = init_model_parallel(config.parallel, seed=config.train.seed)
     torch.use_deterministic_algorithms(config.train.deterministic)
@@ -115,6 +118,7 @@ def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
         _LOG.info("plan\n%s", plan_text(config, epoch=epoch))
         if advice := rounding_advice(config, epoch=epoch):
             _LOG.warning("%s", advice)
+        _LOG.info("kernels: %s", accelerators_line(config))
     chunks, mcore = build_model(
         config.model,
         parallel=config.parallel,
@@ -124,6 +128,7 @@ def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
         recompute=config.train.recompute,
         deterministic=config.train.deterministic,
         seed=config.train.seed,
+        gpu=config.gpu,
     )
     newest = checkpoints.newest()
     if newest is None and config.checkpoint.load_weights_from is not None:
@@ -187,10 +192,10 @@ def _train(run: Run, *, stop: StopFlag) -> None:
     )
     with closing(sinks):
         stopping = False
-        meter = StepMeter()
+        meter, guard = StepMeter(), SkipGuard()
         peak = peak_flops(device.device_name(), dtype=run.config.train.dtype)
         while done < run.steps and not stopping:
-            stopping = _step(run, stop=stop, meter=meter)
+            stopping = _step(run, stop=stop, meter=meter, guard=guard)
             done += 1
             last = stopping or done == run.steps
             if done % run.config.logging.every_steps == 0 or last:
@@ -204,7 +209,7 @@ def _train(run: Run, *, stop: StopFlag) -> None:
     _finish(run, done=done)
 
 
-def _step(run: Run, *, stop: StopFlag, meter: StepMeter) -> bool:
+def _step(run: Run, *, stop: StopFlag, meter: StepMeter, guard: SkipGuard) -> bool:
     """One step into the meter. Returns whether a process was asked to stop."""
     started = time.perf_counter()
     packs = next_step(run.loader, state=run.state)
@@ -220,6 +225,7 @@ def _step(run: Run, *, stop: StopFlag, meter: StepMeter) -> bool:
     )
     seconds = {"step_time_s": time.perf_counter() - started, "data_wait_s": waited}
     meter.add(result.metrics | seconds | _memory())
+    guard.count(skipped=bool(result.metrics["skipped"]))
     return result.stop_requested
 
 

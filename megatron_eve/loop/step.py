@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One optimizer step: forward and backward of all micro-batches by megatron-core's schedule, then the update."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.data.sample import Pack
-from megatron_eve.errors import EveError
 from megatron_eve.loop.loss import micro_batch_loss
+from megatron_eve.loop.non_finite import NonFiniteLossError, origin_of_non_finite
 from megatron_eve.metrics.flops import executed_flops, ideal_flops
 from megatron_eve.parallel.batch import MicroBatch, RankPlace, micro_batch, stream_rows
 from megatron_eve.parallel.groups import ParallelState
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +46,6 @@ COUNTS = (
     "ideal_flops",
     "executed_flops",
 )
-
-
-class NonFiniteLossError(EveError):
-    """The loss or the gradient of a step is not a number or infinite; nothing was updated."""
 
 
 def to_device(
@@ -125,37 +124,58 @@ def train_step(
 ) -> StepResult:
     """One update. `stop_requested` on any process is true in the result of every process.
 
-    Raises: NonFiniteLossError before the weights are touched.
+    Raises: NonFiniteLossError before the weights are touched, unless train.on_non_finite=skip: then the step's metric
+    `skipped` is 1, and the schedule goes on.
     """
     optimizer.zero_grad()
     logged = forward_backward(model, packs, config=config, state=state)
     metrics, stop = _reduce(
         logged, packs, config=config, state=state, stop_requested=stop_requested
     )
-    if not math.isfinite(metrics["loss"]):
-        names = ", ".join(name for pack in packs for name in pack.sample_ids[:4])
-        raise NonFiniteLossError(
-            f"loss is {metrics['loss']}; the weights were not updated. First samples of this rank's "
-            f"packs: {names}. Lower optim.peak_lr, set optim.clip_grad, or look at these samples "
-            "with `python -m data_prep inspect`"
-        )
-    _refuse_non_finite_gradient(optimizer)
     rates = _learning_rates(optimizer)
-    _, grad_norm, _ = optimizer.step()
+    grad_norm = float("nan")
+    problem = _non_finite_loss(metrics["loss"], packs)
+    if problem is None:
+        optimizer.prepare_grads()
+        grad_norm = float(optimizer.get_grad_norm())
+        problem = _non_finite_gradient(grad_norm)
+    if problem is None:
+        _, grad_norm, _ = optimizer.step()
+    else:
+        origin = origin_of_non_finite(
+            model,
+            lambda: forward_backward(model, packs, config=config, state=state),
+            pipeline_rank=state.pp_rank,
+        )
+        problem = f"{problem}. First seen in: {origin}"
+        if config.train.on_non_finite == "stop":
+            raise NonFiniteLossError(problem)
+        _LOG.warning("skipped a step: %s", problem)
     schedule.step(increment=1)
-    return StepResult(metrics | rates | {"grad_norm": float(grad_norm)}, stop)
+    skipped = {"grad_norm": float(grad_norm), "skipped": float(problem is not None)}
+    return StepResult(metrics | rates | skipped, stop)
 
 
-def _refuse_non_finite_gradient(optimizer: MegatronOptimizer) -> None:
+def _non_finite_loss(loss: float, packs: Sequence[Pack]) -> str | None:
+    if math.isfinite(loss):
+        return None
+    names = ", ".join(name for pack in packs for name in pack.sample_ids[:4])
+    return (
+        f"loss is {loss}; the weights were not updated. First samples of this rank's "
+        f"packs: {names}. Lower optim.peak_lr, set optim.clip_grad, or look at these samples "
+        "with `python -m data_prep inspect`"
+    )
+
+
+def _non_finite_gradient(norm: float) -> str | None:
     """The norm is reduced over the model, so that every process decides the same. Without a loss scale megatron-core
     itself would update the weights with such a gradient."""
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(norm):
-        raise NonFiniteLossError(
-            f"the gradient norm is {norm} although the loss is finite; the weights were not updated. "
-            "Lower optim.peak_lr or set optim.clip_grad"
-        )
+    if math.isfinite(norm):
+        return None
+    return (
+        f"the gradient norm is {norm} although the loss is finite; the weights were not updated. "
+        "Lower optim.peak_lr or set optim.clip_grad"
+    )
 
 
 def _learning_rates(optimizer: MegatronOptimizer) -> dict[str, float]:

@@ -37,6 +37,7 @@ _ALL = (
     Metric("executed_flops", "FLOP", "last", "the same with padding and recomputation (flops.py)"),
     Metric("samples_checksum", "1", "last", "of the ids of the step's samples, pack by pack"),
     Metric("quarantined", "samples", "sum", "samples whose labels were masked while decoding"),
+    Metric("skipped", "steps", "sum", "steps whose loss or gradient was not finite: no update"),
     Metric("step_time_s", "s", "mean", "time of one step"),
     Metric("data_wait_s", "s", "mean", "time of one step spent waiting for data"),
     Metric("data_wait_fraction", "fraction", "mean", "share of the time spent waiting for data"),

@@ -61,10 +61,7 @@ class EveSelfAttention(SelfAttention):
         """[rows, 1, h] -> [rows or kept rows, 1, h], rows of this rank's residual stream and in its order."""
         routing = packed_seq_params
         mixed, _ = apply_partitioned(self.linear_qkv, hidden_states, routing.num_local_vision)
-        query, key, value = self._split_heads(_to_sequence(mixed[:, 0], routing))
-        assert routing.rope_cos is not None and routing.rope_sin is not None
-        query = rotate_half(query, cos=routing.rope_cos, sin=routing.rope_sin)
-        key = rotate_half(key, cos=routing.rope_cos, sin=routing.rope_sin)
+        query, key, value = self._to_heads(mixed[:, 0], routing)
         context = self._core(query, key, value, routing).flatten(1)
         if kept is None:
             rows, num_vision = _to_rows(context, routing), routing.num_vision
@@ -72,6 +69,16 @@ class EveSelfAttention(SelfAttention):
             rows, num_vision = select_rows(context, kept.to_rows), kept.num_vision
         out, _ = apply_partitioned(self.linear_proj, rows.unsqueeze(1), num_vision)
         return out
+
+    def _to_heads(
+        self, mixed: Tensor, routing: ModalityPackedSeqParams
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the QKV projection [R, ...] -> q [S, N, D], k and v [S, K, D] in sequence order, q and k rotated."""
+        query, key, value = self._split_heads(_to_sequence(mixed, routing))
+        assert routing.rope_cos is not None and routing.rope_sin is not None
+        query = rotate_half(query, cos=routing.rope_cos, sin=routing.rope_sin)
+        key = rotate_half(key, cos=routing.rope_cos, sin=routing.rope_sin)
+        return query, key, value
 
     def _split_heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, groups * (q heads per group + 2) * D], megatron's interleave, -> [T, N, D], [T, K, D], [T, K, D]."""

@@ -5,8 +5,9 @@ import logging
 
 from megatron.core.transformer import TransformerConfig
 
-from megatron_eve.config.megatron import transformer_config
-from megatron_eve.config.schema import ModelConfig, ParallelConfig
+from megatron_eve.config.megatron import PLAIN_GPU, transformer_config
+from megatron_eve.config.schema import GpuConfig, ModelConfig, ParallelConfig
+from megatron_eve.model import te
 from megatron_eve.model.eve_model import EveModel
 from megatron_eve.model.layer_specs import backend as backend_named
 from megatron_eve.parallel.groups import ParallelState
@@ -22,10 +23,16 @@ def build_model(
     recompute: str = "none",
     deterministic: bool = False,
     seed: int = 0,
+    gpu: GpuConfig = PLAIN_GPU,
 ) -> tuple[list[EveModel], TransformerConfig]:
     """The chunks of this pipeline stage (one unless interleaved), freshly initialised, and megatron-core's config."""
     config = transformer_config(
-        model, parallel=parallel, dtype=dtype, recompute=recompute, deterministic=deterministic
+        model,
+        parallel=parallel,
+        dtype=dtype,
+        recompute=recompute,
+        deterministic=deterministic,
+        gpu=gpu,
     )
     chunks = []
     _silence_unknown_mlp_warning()
@@ -36,7 +43,7 @@ def build_model(
             EveModel(
                 config,
                 model=model,
-                backend=backend_named(backend),
+                backend=backend_named(backend, gpu=gpu),
                 pre_process=first,
                 post_process=last,
                 groups=state.groups,
@@ -46,6 +53,8 @@ def build_model(
         )
     for built in chunks:
         built.to(state.device)
+    if gpu.fp8 != "none":
+        te.keep_narrow_linears_in_bf16(chunks, min_width=gpu.fp8_min_width)
     return chunks, config
 
 

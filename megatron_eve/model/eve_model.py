@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
 from megatron_eve.config.schema import ModelConfig
+from megatron_eve.model.accelerators import has_fused_weight_gradient
 from megatron_eve.model.layer_specs import Backend, layer_spec
 from megatron_eve.model.modality import ModalityPackedSeqParams
 from megatron_eve.model.norm import RMSNorm
@@ -82,6 +83,7 @@ class EveModel(LanguageModule):
         # The rows that reach the norm and the output layer are gathered, whole, on every rank: no sequence parallelism.
         config = copy.copy(self.config)
         config.sequence_parallel = False
+        config.gradient_accumulation_fusion &= has_fused_weight_gradient()
         self.final_layernorm = RMSNorm(
             config, self.model_config.hidden_size, self.model_config.rms_norm_eps
         )

@@ -2,27 +2,32 @@
 """Which class stands where in a decoder layer: the one seam between the model and a backend.
 
 `local` is built from megatron-core's own layers and runs on any device; `te` from Transformer Engine's modules and is
-built only where Transformer Engine imports. Both give the same parameter names, so that a checkpoint made with one
-loads with the other. The only file that imports megatron-core's layer classes."""
+built only where Transformer Engine imports. A checkpoint made with one loads with the other: where a Transformer Engine
+module holds a norm and the linear behind it, its norm weight is stored under the name that it has in `local`. The only
+file that imports megatron-core's layer classes."""
 
 from dataclasses import dataclass
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from megatron_eve.config.schema import SplitConfig
-from megatron_eve.errors import ConfigError
+from megatron_eve.config.megatron import PLAIN_GPU
+from megatron_eve.config.schema import GpuConfig, SplitConfig
+from megatron_eve.model import te
 from megatron_eve.model.attention import EveSelfAttention, VarlenSdpa
 from megatron_eve.model.layer import EveTransformerLayer
 from megatron_eve.model.norm import RMSNorm
 from megatron_eve.model.partitioned import (
+    MODALITIES,
     ModalityPartitionedLinear,
     ModalityPartitionedMLP,
     ModalityPartitionedNorm,
 )
+from megatron_eve.model.two_streams import TwoStreamLinear, TwoStreamMLP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,76 +38,101 @@ class Backend:
     row_linear: type
     norm: type
     core_attention: type
+    norm_column_linear: type | None = None  # a norm and the column-parallel linear behind it
+    attention: type = EveSelfAttention
+    partitioned_linear: type = ModalityPartitionedLinear
+    partitioned_mlp: type = ModalityPartitionedMLP
 
 
-def local_backend() -> Backend:
+def local_backend(gpu: GpuConfig = PLAIN_GPU) -> Backend:
     """megatron-core's own layers."""
     return Backend(
         column_linear=ColumnParallelLinear,
         row_linear=RowParallelLinear,
         norm=RMSNorm,
         core_attention=VarlenSdpa,
+        **_chosen_classes(gpu),
     )
 
 
-def te_backend() -> Backend:
+def te_backend(gpu: GpuConfig = PLAIN_GPU) -> Backend:
     """Transformer Engine's modules through megatron-core's wrappers. Never run on a GPU yet: see docs/gpu.md.
 
     Raises: ConfigError if Transformer Engine cannot be imported.
     """
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"train.backend=te needs Transformer Engine, which does not import here ({error}); "
-            "install the gpu extra or use train.backend=local"
-        ) from error
-    from megatron.core.extensions.transformer_engine import (
-        TEColumnParallelLinear,
-        TEDotProductAttention,
-        TENorm,
-        TERowParallelLinear,
-    )
-
-    return Backend(
-        column_linear=TEColumnParallelLinear,
-        row_linear=TERowParallelLinear,
-        norm=TENorm,
-        core_attention=TEDotProductAttention,
-    )
+    classes = te.classes()
+    if gpu.modality_streams:
+        te.give_each_stream_a_workspace()
+    return Backend(**classes, **_chosen_classes(gpu))
 
 
-def backend(name: str) -> Backend:
+def _chosen_classes(gpu: GpuConfig) -> dict[str, type]:
+    """The classes that section gpu of the configuration chooses, whatever the backend."""
+    chosen: dict[str, type] = {}
+    if gpu.modality_streams:
+        chosen |= {"partitioned_linear": TwoStreamLinear, "partitioned_mlp": TwoStreamMLP}
+    if gpu.fused_rope:
+        from megatron_eve.kernels.attention import FusedRopeSelfAttention  # needs Triton
+
+        chosen["attention"] = FusedRopeSelfAttention
+    return chosen
+
+
+def backend(name: str, *, gpu: GpuConfig = PLAIN_GPU) -> Backend:
     """The backend with this name (train.backend)."""
-    return {"local": local_backend, "te": te_backend}[name]()
+    return {"local": local_backend, "te": te_backend}[name](gpu)
 
 
 def layer_spec(split: SplitConfig, *, backend: Backend) -> ModuleSpec:
     """A decoder layer in which the components that `split` names have one set of weights per modality."""
-
-    def linear(branch: type, partitioned: bool) -> ModuleSpec:
-        if not partitioned:
-            return ModuleSpec(module=branch)
-        return ModuleSpec(module=ModalityPartitionedLinear, params={"branch": branch})
-
-    norm = ModuleSpec(module=backend.norm)
-    if split.norm:
-        norm = ModuleSpec(module=ModalityPartitionedNorm, params={"branch": backend.norm})
+    before_attention = _NormAndLinear(backend, split_norm=split.norm, split_linear=split.attention)
+    before_ffn = _NormAndLinear(backend, split_norm=split.norm, split_linear=split.ffn)
     attention = SelfAttentionSubmodules(
-        linear_qkv=linear(backend.column_linear, split.attention),
+        linear_qkv=before_attention.linear,
         core_attention=backend.core_attention,
-        linear_proj=linear(backend.row_linear, split.attention),
+        linear_proj=_linear(backend, backend.row_linear, split.attention),
     )
     mlp = MLPSubmodules(
-        linear_fc1=linear(backend.column_linear, split.ffn),
-        linear_fc2=linear(backend.row_linear, split.ffn),
+        linear_fc1=before_ffn.linear, linear_fc2=_linear(backend, backend.row_linear, split.ffn)
     )
     return ModuleSpec(
         module=EveTransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=ModuleSpec(module=EveSelfAttention, submodules=attention),
-            pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=ModalityPartitionedMLP if split.ffn else MLP, submodules=mlp),
+            input_layernorm=before_attention.norm,
+            self_attention=ModuleSpec(module=backend.attention, submodules=attention),
+            pre_mlp_layernorm=before_ffn.norm,
+            mlp=ModuleSpec(module=backend.partitioned_mlp if split.ffn else MLP, submodules=mlp),
+            sharded_state_dict_keys_map={
+                **before_attention.stored_as("self_attention.linear_qkv", "input_layernorm"),
+                **before_ffn.stored_as("mlp.linear_fc1", "pre_mlp_layernorm"),
+            },
         ),
     )
+
+
+def _linear(backend: Backend, branch: type, partitioned: bool) -> ModuleSpec:
+    if not partitioned:
+        return ModuleSpec(module=branch)
+    return ModuleSpec(module=backend.partitioned_linear, params={"branch": branch})
+
+
+class _NormAndLinear:
+    """A norm and the column-parallel linear behind it: one module where the backend has one and both are split, or
+    neither is, so that every linear has exactly one norm before it."""
+
+    def __init__(self, backend: Backend, *, split_norm: bool, split_linear: bool) -> None:
+        fused = backend.norm_column_linear if split_norm == split_linear else None
+        self._fused, self._split = fused is not None, split_norm
+        self.linear = _linear(backend, fused or backend.column_linear, split_linear)
+        self.norm = ModuleSpec(module=backend.norm)
+        if self._fused:
+            self.norm = ModuleSpec(module=IdentityOp)
+        elif split_norm:
+            self.norm = ModuleSpec(module=ModalityPartitionedNorm, params={"branch": backend.norm})
+
+    def stored_as(self, linear: str, norm: str) -> dict[str, str]:
+        """Beginnings of the layer's parameter names -> of their names in a checkpoint."""
+        if not self._fused:
+            return {}
+        branches = [f".{modality}" for modality in MODALITIES] if self._split else [""]
+        return {f"{linear}{branch}.layer_norm_": f"{norm}{branch}." for branch in branches}

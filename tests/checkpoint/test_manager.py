@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training checkpoints: what they hold under the overlapped parameter gather, and the learning rate after a resume."""
 
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import torch
 
 from megatron_eve.checkpoint.manager import CheckpointManager, TrainingState
 from megatron_eve.config.schema import ParallelConfig
-from megatron_eve.loop.step import NonFiniteLossError, train_step
+from megatron_eve.loop.non_finite import MAX_SKIPS_IN_A_ROW, NonFiniteLossError, SkipGuard
+from megatron_eve.loop.step import train_step
 from megatron_eve.optim.build import build_optimizer, build_schedule
 from tests.support.tiny import DENSE, layout, tiny_model
 from tests.support.train_once import build, global_batch, packs_of_rank, read_weights, run_config
@@ -96,8 +99,52 @@ def step_with_infinite_gradient() -> tuple[str, bool]:
 def test_an_infinite_gradient_is_refused_before_the_update(gloo1):  # type: ignore[no-untyped-def]
     ((message, unchanged),) = gloo1.run(step_with_infinite_gradient)
     assert "gradient norm is" in message
+    assert "First seen in: " in message
     assert "although the loss is finite" in message
     assert unchanged
+
+
+def step_that_is_skipped(weight: str, row: int) -> tuple[dict[str, float], bool, list[str]]:
+    """One step with a weight that is not a number in one row, and one after it is repaired."""
+    config, training, state = assemble(
+        layout(), steps=10, optim={"warmup_fraction": 0.0}, train={"on_non_finite": "skip"}
+    )
+    (chunk,) = training.chunks
+    parameter = dict(chunk.named_parameters())[weight]
+    healthy = parameter.detach()[row].clone()
+    parameter.data[row] = float("nan")
+    before = {name: p.detach().clone() for name, p in chunk.named_parameters()}
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron_eve.loop.step").addHandler(handler)
+    (skipped,) = take_steps(config, training, state, count=1)
+    same = all(
+        torch.equal(p.nan_to_num(), before[n].nan_to_num()) for n, p in chunk.named_parameters()
+    )
+    parameter.data[row] = healthy
+    (after,) = take_steps(config, training, state, count=1)
+    assert after["skipped"] == 0 and math.isfinite(after["loss"])
+    return skipped, same, messages
+
+
+def test_a_skipped_step_updates_nothing_and_names_the_module(gloo1):  # type: ignore[no-untyped-def]
+    """The first module in the order of computation, by modality; the run goes on."""
+    weight = "decoder.layers.1.mlp.linear_fc2.vision.weight"
+    ((metrics, unchanged, (message,)),) = gloo1.run(step_that_is_skipped, weight, 3)
+    assert metrics["skipped"] == 1 and math.isnan(metrics["loss"]) and unchanged
+    assert "First seen in: output of decoder.layers.1.mlp.linear_fc2.vision (" in message
+
+
+def test_too_many_skipped_steps_end_the_run() -> None:
+    guard = SkipGuard()
+    for _ in range(MAX_SKIPS_IN_A_ROW - 1):
+        guard.count(skipped=True)
+    guard.count(skipped=False)
+    for _ in range(MAX_SKIPS_IN_A_ROW - 1):
+        guard.count(skipped=True)
+    with pytest.raises(NonFiniteLossError, match="10 steps in a row were not finite"):
+        guard.count(skipped=True)
 
 
 def train_stage_1(parallel: ParallelConfig, dtype: str, run_dir: Path) -> list[dict[str, float]]:

@@ -221,6 +221,43 @@ TRAINING = [
     ),
 ]
 
+GPU = [
+    (TINY, "gpu.fp8=current", "gpu.fp8=current needs train.backend=te, found local"),
+    (
+        S22,
+        "gpu.bf16_first_layers=1",
+        "gpu.bf16_first_layers=1 and gpu.bf16_last_layers=0 have no effect with gpu.fp8=none",
+    ),
+    (
+        S22,
+        "gpu.fp8=current gpu.fp8_min_width=8192",
+        "gpu.fp8=current with gpu.fp8_min_width=8192 leaves every linear in BF16: the widest on a rank of "
+        "parallel.tensor=4 has 3584",
+    ),
+    (
+        S22,
+        "gpu.fp8=current gpu.fp8_min_width=16 model.ffn_hidden_size=18952",
+        "gpu.fp8=current needs widths in multiples of 16, but linear_fc1 has 9476 on a rank of parallel.tensor=4; "
+        "raise gpu.fp8_min_width above 3584",
+    ),
+    (
+        S22,
+        "gpu.fp8=block gpu.fp8_min_width=3584",
+        "data.align=128 is not a multiple of 512 = 128 rows x 4 ranks that gpu.fp8=block needs; use 512",
+    ),
+    (
+        S22,
+        "gpu.fp8=delayed gpu.bf16_last_layers=2",
+        "gpu.fp8=delayed needs gpu.bf16_first_layers=0 and gpu.bf16_last_layers=0, found 0 and 2",
+    ),
+    (
+        S22,
+        "gpu.fp8=current gpu.bf16_first_layers=29",
+        "gpu.bf16_first_layers=29 is above the 28 layers of a pipeline stage",
+    ),
+    (S22, "gpu.bf16_first_layers=-1", "gpu.bf16_first_layers=-1 is negative"),
+    (S22, "gpu.fp8_min_width=0", "gpu.fp8_min_width=0 is below 1"),
+]
 RANGE = [
     (S22, "model.num_layers=0", "model.num_layers=0 is below 1; use 1 or more."),
     (S22, "train.steps=0 train.epochs=none", "train.steps=0 is below 1"),
@@ -254,7 +291,7 @@ RANGE = [
 ]
 
 
-@pytest.mark.parametrize(("recipe", "overrides", "message"), LAYOUT + TRAINING + RANGE)
+@pytest.mark.parametrize(("recipe", "overrides", "message"), LAYOUT + TRAINING + GPU + RANGE)
 def test_refusal_says_what_and_why(recipe: str, overrides: str, message: str) -> None:
     config = apply_overrides(load_recipe(recipe), overrides.split(" "))
     with pytest.raises(ConfigError, match=re.escape(message)):
@@ -290,6 +327,9 @@ def test_all_problems_are_reported_at_once() -> None:
             "checkpoint.copy_text_to_vision=false",
         ),
         (S22, "train.backend=local train.dtype=fp32"),
+        (S22, "gpu.fp8=current gpu.bf16_first_layers=1 gpu.bf16_last_layers=1"),
+        (S22, "gpu.fp8=delayed gpu.modality_streams=true gpu.fused_weight_gradients=true"),
+        (S22, "gpu.fp8=block data.align=512"),
         (TINY, "parallel.tensor=1 parallel.sequence_parallel=false parallel.pipeline=2"),
         (TINY, "model.vocab_size=513"),
         (S22, "checkpoint.load_weights_from=runs/eve7b_stage2_2b"),

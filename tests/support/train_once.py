@@ -80,7 +80,9 @@ def build(
         parallel=config.parallel,
         state=state,
         dtype=config.train.dtype,
+        backend=config.train.backend,
         recompute=config.train.recompute,
+        gpu=config.gpu,
     )
     if weights is not None:
         load_weights(chunks, weights, copy_text_to_vision=False)

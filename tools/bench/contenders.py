@@ -34,6 +34,7 @@ class OurStep:
             backend=config.train.backend,
             recompute=config.train.recompute,
             seed=config.train.seed,
+            gpu=config.gpu,
         )
         freeze(chunks, trainable=config.stage.trainable)
         self.wrapped = wrap_for_training(
