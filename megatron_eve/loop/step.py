@@ -2,7 +2,8 @@
 """One optimizer step: forward and backward of all micro-batches by megatron-core's schedule, then the update."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_eve.data.sample import Pack
 from megatron_eve.errors import EveError
 from megatron_eve.loop.loss import micro_batch_loss
 from megatron_eve.metrics.flops import executed_flops, ideal_flops
+from megatron_eve.metrics.profiling import no_range
 from megatron_eve.parallel.batch import MicroBatch, RankPlace, micro_batch, stream_rows
 from megatron_eve.parallel.groups import ParallelState
 
@@ -122,8 +124,10 @@ def train_step(
     config: RunConfig,
     state: ParallelState,
     stop_requested: bool,
+    ranges: Callable[[str], AbstractContextManager[None]] = no_range,
 ) -> StepResult:
-    """One update. `stop_requested` on any process is true in the result of every process.
+    """One update. `stop_requested` on any process is true in the result of every process. `ranges` marks the part of
+    the step with that name for a profiler.
 
     Raises: NonFiniteLossError before the weights are touched.
     """
@@ -139,10 +143,11 @@ def train_step(
             f"packs: {names}. Lower optim.peak_lr, set optim.clip_grad, or look at these samples "
             "with `python -m data_prep inspect`"
         )
-    _refuse_non_finite_gradient(optimizer)
-    rates = _learning_rates(optimizer)
-    _, grad_norm, _ = optimizer.step()
-    schedule.step(increment=1)
+    with ranges("optimizer"):
+        _refuse_non_finite_gradient(optimizer)
+        rates = _learning_rates(optimizer)
+        _, grad_norm, _ = optimizer.step()
+        schedule.step(increment=1)
     return StepResult(metrics | rates | {"grad_norm": float(grad_norm)}, stop)
 
 
