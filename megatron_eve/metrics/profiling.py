@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.utils import configure_nvtx_profiling
 
 from megatron_eve import device
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.errors import ConfigError
+from megatron_eve.metrics.captured import PROFILE_FOLDER, STEP_VALUES, capture_file
 from megatron_eve.metrics.peak import peak_flops
 from megatron_eve.metrics.ranges import (
     Emitter,
@@ -33,16 +31,12 @@ from megatron_eve.metrics.ranges import (
 )
 from megatron_eve.parallel.groups import ParallelState
 
-PROFILE_FOLDER = "profile"
-STEP_VALUES = (
-    "step_time_s",
-    "data_wait_s",
-    "vision_tokens",
-    "text_tokens",
-    "computed_tokens",
-    "ideal_flops",
-    "executed_flops",
-)
+device.install()
+
+from megatron.core.distributed import DistributedDataParallel  # noqa: E402
+from megatron.core.optimizer import MegatronOptimizer  # noqa: E402
+from megatron.core.utils import configure_nvtx_profiling  # noqa: E402
+
 _LOG = logging.getLogger(__name__)
 _NOTHING = nullcontext()
 
@@ -50,11 +44,6 @@ _NOTHING = nullcontext()
 def no_range(name: str) -> AbstractContextManager[None]:
     """The `ranges` of a step that nobody captures."""
     return _NOTHING
-
-
-def capture_file(folder: Path, *, rank: int, suffix: str) -> Path:
-    """Where a rank's capture lies."""
-    return folder / f"rank{rank:04d}{suffix}"
 
 
 class Capture:

@@ -21,8 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-PREFIX = "eve/"
-BACKWARD = "/backward"
+from megatron_eve.metrics.captured import BACKWARD, PREFIX
+
 MODALITIES = ("vision", "text")
 MODULES = (
     "embedding",
