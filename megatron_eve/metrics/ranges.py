@@ -247,7 +247,7 @@ class ModuleRanges:
 def named_modules(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """(name of its range, module) for every module that has one."""
     for path, module in chunk.named_modules():
-        *_, parent, own = ["", "", *path.split(".")]
+        parent, own = ["", *path.split(".")][-2:]
         if own in MODULES:
             yield f"module={own}", module
         elif own in MODALITIES and parent in MODULES:
