@@ -7,9 +7,9 @@ row-parallel linears (never divided), h, a = heads x head dim / TP, k = KV heads
 
     norm, twice      its input n h (in fp32), its output n h if the next linear is trained, `local`: once more before
                      the weight if the weight is trained
-    attention        q, k, v and the output; `local` on a CPU keeps k and v repeated for every query head
+    attention        q and k behind RoPE, q, k, v before it (v is a view of them), the output
     projection       its input m a, if trained
-    FFN              gate and up 2 m f, silu(gate) m f, their product m f if trained
+    FFN              gate and up 2 m f, silu(gate) m f, their product m f if trained, a copy of up if not split
     output           labelled rows: norm, and softmax in fp32 (4 V / TP a row) with its gradient
 
 A frozen branch keeps what its input's gradient needs. Recomputation keeps the input of each layer (full) or q, k and v
@@ -115,9 +115,8 @@ def kept(config: RunConfig, rows: PackRows) -> Kept:
         whole={"vision": vision, "text": text},
         sharded={"vision": vision // shards, "text": text // shards},
     )
-    # The last layer goes on with the labelled rows and one block of vision rows (parallel/batch.py).
-    block = max(1, config.data.align // shards) * shards
-    few = {"vision": block, "text": labels}
+    # The last layer goes on with the labelled rows (parallel/batch.py).
+    few = {"vision": rows.kept_vision // cp, "text": rows.kept_text // cp}
     last = _Rows(whole=few, sharded={name: count // shards for name, count in few.items()})
     return Kept(
         embedding=_embedding(config, patches=rows.patches // cp // shards),
@@ -169,12 +168,11 @@ def _before_ffn(config: RunConfig, rows: _Rows, kept_rows: _Rows) -> int:
     key = model.num_kv_heads * model.head_dim // tensor
     tokens = sum(rows.whole.values())
     trained = any(_trains(config, split=model.split.attention).values())
-    repeated = attention if config.train.backend == "local" else key
-    if config.train.recompute == "selective":
-        core = tokens * (attention + 2 * key) * value
-    else:
+    # RoPE makes new tensors of q and k; v is a view, which keeps all of q, k, v in sequence order.
+    core = tokens * (2 * attention + 3 * key) * value
+    if config.train.recompute != "selective":
         sums = tokens * model.num_attention_heads // tensor * _FP32
-        core = tokens * (2 * attention + 2 * repeated) * value + sums
+        core += tokens * attention * value + sums
     projected = trained * sum(kept_rows.whole.values()) * attention * value
     return _norm(config, rows, next_is_trained=trained) + core + projected
 
@@ -187,7 +185,9 @@ def _ffn(config: RunConfig, rows: _Rows) -> int:
         model.ffn_hidden_size // config.parallel.tensor,
     )
     trains = _trains(config, split=model.split.ffn)
-    middle = 3 * sum(rows.whole.values()) + rows.trained(rows.whole, trains)
+    # megatron-core's own MLP, which an FFN without a split is, adds an offset of 0 to `up`: a copy.
+    middle = (3 if model.split.ffn else 4) * sum(rows.whole.values())
+    middle += rows.trained(rows.whole, trains)
     return _norm(config, rows, next_is_trained=any(trains.values())) + middle * width * value
 
 

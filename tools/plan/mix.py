@@ -77,7 +77,9 @@ class PackRows:
 
     vision: int
     text: int
-    labels: int
+    kept_vision: int  # of them, those with which the last layer goes on behind its attention
+    kept_text: int
+    labels: int  # rows of the output layer
     patches: int
     samples: float
     pairs: int  # under the causal masks, padding left out
@@ -97,9 +99,13 @@ def pack_rows(config: RunConfig, mix: Mix) -> PackRows:
     segment = min(segment, rows - data.align)
     labels = -(-max(round(samples * mix.labels), 1) // data.align) * data.align
     length = mix.tokens
+    shards = config.parallel.tensor if config.parallel.sequence_parallel else 1
+    block = max(1, data.align // shards) * shards * cp  # one of each modality on every rank
     return PackRows(
         vision=segment,
         text=rows - segment,
+        kept_vision=block,
+        kept_text=-(-labels // block) * block,
         labels=min(labels, rows - data.align),
         patches=vision,
         samples=samples,
@@ -108,14 +114,14 @@ def pack_rows(config: RunConfig, mix: Mix) -> PackRows:
 
 
 def work_of(rows: PackRows) -> Work:
-    """As metrics/flops.py counts it: what is executed, the last layer going on with labelled rows, all of them text."""
+    """As metrics/flops.py counts it: what is executed, the last layer going on with labelled rows."""
     return Work(
         patches=rows.patches,
         vision=rows.vision,
         text=rows.text,
         pairs=rows.pairs,
-        last_vision=0,
-        last_text=rows.labels,
+        last_vision=rows.kept_vision,
+        last_text=rows.kept_text,
         query_vision=rows.vision,
         query_text=rows.text,
         last_pairs=rows.pairs,
