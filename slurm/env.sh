@@ -19,7 +19,8 @@ fi
 : "${EVE_MAX_NO_PROGRESS:=3}"                       # starts of one job that end at the step where they began
 RANK_LOGS=$RUN_DIR/logs/${SLURM_JOB_ID:-0}-r${SLURM_RESTART_COUNT:-0} # one file a rank and start
 : "${EVE_STOP_GRACE_S:=480}"                         # ranks that have not stopped by then are killed; of the 600 s signal
-export EVE_STOP_GRACE_S PYTHON RUN_DIR RANK_LOGS EVE_MAX_RESTARTS EVE_MAX_NO_PROGRESS
+: "${EVE_PROFILE:=}"                                 # steps to record, 10-12 or 10-12@0,8 (ranks): docs/profiling.md
+export EVE_PROFILE EVE_STOP_GRACE_S PYTHON RUN_DIR RANK_LOGS EVE_MAX_RESTARTS EVE_MAX_NO_PROGRESS
 
 # --- limits
 ulimit -c 0                                         # 128 core dumps of 100 GB fill a file system

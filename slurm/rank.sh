@@ -11,4 +11,7 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$local_cache/inductor}
 # Ahead of the time limit USR2 may come before the command listens, imports being slow; by default it would kill the rank.
 # One rank that heard it is enough, because the trainer stops on all ranks together.
 trap '' USR2
+if [ -n "${EVE_PROFILE:-}" ]; then # becomes the command, under nsys on the ranks that EVE_PROFILE names
+    exec "$PYTHON" -m tools.profile exec --steps "$EVE_PROFILE" -- "$@"
+fi
 exec "$@"

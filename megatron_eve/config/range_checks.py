@@ -41,6 +41,7 @@ _AT_LEAST_ONE = (
     "checkpoint.keep_last",
     "logging.every_steps",
     "gpu.fp8_min_width",
+    "profile.first_step",
 )
 _ABOVE_ZERO = (
     "model.rms_norm_eps",
@@ -94,6 +95,7 @@ def range_problems(config: RunConfig) -> Iterator[str]:
             "use the longer edge over the shorter one, e.g. 10."
         )
     yield from _source_problems(config)
+    yield from _profile_problems(config)
 
 
 def _set_fields(config: RunConfig, keys: Iterable[str]) -> Iterator[tuple[str, float]]:
@@ -106,6 +108,19 @@ def _set_fields(config: RunConfig, keys: Iterable[str]) -> Iterator[tuple[str, f
 
 def _hint(key: str) -> str:
     return ", or none for no clipping" if key == "optim.clip_grad" else ""
+
+
+def _profile_problems(config: RunConfig) -> Iterator[str]:
+    profile, world_size = config.profile, config.parallel.world_size
+    if profile.last_step < profile.first_step:
+        yield (
+            f"profile.last_step={profile.last_step} is before profile.first_step={profile.first_step}; "
+            "use the same number to record one step."
+        )
+    absent = [rank for rank in profile.ranks if not 0 <= rank < world_size]
+    if absent or not profile.ranks:
+        found = f"holds {absent[0]}" if absent else "is empty"
+        yield f"profile.ranks {found}; name ranks from 0 to {world_size - 1}, e.g. 0."
 
 
 def _source_problems(config: RunConfig) -> Iterator[str]:

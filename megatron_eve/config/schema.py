@@ -215,6 +215,17 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig:
+    """Which steps of which ranks are recorded, and by what (docs/profiling.md). Off unless asked for; with defaults,
+    so that the configurations of earlier runs can still be read."""
+
+    tool: Literal["none", "nsys", "kineto"] = "none"  # kineto: torch.profiler, on any machine
+    first_step: int = 10  # as the log counts them; earlier ones warm up caches and the allocator
+    last_step: int = 12  # inclusive
+    ranks: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """One run: what `python -m megatron_eve.train RECIPE key=value ...` executes."""
 
@@ -230,3 +241,4 @@ class RunConfig:
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     gpu: GpuConfig = GpuConfig()
+    profile: ProfileConfig = ProfileConfig()

@@ -32,6 +32,7 @@ from megatron_eve.loop.non_finite import SkipGuard
 from megatron_eve.loop.signals import DONE_FILE, StopFlag, stop_on_signal
 from megatron_eve.loop.step import train_step
 from megatron_eve.metrics.peak import peak_flops
+from megatron_eve.metrics.profiling import Capture
 from megatron_eve.metrics.sinks import Sinks
 from megatron_eve.metrics.throughput import StepMeter
 from megatron_eve.model.accelerators import accelerators_line, refuse_missing_accelerators
@@ -190,13 +191,24 @@ def _train(run: Run, *, stop: StopFlag) -> None:
         total_steps=run.steps,
         is_writer=run.state.rank == 0,
     )
-    with closing(sinks):
+    capture = Capture(
+        run.config,
+        run_dir=run.run_dir,
+        state=run.state,
+        model=run.model,
+        optimizer=run.training.optimizer,
+    )
+    with closing(sinks), closing(capture):
         stopping = False
         meter, guard = StepMeter(), SkipGuard()
         peak = peak_flops(device.device_name(), dtype=run.config.train.dtype)
         while done < run.steps and not stopping:
-            stopping = _step(run, stop=stop, meter=meter, guard=guard)
             done += 1
+            with capture.step(done):
+                values, stopping = _step(run, stop=stop, capture=capture)
+            capture.done(done, values)
+            meter.add(values)
+            guard.count(skipped=bool(values["skipped"]))
             last = stopping or done == run.steps
             if done % run.config.logging.every_steps == 0 or last:
                 steps_left = run.steps - done
@@ -209,10 +221,11 @@ def _train(run: Run, *, stop: StopFlag) -> None:
     _finish(run, done=done)
 
 
-def _step(run: Run, *, stop: StopFlag, meter: StepMeter, guard: SkipGuard) -> bool:
-    """One step into the meter. Returns whether a process was asked to stop."""
+def _step(run: Run, *, stop: StopFlag, capture: Capture) -> tuple[dict[str, float], bool]:
+    """One step: its values for the meter, and whether a process was asked to stop."""
     started = time.perf_counter()
-    packs = next_step(run.loader, state=run.state)
+    with capture.range("data_wait"):
+        packs = next_step(run.loader, state=run.state)
     waited = time.perf_counter() - started
     result = train_step(
         run.model,
@@ -222,11 +235,10 @@ def _step(run: Run, *, stop: StopFlag, meter: StepMeter, guard: SkipGuard) -> bo
         config=run.config,
         state=run.state,
         stop_requested=stop(),
+        ranges=capture.range,
     )
     seconds = {"step_time_s": time.perf_counter() - started, "data_wait_s": waited}
-    meter.add(result.metrics | seconds | _memory())
-    guard.count(skipped=bool(result.metrics["skipped"]))
-    return result.stop_requested
+    return result.metrics | seconds | _memory(), result.stop_requested
 
 
 def _memory() -> dict[str, float]:

@@ -3,7 +3,8 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from megatron_eve.data.sample import Pack
 from megatron_eve.loop.loss import micro_batch_loss
 from megatron_eve.loop.non_finite import NonFiniteLossError, origin_of_non_finite
 from megatron_eve.metrics.flops import executed_flops, ideal_flops
+from megatron_eve.metrics.profiling import no_range
 from megatron_eve.parallel.batch import MicroBatch, RankPlace, micro_batch, stream_rows
 from megatron_eve.parallel.groups import ParallelState
 
@@ -121,8 +123,10 @@ def train_step(
     config: RunConfig,
     state: ParallelState,
     stop_requested: bool,
+    ranges: Callable[[str], AbstractContextManager[None]] = no_range,
 ) -> StepResult:
-    """One update. `stop_requested` on any process is true in the result of every process.
+    """One update. `stop_requested` on any process is true in the result of every process. `ranges` marks the part of
+    the step with that name for a profiler.
 
     Raises: NonFiniteLossError before the weights are touched, unless train.on_non_finite=skip: then the step's metric
     `skipped` is 1, and the schedule goes on.
@@ -133,15 +137,9 @@ def train_step(
         logged, packs, config=config, state=state, stop_requested=stop_requested
     )
     rates = _learning_rates(optimizer)
-    grad_norm = float("nan")
-    problem = _non_finite_loss(metrics["loss"], packs)
-    if problem is None:
-        optimizer.prepare_grads()
-        grad_norm = float(optimizer.get_grad_norm())
-        problem = _non_finite_gradient(grad_norm)
-    if problem is None:
-        _, grad_norm, _ = optimizer.step()
-    else:
+    with ranges("optimizer"):
+        grad_norm, problem = _update(optimizer, loss=metrics["loss"], packs=packs)
+    if problem is not None:
         origin = origin_of_non_finite(
             model,
             lambda: forward_backward(model, packs, config=config, state=state),
@@ -152,8 +150,24 @@ def train_step(
             raise NonFiniteLossError(problem)
         _LOG.warning("skipped a step: %s", problem)
     schedule.step(increment=1)
-    skipped = {"grad_norm": float(grad_norm), "skipped": float(problem is not None)}
+    skipped = {"grad_norm": grad_norm, "skipped": float(problem is not None)}
     return StepResult(metrics | rates | skipped, stop)
+
+
+def _update(
+    optimizer: MegatronOptimizer, *, loss: float, packs: Sequence[Pack]
+) -> tuple[float, str | None]:
+    """The gradient's norm, and why the weights were left alone or None."""
+    problem = _non_finite_loss(loss, packs)
+    if problem is not None:
+        return math.nan, problem
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    problem = _non_finite_gradient(grad_norm)
+    if problem is None:
+        _, norm, _ = optimizer.step()
+        grad_norm = float(norm)
+    return grad_norm, problem
 
 
 def _non_finite_loss(loss: float, packs: Sequence[Pack]) -> str | None:

@@ -268,6 +268,14 @@ RANGE = [
         "optim.clip_grad=0",
         "optim.clip_grad=0.0 is not positive; use a number above 0, or none for no clipping.",
     ),
+    (S22, "profile.first_step=0", "profile.first_step=0 is below 1; use 1 or more."),
+    (
+        S22,
+        "profile.first_step=9 profile.last_step=8",
+        "profile.last_step=8 is before profile.first_step=9; use the same number to record one step.",
+    ),
+    (S22, "profile.ranks=0,128", "profile.ranks holds 128; name ranks from 0 to 127, e.g. 0."),
+    (S22, "profile.ranks=()", "profile.ranks is empty; name ranks from 0 to 127, e.g. 0."),
     (S22, "optim.weight_decay=-0.1", "optim.weight_decay=-0.1 is negative; use 0 or more."),
     (
         S22,

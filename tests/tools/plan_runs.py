@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes that a really built tiny model holds and keeps, counted inside gloo workers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eve.config.schema import RunConfig
+from megatron_eve.data.sample import Pack
+from megatron_eve.loop.step import to_device, train_step
+from megatron_eve.optim.build import build_optimizer, build_schedule
+from tests.support.train_once import build
+from tools.bench.counting import held_bytes
+
+
+def kept_bytes(config: RunConfig, pack: Pack) -> int:
+    """Of one forward up to the loss of each row: storages of floating-point tensors that autograd saved, each counted
+    once, without weights and without what the routing brings (RoPE tables)."""
+    _, wrapped, state, _ = build(config, weights=None)
+    (batch,) = to_device([pack], config=config, state=state)
+    weights = {_pointer(p) for chunk in wrapped for p in chunk.parameters()}
+    weights |= {_pointer(buffer.grad_data) for chunk in wrapped for buffer in chunk.buffers}
+    saved: dict[int, Tensor] = {}
+
+    def pack_tensor(tensor: Tensor) -> Tensor:
+        is_table = tensor.shape[1:] == (1, config.model.head_dim) and not tensor.requires_grad
+        if tensor.is_floating_point() and not is_table and _pointer(tensor) not in weights:
+            saved[_pointer(tensor)] = tensor  # keeps the storage, so that no pointer is used twice
+        return tensor
+
+    chunk = wrapped[0]
+    with torch.autograd.graph.saved_tensors_hooks(pack_tensor, lambda tensor: tensor):
+        out = chunk(batch)
+    del out
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def held(config: RunConfig, pack: Pack) -> dict[str, int]:
+    """Weights, gradient buffers and optimizer state after one step."""
+    _, wrapped, state, mcore = build(config, weights=None)
+    optimizer = build_optimizer(wrapped, config=config, state=state)
+    mcore.grad_scale_func = optimizer.scale_loss
+    train_step(
+        wrapped,
+        [pack],
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, config=config, steps=2),
+        config=config,
+        state=state,
+        stop_requested=False,
+    )
+    counted: Any = held_bytes(wrapped, optimizer)
+    return {
+        "weights": counted.weights,
+        "gradients": counted.gradient_buffers,
+        "optimizer": counted.optimizer_state,
+    }
+
+
+def _pointer(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layouts of a recipe on a cluster, and calibration: python -m tools.plan RECIPE --cluster 16x8xA100-40G
+
+Without a calibration file the constants are assumptions from data sheets. `python -m tools.plan calibrate RUN_DIR ...`
+fits them to measured runs; what `--check` names is predicted and not fitted.
+
+Exit codes: 0 done, 1 a prediction of --check is off by more than --within, 2 wrong usage, or nothing fits."""
+
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_eve.config.overrides import apply_overrides
+from megatron_eve.config.recipes import load_recipe
+from megatron_eve.config.schema import RunConfig
+from megatron_eve.errors import ConfigError
+from tools.plan.calibration import CPU, CPU_RATES, Fitted, fit, predict, read_run
+from tools.plan.cluster import GPUS, parse_cluster
+from tools.plan.layouts import SAMPLES, Plan, plans
+from tools.plan.memory import WORKSPACE
+from tools.plan.mix import assumed_mix, parse_mix
+from tools.plan.rates import assumed, read_calibration, write_calibration
+from tools.plan.render import fitted_table, heading, layouts_table, memory_table, time_table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words[:1] == ["calibrate"]:
+            return _calibrate(_calibrate_parser().parse_args(words[1:]))
+        return _plan(_plan_parser().parse_args(words))
+    except ConfigError as error:
+        print(f"ConfigError: {error}", file=sys.stderr)
+        return 2
+
+
+def _plan(options: argparse.Namespace) -> int:
+    cluster = parse_cluster(
+        options.cluster, nvlink_gbs=options.nvlink_gbs, network_gbs=options.network_gbs
+    )
+    config = _configured(options.recipe, options.overrides)
+    mix = parse_mix(options.mix) if options.mix else assumed_mix(config)
+    path: Path | None = options.calibration
+    fits, others = plans(
+        config,
+        mix=mix,
+        cluster=cluster,
+        rates=read_calibration(path) if path else assumed(cluster.gpu),
+        workspace=options.workspace_gb * 1e9,
+        num_samples=options.samples or SAMPLES.get(options.recipe),
+    )
+    if options.json:
+        print(json.dumps([_as_json(one) for one in fits], indent=1))
+        return 0
+    constants = f"{path}" if path else "assumed from data sheets, compared with no GPU"
+    shown = fits[: options.show]
+    print(heading(fits[0], cluster=cluster, mix=mix, constants=constants))
+    print(f"\nlayouts that fit: {len(fits)} of {len(fits) + len(others)}, fastest first\n")
+    print(layouts_table(shown))
+    print("\nmemory of the fullest rank\n")
+    print(memory_table(shown, cluster=cluster))
+    print("\na step by part\n")
+    print(time_table(shown))
+    if others:
+        print("\nnearest that do not fit\n")
+        print(memory_table(others[: options.show], cluster=cluster))
+    return 0
+
+
+def _configured(recipe: str, overrides: Sequence[str]) -> RunConfig:
+    """Without resolve(): the recipe's own layout need not fit the cluster; each candidate is checked."""
+    return apply_overrides(load_recipe(recipe), overrides)
+
+
+def _as_json(one: Plan) -> dict[str, Any]:
+    parallel = one.config.parallel
+    return {
+        "layout": one.name,
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "virtual_pipeline": parallel.virtual_pipeline,
+        "context": parallel.context,
+        "data": parallel.data,
+        "recompute": one.config.train.recompute,
+        "memory": asdict(one.memory) | {"total": one.memory.total},
+        "time": asdict(one.time) | {"total": one.time.total},
+        "micro_batches": one.micro_batches,
+        "filled": one.filled,
+        "tokens_per_s": one.tokens_per_s,
+        "mfu": one.mfu,
+        "days": one.days,
+        "limit": one.time.limit,
+    }
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    if options.gpu is not None and options.gpu not in GPUS:
+        raise ConfigError(f"--gpu {options.gpu}: there are {', '.join(GPUS)}.")
+    if options.out is not None and options.out.exists() and not options.overwrite:
+        raise ConfigError(f"{options.out} exists; add --overwrite to replace it.")
+    gpu = GPUS[options.gpu] if options.gpu else CPU
+    start = assumed(gpu) if options.gpu else CPU_RATES
+    runs = [read_run(path) for path in options.runs]
+    rates = fit(runs, start=start, gpu=gpu)
+    fitted = [Fitted(run=run, time=predict(run, rates=rates, gpu=gpu)) for run in runs]
+    print("fitted\n\n" + fitted_table(fitted))
+    checked = [read_run(path) for path in options.check]
+    foretold = [Fitted(run=run, time=predict(run, rates=rates, gpu=gpu)) for run in checked]
+    if foretold:
+        print("\npredicted\n\n" + fitted_table(foretold))
+    if options.out is not None:
+        facts = {
+            "gpu": gpu.name,
+            "date": datetime.date.today().isoformat(),
+            "fitted": [_error(one) for one in fitted],
+            "predicted": [_error(one) for one in foretold],
+        }
+        write_calibration(options.out, rates=rates, facts=facts)
+        print(f"\nwrote {options.out}")
+    worst = max((abs(one.error) for one in foretold), default=0.0)
+    if worst > options.within / 100:
+        print(
+            f"a prediction is off by {100 * worst:.1f}%, more than {options.within:g}%",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def _error(one: Fitted) -> dict[str, Any]:
+    return {"run": one.run.name, "measured_s": one.run.step_s, "model_s": one.time.total}
+
+
+def _plan_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.plan",
+        description="Layouts of a recipe that fit a cluster: memory by part, step time, days, what limits each. "
+        "`python -m tools.plan calibrate --help` for the constants.",
+        epilog="example: python -m tools.plan eve7b_stage2_2 --cluster 16x8xA100-40G",
+    )
+    parser.add_argument("recipe", metavar="RECIPE")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*")
+    parser.add_argument("--cluster", required=True, metavar="NODESxGPUSxGPU", help=", ".join(GPUS))
+    parser.add_argument("--nvlink-gbs", type=float, metavar="GB/s", help="one direction of one GPU")
+    parser.add_argument("--network-gbs", type=float, metavar="GB/s", help="one direction of a node")
+    parser.add_argument("--mix", metavar="VISION+TEXT[/LABELS]", help="tokens of an average sample")
+    parser.add_argument("--samples", type=int, metavar="N", help="of the stage, for its days")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="instead of assumptions")
+    parser.add_argument("--workspace-gb", type=float, default=WORKSPACE / 1e9, metavar="GB")
+    parser.add_argument("--show", type=int, default=8, metavar="N", help="layouts to print (8)")
+    parser.add_argument("--json", action="store_true", help="all that fit, as JSON")
+    return parser
+
+
+def _calibrate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.plan calibrate",
+        description="Fit the constants of the time model to measured runs.",
+        epilog="example: python -m tools.plan calibrate runs/a runs/b --check runs/c --out calibration.json",
+    )
+    parser.add_argument(
+        "runs", metavar="RUN_DIR", nargs="+", type=Path, help="config.txt, metrics.jsonl"
+    )
+    parser.add_argument(
+        "--check", nargs="*", default=[], type=Path, metavar="RUN_DIR", help="to predict"
+    )
+    parser.add_argument("--within", type=float, default=10.0, metavar="PERCENT", help="default: 10")
+    parser.add_argument("--gpu", metavar="GPU", help="that the runs had; default: a CPU")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="calibration to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes on the fullest rank: what the weights cost (config/sizes.py), and what a micro-batch's backward keeps.
+
+The terms of activations are those tensors that autograd keeps of our modules, in the order of model/layer.py, with
+n = rows of the residual stream on this rank (divided by TP under sequence parallelism), m = rows between column- and
+row-parallel linears (never divided), h, a = heads x head dim / TP, k = KV heads x head dim / TP, f = FFN / TP:
+
+    norm, twice      its input n h (in fp32), its output n h if the next linear is trained, `local`: once more before
+                     the weight if the weight is trained
+    attention        q and k behind RoPE, q, k, v before it (v is a view of them), the output
+    projection       its input m a, if trained
+    FFN              gate and up 2 m f, silu(gate) m f, their product m f if trained, a copy of up if not split
+    output           labelled rows: norm, and softmax in fp32 (4 V / TP a row) with its gradient
+
+A frozen branch keeps what its input's gradient needs. Recomputation keeps the input of each layer (full) or q, k and v
+(selective), and the backward makes one layer's activations again. A pipeline's first stage holds as many micro-batches
+as there are stages. Exact for `local` (tests/tools/test_plan_memory.py counts); for `te` from the sources of
+Transformer Engine, never compared with a GPU. Workspace is a guess: CUDA context, NCCL's and cuBLAS' buffers,
+fragmentation."""
+
+from dataclasses import dataclass, fields
+
+from megatron_eve.config.schema import RunConfig
+from megatron_eve.config.sizes import BYTES_PER_VALUE, memory_estimate, padded_vocab_size
+from tools.plan.mix import PackRows
+
+WORKSPACE = 2.5e9
+_FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes on the fullest rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    workspace: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kept:
+    """Bytes that one micro-batch's forward keeps on one rank."""
+
+    embedding: int  # patch embedding; text ids are not counted
+    layer: int  # one layer but the last
+    last_layer: int
+    output: int  # final norm and output layer
+    logits: int  # softmax of the labelled rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rows:
+    """Rows of one rank in one layer, by modality: `whole` between the linears of a block, `sharded` outside."""
+
+    whole: dict[str, int]
+    sharded: dict[str, int]
+
+    def trained(self, rows: dict[str, int], trains: dict[str, bool]) -> int:
+        return sum(count for modality, count in rows.items() if trains[modality])
+
+
+def memory(config: RunConfig, rows: PackRows, *, workspace: float = WORKSPACE) -> Memory:
+    """Of the fullest rank: the first pipeline stage, which holds most micro-batches, with the last one's logits where
+    they are the same rank."""
+    held = memory_estimate(config)
+    one = kept(config, rows)
+    parallel, model = config.parallel, config.model
+    layers = model.num_layers // parallel.pipeline
+    in_flight = _micro_batches_in_flight(config)
+    if config.train.recompute == "full":
+        inputs = _layer_input(config, rows) * layers * in_flight
+        activations = one.embedding * in_flight + inputs + one.layer
+    else:
+        last = parallel.pipeline == 1
+        per_micro_batch = one.embedding + (layers - last) * one.layer + last * one.last_layer
+        activations = per_micro_batch * in_flight
+    alone = parallel.pipeline == 1
+    return Memory(
+        weights=held.weights,
+        gradients=held.gradients,
+        optimizer=held.optimizer,
+        activations=activations + alone * one.output,
+        # The softmax, and its gradient in the activations' type while the backward starts.
+        logits=alone * (one.logits + one.logits * BYTES_PER_VALUE[config.train.dtype] // _FP32),
+        workspace=workspace,
+    )
+
+
+def _micro_batches_in_flight(config: RunConfig) -> float:
+    """On the first stage of 1F1B; interleaving holds a little more (Narayanan et al. 2021, section 2.2)."""
+    parallel = config.parallel
+    if parallel.pipeline == 1:
+        return 1.0
+    if parallel.virtual_pipeline == 1:
+        return float(parallel.pipeline)
+    return parallel.pipeline * (
+        1 + (parallel.pipeline - 1) / (parallel.pipeline * parallel.virtual_pipeline)
+    )
+
+
+def kept(config: RunConfig, rows: PackRows) -> Kept:
+    """Tensors that autograd keeps of one micro-batch on one rank, in bytes, without recomputation of layers."""
+    shards = config.parallel.tensor if config.parallel.sequence_parallel else 1
+    cp = config.parallel.context
+    vision, text = rows.vision // cp, rows.text // cp
+    labels = rows.labels // cp
+    every = _Rows(
+        whole={"vision": vision, "text": text},
+        sharded={"vision": vision // shards, "text": text // shards},
+    )
+    # The last layer goes on with the labelled rows (parallel/batch.py).
+    few = {"vision": rows.kept_vision // cp, "text": rows.kept_text // cp}
+    last = _Rows(whole=few, sharded={name: count // shards for name, count in few.items()})
+    return Kept(
+        embedding=_embedding(config, patches=rows.patches // cp // shards),
+        layer=_before_ffn(config, every, every) + _ffn(config, every),
+        last_layer=_before_ffn(config, every, last) + _ffn(config, last),
+        output=_output(config, labels),
+        logits=labels
+        * padded_vocab_size(config.model, tensor=config.parallel.tensor)
+        // config.parallel.tensor
+        * _FP32,
+    )
+
+
+def _layer_input(config: RunConfig, rows: PackRows) -> int:
+    shards = config.parallel.tensor if config.parallel.sequence_parallel else 1
+    per_rank = rows.all // config.parallel.context // shards
+    return per_rank * config.model.hidden_size * BYTES_PER_VALUE[config.train.dtype]
+
+
+def _trains(config: RunConfig, *, split: bool) -> dict[str, bool]:
+    vision = "vision" if split else "text"
+    return {
+        "vision": vision in config.stage.trainable,
+        "text": "text" in config.stage.trainable,
+    }
+
+
+def _norm(config: RunConfig, rows: _Rows, *, next_is_trained: bool) -> int:
+    """Input, output and, in between, what our own norm multiplies with its weight."""
+    value, hidden = BYTES_PER_VALUE[config.train.dtype], config.model.hidden_size
+    count = sum(rows.sharded.values())
+    local = config.train.backend == "local"
+    before_weight = rows.trained(rows.sharded, _trains(config, split=config.model.split.norm))
+    kept_input = count * hidden * (_FP32 if local else value)
+    scale = count * _FP32
+    return (
+        kept_input
+        + scale
+        + next_is_trained * count * hidden * value
+        + local * before_weight * hidden * value
+    )
+
+
+def _before_ffn(config: RunConfig, rows: _Rows, kept_rows: _Rows) -> int:
+    """The first norm, attention, and its projection on the rows that go on."""
+    model, tensor = config.model, config.parallel.tensor
+    value = BYTES_PER_VALUE[config.train.dtype]
+    attention = model.num_attention_heads * model.head_dim // tensor
+    key = model.num_kv_heads * model.head_dim // tensor
+    tokens = sum(rows.whole.values())
+    trained = any(_trains(config, split=model.split.attention).values())
+    # RoPE makes new tensors of q and k; v is a view, which keeps all of q, k, v in sequence order.
+    core = tokens * (2 * attention + 3 * key) * value
+    if config.train.recompute != "selective":
+        sums = tokens * model.num_attention_heads // tensor * _FP32
+        core += tokens * attention * value + sums
+    projected = trained * sum(kept_rows.whole.values()) * attention * value
+    return _norm(config, rows, next_is_trained=trained) + core + projected
+
+
+def _ffn(config: RunConfig, rows: _Rows) -> int:
+    """The second norm and the FFN."""
+    model = config.model
+    value, width = (
+        BYTES_PER_VALUE[config.train.dtype],
+        model.ffn_hidden_size // config.parallel.tensor,
+    )
+    trains = _trains(config, split=model.split.ffn)
+    # megatron-core's own MLP, which an FFN without a split is, adds an offset of 0 to `up`: a copy.
+    middle = (3 if model.split.ffn else 4) * sum(rows.whole.values())
+    middle += rows.trained(rows.whole, trains)
+    return _norm(config, rows, next_is_trained=any(trains.values())) + middle * width * value
+
+
+def _embedding(config: RunConfig, *, patches: int) -> int:
+    """The patch embedding: pixels, what goes into GELU, and what comes out of it; nothing where it is frozen."""
+    if "patch_embedding" not in config.stage.trainable:
+        return 0
+    model = config.model
+    windows = patches * model.dense_stride**2
+    widths = 3 * model.patch_stride**2 + 2 * model.patch_embed_dim
+    return windows * widths * BYTES_PER_VALUE[config.train.dtype]
+
+
+def _output(config: RunConfig, labels: int) -> int:
+    """The final norm, which is ours in both backends and sees gathered rows."""
+    value, hidden = BYTES_PER_VALUE[config.train.dtype], config.model.hidden_size
+    trained = "text" in config.stage.trainable
+    return labels * (hidden * _FP32 + _FP32 + trained * 2 * hidden * value)
