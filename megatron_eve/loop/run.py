@@ -101,7 +101,12 @@ def refuse_other_run(config: RunConfig, *, run_dir: Path) -> None:
 
 def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
     checkpoints = CheckpointManager(
-        run_dir, keep_last=config.checkpoint.keep_last, config_text=config_text(config)
+        run_dir,
+        keep_last=config.checkpoint.keep_last,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+        in_background=config.checkpoint.async_save,
+        config_text=config_text(config),
+        stage=config.stage.name,
     )
     loader = _open_loader(config, state=state, run_dir=run_dir)
     num_samples = _from_rank0(loader.num_samples if loader is not None else 0)
@@ -163,14 +168,13 @@ def _from_rank0(value: Any) -> Any:
 
 def _resume(run: Run) -> int:
     """Steps already done; the loader and every live object are then as after them."""
-    newest = run.checkpoints.newest()
-    if newest is None:
+    resumed = run.checkpoints.resume(run.training)
+    if resumed is None:
         return 0
-    resumed = run.checkpoints.load(run.training, newest)
     if run.loader is not None:
         run.loader.load_state_dict(resumed.data)
     if run.state.rank == 0:
-        _LOG.info("resumed from %s", newest)
+        _LOG.info("resumed from %s", resumed.path)
     return resumed.step
 
 
@@ -197,8 +201,10 @@ def _train(run: Run, *, stop: StopFlag) -> None:
                     world_size=run.state.world_size, steps_left=steps_left, peak_flops=peak
                 )
                 sinks.log(done, record)
+            run.checkpoints.poll()
             if done % run.config.checkpoint.save_every_steps == 0 or last:
                 _save(run, step=done)
+        run.checkpoints.wait()
     _finish(run, done=done)
 
 
@@ -229,9 +235,7 @@ def _memory() -> dict[str, float]:
 def _save(run: Run, *, step: int) -> None:
     # The plan's position is the same on every data leader; megatron-core wants it the same on every process.
     data = _from_rank0(run.loader.state_dict() if run.loader is not None else None)
-    path = run.checkpoints.save(run.training, step=step, data=data)
-    if run.state.rank == 0:
-        _LOG.info("saved %s", path)
+    run.checkpoints.save(run.training, step=step, data=data)
 
 
 def _finish(run: Run, *, done: int) -> None:
