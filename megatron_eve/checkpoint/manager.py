@@ -158,7 +158,8 @@ class CheckpointManager:
             try:
                 self._publish(pending.write.folder, final, step=pending.step)
             except OSError as error:
-                problem = f"cannot publish {final}: {error}"
+                shutil.rmtree(pending.write.folder, ignore_errors=True)
+                problem = f"cannot publish {final}: {error}. Earlier checkpoints are as they were"
         raise_together(problem)
         if self._is_main:
             _LOG.info("saved %s", final)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One test for each thing that happens to checkpoints: each is noticed, named in one line, and gone around by itself."""
+"""One test for each thing that happens to checkpoints: it is noticed, named in one line, and gone around by itself."""
 
 import errno
 import io
@@ -42,16 +42,22 @@ def assemble(parallel: ParallelConfig) -> TrainingState:
     config = run_config(MODEL, parallel)
     chunks, wrapped, state, _ = build(config, weights=None)
     optimizer = build_optimizer(wrapped, config=config, state=state)
+    optimizer.step()  # of no gradient; makes the moments
     return TrainingState(
         chunks, wrapped, optimizer, build_schedule(optimizer, config=config, steps=10)
     )
 
 
-def change_weights(training: TrainingState) -> None:
+def change(training: TrainingState) -> None:
+    """Every weight and every moment, as a step would."""
     with torch.no_grad():
         for chunk in training.chunks:
             for param in chunk.parameters():
                 param.add_(0.125)
+        (optimizer,) = training.optimizer.chained_optimizers
+        for moments in optimizer.optimizer.state.values():
+            for tensor in moments.values():
+                tensor.add_(0.25)
 
 
 def save(parallel: ParallelConfig, run_dir: Path, steps: tuple[int, ...], **options: Any) -> None:
@@ -59,8 +65,8 @@ def save(parallel: ParallelConfig, run_dir: Path, steps: tuple[int, ...], **opti
     training = assemble(parallel)
     manager = CheckpointManager(run_dir, **{"keep_last": 9, "config_text": "", **options})
     for step in steps:
+        change(training)
         manager.save(training, step=step, data={"step": step})
-        change_weights(training)
     manager.wait()
 
 
@@ -234,7 +240,8 @@ FAULTS: dict[str, tuple[int, Any, str, Any, str]] = {
     "disk full in the manifest": (0, writer, "write_manifest", no_room, "No space left"),
     "disk known to be too small": (0, writer.shutil, "disk_usage", free_bytes, "checkpoint needs"),
     "no permission to make a folder": (0, Path, "mkdir", forbidden, "Permission denied"),
-    "no permission to publish": (0, os, "replace", forbidden, "Permission denied"),
+    "no permission to rename": (0, os, "replace", forbidden, "Permission denied"),
+    "no permission to publish": (0, CheckpointManager, "_publish", forbidden, "cannot publish"),
     "writer killed": (1, _ShardWriter, "write", die, "rank 1's part ended with exit code -9"),
 }
 
@@ -244,20 +251,25 @@ def save_with_fault(run_dir: Path, name: str, in_background: bool) -> tuple[str,
     rank, owner, attribute, fault, _ = FAULTS[name]
     training = assemble(DP2)
     manager = CheckpointManager(run_dir, keep_last=9, config_text="", in_background=in_background)
-    change_weights(training)
+    change(training)
     is_here = torch.distributed.get_rank() == rank
-    with (
-        patch.object(owner, attribute, fault, create=True) if is_here else nullcontext(),
-        pytest.raises(CheckpointError) as caught,
-    ):
-        manager.save(training, step=4, data={"step": 4})
-        manager.wait()
+    with patch.object(owner, attribute, fault, create=True) if is_here else nullcontext():
+        message = refusal_to_save(manager, training)
     torch.distributed.barrier()
     left = names(run_dir)
     torch.distributed.barrier()
     manager.save(training, step=5, data={"step": 5})
     manager.wait()
-    return str(caught.value), left, check_folder(folder(run_dir, 5))["step"] == 5
+    return message, left, check_folder(folder(run_dir, 5))["step"] == 5
+
+
+def refusal_to_save(manager: CheckpointManager, training: TrainingState) -> str:
+    try:
+        manager.save(training, step=4, data={"step": 4})
+        manager.wait()
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -292,7 +304,7 @@ def save_slowly(run_dir: Path) -> tuple[bool, bool, bool]:
     before = canonical_hashes(training.chunks, training.optimizer)
     with patch.object(_ShardWriter, "write", slowly):
         path = manager.save(training, step=1, data={})
-    change_weights(training)
+    change(training)
     early = manager.poll() is None and not path.exists()
     torch.distributed.barrier()
     (run_dir / "go on").touch()
@@ -320,7 +332,7 @@ def test_the_last_and_every_nth_are_kept(gloo1, tmp_path):  # type: ignore[no-un
 def drift(run_dir: Path) -> str:
     training = assemble(DP2)
     if torch.distributed.get_rank() == 1:
-        change_weights(training)
+        change(training)
     with pytest.raises(CheckpointError) as caught:
         CheckpointManager(run_dir, keep_last=1, config_text="").save(training, step=1, data={})
     return str(caught.value)
@@ -358,5 +370,5 @@ def test_a_folder_of_before_there_were_hashes_is_read(gloo1, three, tmp_path):  
     (loaded,) = gloo1.run(weights_of, str(old))
     assert loaded.items() <= read_manifest(folder(three, 3)).tensors.items()
     truncate(old / "__0_0.distcp")
-    with pytest.raises(WorkerError, match="__0_0.distcp: found"):
+    with pytest.raises(WorkerError, match=r"__0_0\.distcp: found"):
         gloo1.run(weights_of, str(old))
