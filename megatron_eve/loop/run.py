@@ -7,6 +7,7 @@ RUN_DIR/DONE            written when the last step is done and saved
 """
 
 import logging
+import random
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -63,6 +64,7 @@ def run(config: RunConfig) -> None:
     """
     init_distributed(timeout_s=config.train.distributed_timeout_s)
     state = init_model_parallel(config.parallel, seed=config.train.seed)
+    random.seed(config.train.seed)  # a checkpoint holds its state; megatron-core seeds torch's
     torch.use_deterministic_algorithms(config.train.deterministic)
     run_dir = Path(config.run_dir)
     if state.rank == 0:
