@@ -16,10 +16,8 @@ A resume reads every byte and compares it with the manifest, loads, and compares
 is not as it was written is named in the log, set aside as `step_00000100.broken`, and the checkpoint before is taken.
 """
 
-import json
 import logging
 import os
-import random
 import re
 import shutil
 import uuid
@@ -29,42 +27,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.validation import StrictHandling
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_eve.checkpoint.canonical import canonical_hashes
 from megatron_eve.checkpoint.manifest import Manifest, sync_folder, write_atomically
-from megatron_eve.checkpoint.sharding import chunk_key, sharded_weights, sharding_metadata
+from megatron_eve.checkpoint.training_state import (
+    TrainingState,
+    layout_of,
+    restore,
+    saved_state,
+    set_random_state,
+)
 from megatron_eve.checkpoint.verify import (
     DamagedCheckpointError,
     refuse_differences,
     verify_folder,
 )
-from megatron_eve.checkpoint.weights import LOAD_ERRORS, load_chunks
 from megatron_eve.checkpoint.writer import Contents, FolderWrite, raise_together
 from megatron_eve.errors import CheckpointError
-from megatron_eve.model.eve_model import EveModel
 
+__all__ = ["LATEST_STEP_FILE", "CheckpointManager", "Resumed", "TrainingState"]
 _LOG = logging.getLogger(__name__)
 LATEST_STEP_FILE = "latest_step"
 LATEST = "latest"
 _STEP_FOLDER = re.compile(r"step_(\d{8})")
 _LEFT_OVER = (".tmp-*", ".old-*")  # of a run that was killed
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingState:
-    """The live objects that a checkpoint saves and restores."""
-
-    chunks: Sequence[EveModel]
-    model: Sequence[DistributedDataParallel]  # the same chunks, wrapped
-    optimizer: MegatronOptimizer
-    schedule: OptimizerParamScheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,18 +102,13 @@ class CheckpointManager:
         # A writer of a run that was killed may still be alive: no two attempts share a folder.
         attempt = [uuid.uuid4().hex[:8]]
         torch.distributed.broadcast_object_list(attempt, src=0)
-        _gather_parameters(training.model)
-        state = {
-            **self._sharded(training, is_loading=False),
-            "schedule": training.schedule.state_dict(),
-            "step": step,
-            "data": dict(data),
-        }
+        state = {**saved_state(training), "step": step, "data": dict(data)}
         facts = {
             "kind": "training",
             "step": step,
             "stage": self._stage,
-            "layout": json.loads(_world(training)),
+            "layout": layout_of(training),
+            "distributed_optimizer": training.optimizer.config.use_distributed_optimizer,
             "data": dict(data),
         }
         tensors = canonical_hashes(training.chunks, training.optimizer)
@@ -271,114 +253,29 @@ class CheckpointManager:
         DamagedCheckpointError if it is not what was written."""
         known = self._verified.get(path)
         manifest = known if isinstance(known, Manifest) else verify_folder(path)
-        wanted = self._sharded(training, is_loading=True)
-        same_layout = dist_checkpointing.load_common_state_dict(str(path))["world"] == _world(
-            training
-        )
-        if not same_layout:
-            _LOG.warning("%s was written by another layout: random generators start anew", path)
-            del wanted["random"]
-        try:
-            loaded = dist_checkpointing.load(
-                wanted, str(path), strict=StrictHandling.ASSUME_OK_UNEXPECTED
-            )
-        except LOAD_ERRORS as error:
-            raise CheckpointError(
-                f"cannot resume from {path}: {error}. At a change of stage or model start a new run directory with "
-                "checkpoint.load_weights_from instead"
-            ) from error
-        load_chunks(training.chunks, loaded)
-        limits = [(group["max_lr"], group["min_lr"]) for group in training.optimizer.param_groups]
-        if not training.optimizer.config.use_distributed_optimizer:
-            _restore_empty_state(loaded["optimizer"])
-        training.optimizer.load_state_dict(loaded["optimizer"])
-        # The learning rate is the configuration's, not the checkpoint's: a run may be lengthened.
-        for group, (max_lr, min_lr) in zip(training.optimizer.param_groups, limits, strict=True):
-            group["max_lr"], group["min_lr"] = max_lr, min_lr
-        training.schedule.load_state_dict(loaded["schedule"])
+        _refuse_other_optimizer(training.optimizer, manifest, path=path)
+        loaded, same_layout = restore(training, path)
         if manifest.tensors:  # there are none in checkpoints of before
             found = canonical_hashes(training.chunks, training.optimizer)
             refuse_differences(found, manifest.tensors, folder=path)
         if same_layout:
-            _set_random_state(loaded["random"])
+            set_random_state(loaded["random"])
+        elif self._is_main:
+            _LOG.warning("%s was written by another layout: random generators start anew", path)
         return Resumed(path=path, step=loaded["step"], data=loaded["data"])
 
-    def _sharded(self, training: TrainingState, *, is_loading: bool) -> dict[str, Any]:
-        chunks = training.chunks
-        weights = sharded_weights(chunks)
-        keys = [chunk_key(index, len(chunks)) for index in range(len(chunks))]
-        _keep_bucket_padding(training.optimizer)
-        optimizer = training.optimizer.sharded_state_dict(
-            {key: weights[key] for key in keys},
-            is_loading=is_loading,
-            metadata=sharding_metadata(chunks),
+
+def _refuse_other_optimizer(
+    optimizer: MegatronOptimizer, manifest: Manifest, *, path: Path
+) -> None:
+    """megatron-core names the state of its two kinds of optimizers differently."""
+    here = optimizer.config.use_distributed_optimizer
+    stored = manifest.facts.get("distributed_optimizer", here)
+    if stored != here:
+        raise CheckpointError(
+            f"{path} was written with parallel.distributed_optimizer={str(stored).lower()}, this run has "
+            f"{str(here).lower()}; set it as it was, any other layout of the processes may change"
         )
-        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        generators = ShardedObject("random", _random_state(), (world_size,), (rank,), replica_id=0)
-        return {**weights, "optimizer": optimizer, "random": generators, "world": _world(training)}
-
-
-def _keep_bucket_padding(optimizer: MegatronOptimizer) -> None:
-    """Without this, megatron-core 0.16.1 saves wrong moments and main weights wherever a bucket ends in padding.
-
-    Its distributed optimizer gathers a buffer without the padding between buckets (`numel_unpadded`), and then cuts
-    parameters out of it at offsets that count the padding (`sharded_param_state_fully_reshardable`): every parameter
-    behind the first padded bucket is saved shifted, and the last one is filled up with zeros ("param range exceeds
-    unpadded buffer ... can lead to data corruption"). A tied embedding has a bucket of its own, and with
-    `parallel.overlap_grad_reduce` every 40 million elements begin one. With the padding kept, the offsets are right.
-    """
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(one, DistributedOptimizer):
-            for buffer in one.buffers:
-                buffer.numel_unpadded = buffer.numel
-                for bucket in buffer.buckets:
-                    bucket.numel_unpadded = bucket.grad_data.numel()
-
-
-def _restore_empty_state(optimizer: dict[str, Any]) -> None:
-    """A pipeline stage that trains nothing has no moments; a load leaves out what is empty, megatron-core wants it."""
-    if (
-        "optimizer" in optimizer
-    ):  # low precision: the moments lie one level deeper, beside the fp32 weights
-        optimizer.setdefault("fp32_from_fp16_params", [])
-        optimizer = optimizer["optimizer"]
-    optimizer.setdefault("state", {})
-
-
-def _gather_parameters(model: Sequence[DistributedDataParallel]) -> None:
-    """With the overlapped gather each rank holds its own shard's update until the next forward asks for the others'."""
-    for chunk in model:
-        if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
-
-
-def _world(training: TrainingState) -> str:
-    config = training.chunks[0].config
-    return json.dumps(
-        [
-            torch.distributed.get_world_size(),
-            config.tensor_model_parallel_size,
-            config.pipeline_model_parallel_size,
-            config.virtual_pipeline_model_parallel_size,
-            config.context_parallel_size,
-        ]
-    )
-
-
-def _random_state() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    random.setstate(state["python"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
-    torch.cuda.set_rng_state(state["device"])
-    torch.set_rng_state(state["torch"])
 
 
 def _discard(path: Path) -> None:

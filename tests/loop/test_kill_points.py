@@ -19,7 +19,7 @@ import pytest
 
 from megatron_eve.checkpoint.manifest import Manifest, check_folder, read_manifest
 from tests.loop.test_run import records
-from tests.support.kill_points import SAVE_EVERY, STEPS, KillPoint, kill_point
+from tests.support.kill_points import SAVE_EVERY, STEPS, Kill, KillPoint, kill_point
 from tests.support.zygote import Start, Zygote
 
 FEW = (3, 5, 7, 20)  # two processes in a step; a writer; a half published checkpoint; ...
@@ -43,6 +43,7 @@ class Curriculum:
     data: Path
     folder: Path
     processes: int
+    num_workers: int = 1
 
     @property
     def log(self) -> Path:
@@ -81,7 +82,7 @@ class Curriculum:
             "data.image_edge=96",
             "data.max_text_tokens=150",
             f"data.pack_tokens={512 if first else 448}",
-            f"data.num_workers={1 if first else 2}",
+            f"data.num_workers={self.num_workers}",
             "model.num_layers=2",
             "model.hidden_size=32",
             "model.ffn_hidden_size=64",
@@ -179,6 +180,30 @@ def test_a_few_kill_points(zygote, small_data, undisturbed, tmp_path, number):  
 @pytest.mark.parametrize("number", ALL)
 def test_kill_point(zygote, small_data, undisturbed, tmp_path, number):  # type: ignore[no-untyped-def]
     run_point(number, tmp_path, zygote, small_data, undisturbed)
+
+
+def test_another_layout_and_number_of_workers_go_on(zygote, small_data, undisturbed, tmp_path):  # type: ignore[no-untyped-def]
+    """Stopped in one process with one loader thread; two data-parallel processes with three threads go on."""
+    one = Curriculum(zygote, small_data, tmp_path, 1)
+    stop = Kill(
+        phase="step",
+        occurrence=2,
+        delay_s=0.0,
+        signal="SIGTERM",
+        victim="process",
+        rank=0,
+        reached=tmp_path / "reached",
+    )
+    assert one.start("first", before=stop) == [0]
+    stopped = json.loads((tmp_path / "first" / "latest_step").read_text())
+    assert 2 <= stopped < STEPS
+    two = Curriculum(zygote, small_data, tmp_path, 2, num_workers=3)
+    assert two.start("first") == [0, 0], two.log.read_text()[-4000:]
+    found, expected = records(tmp_path / "first"), records(undisturbed[1].stage_dir("first"))
+    for now, before in zip(found, expected, strict=True):
+        assert now["loss"] == pytest.approx(before["loss"], rel=1e-6), now["step"]
+        assert now["samples_checksum"] == before["samples_checksum"], now["step"]
+    assert found[:stopped] == expected[:stopped]
 
 
 def test_every_phase_comes_round(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 """Where and how a run is killed: a random phase, occurrence, delay, signal and victim for every number."""
 
 import functools
+import json
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -152,3 +154,26 @@ def _draw_kill(draw: random.Random, phase: str, *, processes: int, reached: Path
         rank=0 if phase in ("publish", "end") else draw.randrange(processes),
         reached=reached,
     )
+
+
+def summary(log: Path) -> str:
+    """A Markdown table of a log of kill points, by phase of the last kill."""
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = [
+        "| phase | points | identical | of them in 2 processes | SIGTERM |",
+        "|---|---|---|---|---|",
+    ]
+    for phase in [*PHASES, "all"]:
+        mine = [e for e in entries if phase in ("all", e["kills"][-1]["phase"])]
+        counts = (
+            len(mine),
+            sum(e["identical"] for e in mine),
+            sum(e["processes"] == 2 for e in mine),
+            sum(e["kills"][-1]["signal"] == "SIGTERM" for e in mine),
+        )
+        lines.append(f"| {phase} | " + " | ".join(str(count) for count in counts) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(summary(Path(sys.argv[1])))
