@@ -7,6 +7,7 @@
 #   RUN              folder of the demo's run
 #   DEMO_ARGS        further arguments for the demo, see python -m tools.demo --help
 #   PYTEST_ARGS      further arguments for pytest
+#   N                how many kill points
 #   BENCH            folder of the benchmarks' results
 #   PROFILE          folder of `make profile`
 #   PROFILE_ARGS     further overrides for the run that it records, e.g. train.dtype=bf16
@@ -17,6 +18,7 @@ TORCH_INDEX_URL ?=
 RUN ?= runs/demo
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+N ?= 100
 BENCH ?= runs/bench
 PROFILE ?= runs/profile
 PROFILE_ARGS ?=
@@ -29,7 +31,7 @@ CPU_SET := $(VENV)/.installed-cpu
 DEV_SET := $(VENV)/.installed-dev
 SMOLLM2_SET := $(VENV)/.installed-smollm2
 
-.PHONY: help demo demo-smollm2 test test-matrix test-slurm bench profile lint install clean
+.PHONY: help demo demo-smollm2 test test-matrix test-slurm test-kill bench profile lint install clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -49,6 +51,12 @@ test-matrix: $(CPU_SET) ## every parallel layout, split and frozen set against t
 
 test-slurm: $(CPU_SET) ## cluster tests on a toy Slurm on this machine (root; Debian packages slurm-wlm and munge)
 	$(PY) -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
+
+test-kill: $(CPU_SET) ## kill a small run at N random points (default 100) and compare; log in runs/test-kill.jsonl
+	mkdir -p runs
+	rm -f runs/test-kill.jsonl
+	KILL_POINTS=$(N) KILL_LOG=runs/test-kill.jsonl $(PY) -m pytest -m kill tests/loop tests/checkpoint $(PYTEST_ARGS)
+	$(PY) -m tests.support.kill_points runs/test-kill.jsonl
 
 bench: $(CPU_SET) ## step, split tax, packing and memory: JSON and a Markdown table in runs/bench (leave the machine alone)
 	mkdir -p $(BENCH)

@@ -6,9 +6,7 @@ a folder without it is not a checkpoint. Keys are the parameter names of EveMode
 along a leading axis.
 """
 
-import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,31 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_eve.checkpoint.canonical import TensorHash, canonical_hashes
+from megatron_eve.checkpoint.manifest import (
+    COMPLETE,
+    CONFIG,
+    Manifest,
+    check_folder,
+)
+from megatron_eve.checkpoint.sharding import chunk_key, sharded_weights
+from megatron_eve.checkpoint.verify import refuse_differences, verify_folder
+from megatron_eve.checkpoint.writer import Contents, FolderWrite
 from megatron_eve.errors import CheckpointError
 from megatron_eve.model.eve_model import EveModel
+
+__all__ = [
+    "COMPLETE",
+    "CONFIG",
+    "LOAD_ERRORS",
+    "check_folder",
+    "load_chunks",
+    "load_weights",
+    "read_config_text",
+    "save_weights",
+    "sharded_weights",
+    "weights_folder",
+]
 
 LOAD_ERRORS = (
     CheckpointingException,
@@ -32,38 +53,7 @@ LOAD_ERRORS = (
 """What a load of tensors that do not fit raises; torch's CheckpointException is a BaseException."""
 
 _LOG = logging.getLogger(__name__)
-COMPLETE = "complete.json"
-CONFIG = "config.txt"
 _VISION, _TEXT = ".vision.", ".text."
-
-
-def sharding_metadata(chunks: Sequence[EveModel]) -> dict[str, Any]:
-    """What megatron-core's sharded_state_dict methods want to know about the layout and the format."""
-    return {
-        "dp_cp_group": chunks[0].pg_collection.dp_cp,
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-    }
-
-
-def sharded_weights(chunks: Sequence[EveModel]) -> dict[str, Any]:
-    """One sharded state dict per model chunk, under the keys `model` or `model0`, `model1`, ..."""
-    metadata = sharding_metadata(chunks)
-    return {
-        chunk_key(index, len(chunks)): _without_extra_state(
-            chunk.sharded_state_dict(metadata=metadata)
-        )
-        for index, chunk in enumerate(chunks)
-    }
-
-
-def chunk_key(index: int, count: int) -> str:
-    """The key of a model chunk in a state dict, as megatron-core's own checkpoints name it."""
-    return "model" if count == 1 else f"model{index}"
-
-
-def _without_extra_state(sharded: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}
 
 
 def save_weights(chunks: Sequence[EveModel], folder: str | Path, *, config_text: str) -> None:
@@ -71,76 +61,21 @@ def save_weights(chunks: Sequence[EveModel], folder: str | Path, *, config_text:
 
     Raises: CheckpointError if there is something in the folder already.
     """
-    folder = Path(folder)
-    prepare_folder(folder)
-    dist_checkpointing.save(sharded_weights(chunks), str(folder))
-    finish_folder(folder, config_text=config_text, facts={"kind": "weights"})
-
-
-def prepare_folder(folder: Path) -> None:
-    """Create an empty folder on rank 0 and let every rank know whether that worked. Collective."""
-    problem: list[str | None] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
-                problem = [f"{folder} is not empty; remove it or choose another folder"]
-        except OSError as error:
-            problem = [f"cannot write to {folder}: {error}"]
-    torch.distributed.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise CheckpointError(problem[0])
-
-
-def finish_folder(folder: Path, *, config_text: str, facts: dict[str, Any]) -> None:
-    """Write config.txt and, last, complete.json. Collective: returns when the folder is complete for every rank."""
-    if torch.distributed.get_rank() == 0:
-        (folder / CONFIG).write_text(config_text)
-        sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
-        write_atomically(folder / COMPLETE, json.dumps({**facts, "files": sizes}, indent=1))
-    torch.distributed.barrier()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file; after a crash it holds the old or the new text."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def check_folder(folder: str | Path) -> dict[str, Any]:
-    """The facts of a complete checkpoint folder.
-
-    Raises: CheckpointError that says what is missing: the folder, complete.json, a file, or bytes of a file.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint folder {folder}")
-    try:
-        facts = json.loads((folder / COMPLETE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{folder} is not a complete checkpoint ({COMPLETE}: {error}); it was interrupted while being "
-            "written or is not ours; use another checkpoint"
-        ) from error
-    for name, size in facts["files"].items():
-        path = folder / name
-        found = path.stat().st_size if path.exists() else None
-        if found != size:
-            raise CheckpointError(
-                f"{path}: found {found} bytes, {COMPLETE} says {size}; use another checkpoint"
-            )
-    return facts
+    contents = Contents(
+        state=sharded_weights(chunks),
+        config_text=config_text,
+        facts={"kind": "weights"},
+        tensors=canonical_hashes(chunks),
+    )
+    write = FolderWrite(Path(folder), contents)
+    write.start(in_background=False)
+    write.finish()
 
 
 def weights_folder(path: str | Path) -> Path:
     """The checkpoint folder that `path` means: itself, or the newest whole checkpoint if it is a run directory."""
     path = Path(path)
-    candidates = sorted((path / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
-    for candidate in candidates:
+    for candidate in _run_checkpoints(path):
         try:
             check_folder(candidate)
         except CheckpointError as error:
@@ -165,8 +100,7 @@ def load_weights(
 
     Raises: CheckpointError if the folder is incomplete, or names the tensors that are missing or of another shape.
     """
-    folder = weights_folder(folder)
-    check_folder(folder)
+    folder, manifest = _verified(Path(folder))
     sharded = sharded_weights(chunks)
     stored = set(dist_checkpointing.load_tensors_metadata(str(folder)))
     if copy_text_to_vision:
@@ -189,6 +123,37 @@ def load_weights(
         for key, tensors in loaded.items():
             tensors.update(result[key])
     load_chunks(chunks, loaded)
+    _refuse_other_weights(canonical_hashes(chunks), manifest, folder=folder)
+
+
+def _refuse_other_weights(
+    live: Mapping[str, TensorHash], manifest: Manifest, *, folder: Path
+) -> None:
+    """Copies for the vision branch have no name in the folder, and a model of another precision has other bits."""
+    stored = manifest.tensors
+    names = [name for name in live if name in stored and stored[name].dtype == live[name].dtype]
+    refuse_differences(
+        {name: live[name] for name in names},
+        {name: stored[name] for name in names},
+        folder=folder,
+    )
+
+
+def _verified(path: Path) -> tuple[Path, Manifest]:
+    """The folder that `path` means (see weights_folder), every byte checked. Collective."""
+    candidates = _run_checkpoints(path) or [path]
+    for candidate in candidates[:-1]:
+        try:
+            return candidate, verify_folder(candidate)
+        except CheckpointError as error:
+            if torch.distributed.get_rank() == 0:
+                _LOG.error("skipping a broken checkpoint: %s", error)
+    return candidates[-1], verify_folder(candidates[-1])
+
+
+def _run_checkpoints(path: Path) -> list[Path]:
+    """Of a run directory, the newest first."""
+    return sorted((path / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
 
 
 def load_chunks(chunks: Sequence[EveModel], loaded: Mapping[str, Any]) -> None:

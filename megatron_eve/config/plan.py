@@ -33,10 +33,17 @@ def plan_text(config: RunConfig, *, epoch: EpochSize | None) -> str:
         ("schedule", _schedule(config, epoch=epoch)),
         *_parameters(config),
         ("memory", _memory(config)),
-        ("checkpoint", f"every {config.checkpoint.save_every_steps:,} steps, the last "
-                       f"{config.checkpoint.keep_last} kept"),
+        ("checkpoint", _checkpoints(config)),
     ]  # fmt: skip
     return "".join(f"{name:<12}{text}\n" for name, text in lines)
+
+
+def _checkpoints(config: RunConfig) -> str:
+    checkpoint = config.checkpoint
+    every = checkpoint.keep_every_steps
+    kept = f"the last {checkpoint.keep_last}" + (f" and every {every:,}th step's" if every else "")
+    how = "while training goes on" if checkpoint.async_save else "while training waits"
+    return f"every {checkpoint.save_every_steps:,} steps, {how}, {kept} kept"
 
 
 def _weights(config: RunConfig) -> str:

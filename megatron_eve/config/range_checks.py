@@ -39,6 +39,7 @@ _AT_LEAST_ONE = (
     "train.distributed_timeout_s",
     "checkpoint.save_every_steps",
     "checkpoint.keep_last",
+    "checkpoint.keep_every_steps",
     "logging.every_steps",
     "gpu.fp8_min_width",
     "profile.first_step",

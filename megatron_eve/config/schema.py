@@ -202,6 +202,10 @@ class CheckpointConfig:
     )
     save_every_steps: int
     keep_last: int
+    keep_every_steps: (
+        int | None
+    )  # checkpoints at its multiples are kept for good; None: the last ones only
+    async_save: bool  # train on while a checkpoint is written
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,6 +7,7 @@ RUN_DIR/DONE            written when the last step is done and saved
 """
 
 import logging
+import random
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -67,6 +68,7 @@ def run(config: RunConfig) -> None:
     refuse_missing_accelerators(config)
     init_distributed(timeout_s=config.train.distributed_timeout_s)
     state = init_model_parallel(config.parallel, seed=config.train.seed)
+    random.seed(config.train.seed)  # a checkpoint holds its state; megatron-core seeds torch's
     torch.use_deterministic_algorithms(config.train.deterministic)
     run_dir = Path(config.run_dir)
     if state.rank == 0:
@@ -105,7 +107,12 @@ def refuse_other_run(config: RunConfig, *, run_dir: Path) -> None:
 
 def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
     checkpoints = CheckpointManager(
-        run_dir, keep_last=config.checkpoint.keep_last, config_text=config_text(config)
+        run_dir,
+        keep_last=config.checkpoint.keep_last,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+        in_background=config.checkpoint.async_save,
+        config_text=config_text(config),
+        stage=config.stage.name,
     )
     loader = _open_loader(config, state=state, run_dir=run_dir)
     epoch = _from_rank0(loader.epoch_size if loader is not None else None)
@@ -171,14 +178,13 @@ def _from_rank0(value: Any) -> Any:
 
 def _resume(run: Run) -> int:
     """Steps already done; the loader and every live object are then as after them."""
-    newest = run.checkpoints.newest()
-    if newest is None:
+    resumed = run.checkpoints.resume(run.training)
+    if resumed is None:
         return 0
-    resumed = run.checkpoints.load(run.training, newest)
     if run.loader is not None:
         run.loader.load_state_dict(resumed.data)
     if run.state.rank == 0:
-        _LOG.info("resumed from %s", newest)
+        _LOG.info("resumed from %s", resumed.path)
     return resumed.step
 
 
@@ -216,8 +222,10 @@ def _train(run: Run, *, stop: StopFlag) -> None:
                     world_size=run.state.world_size, steps_left=steps_left, peak_flops=peak
                 )
                 sinks.log(done, record)
+            run.checkpoints.poll()
             if done % run.config.checkpoint.save_every_steps == 0 or last:
                 _save(run, step=done)
+        run.checkpoints.wait()
     _finish(run, done=done)
 
 
@@ -249,9 +257,7 @@ def _memory() -> dict[str, float]:
 def _save(run: Run, *, step: int) -> None:
     # The plan's position is the same on every data leader; megatron-core wants it the same on every process.
     data = _from_rank0(run.loader.state_dict() if run.loader is not None else None)
-    path = run.checkpoints.save(run.training, step=step, data=data)
-    if run.state.rank == 0:
-        _LOG.info("saved %s", path)
+    run.checkpoints.save(run.training, step=step, data=data)
 
 
 def _finish(run: Run, *, done: int) -> None:

@@ -202,6 +202,8 @@ def _run(
             copy_text_to_vision=copy_text_to_vision,
             save_every_steps=1000,
             keep_last=3,
+            keep_every_steps=None,
+            async_save=True,
         ),
         logging=LoggingConfig(
             every_steps=1, tensorboard=True, wandb=False, wandb_project="megatron-eve"

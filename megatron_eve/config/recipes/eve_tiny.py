@@ -182,6 +182,8 @@ def _run(
             copy_text_to_vision=copy_text_to_vision,
             save_every_steps=200,
             keep_last=2,
+            keep_every_steps=None,
+            async_save=True,
         ),
         logging=LoggingConfig(
             every_steps=20, tensorboard=False, wandb=False, wandb_project="megatron-eve"

@@ -165,6 +165,8 @@ def _run(
             copy_text_to_vision=copy_text_to_vision,
             save_every_steps=50,
             keep_last=1,
+            keep_every_steps=None,
+            async_save=True,
         ),
         logging=LoggingConfig(
             every_steps=5, tensorboard=False, wandb=False, wandb_project="megatron-eve"
