@@ -6,19 +6,22 @@ training, or of evaluation, by choice). Refused as DataError: an image that cann
 allowed, text that spells a special token or an `<image>` mark, turns that do not alternate.
 """
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from megatron_eve.config.schema import ModelConfig, TemplateName
 from megatron_eve.data.assemble import expand
 from megatron_eve.data.conversation import IMAGE_MARK, EncodedSample, encode_prompt
-from megatron_eve.data.image import check_header, decode_reference, image_size
+from megatron_eve.data.image import decode_reference, image_size
 from megatron_eve.data.image_size import MAX_IMAGE_PIXELS, eval_size, train_size
 from megatron_eve.data.patches import patchify
+from megatron_eve.data.quarantine import SampleError
 from megatron_eve.data.sample import Turn
 from megatron_eve.data.tokenizer import Tokenizer
 from megatron_eve.errors import DataError
@@ -60,12 +63,13 @@ def prepare_image(
     """Decode, resize and cut encoded bytes (JPEG, PNG, WebP, ...).
 
     The size is read from the header before any pixel is decoded. Raises DataError."""
-    check_header(data, source_size=None)
-    height, width = image_size(data)
-    if height * width > max_pixels:
+    _check_pixels(data, max_pixels=max_pixels)
+    try:
+        height, width = image_size(data)
+    except SampleError as error:
         raise DataError(
-            f"the image is {width} x {height} pixels, the limit is {max_pixels:,} in all; send a smaller one."
-        )
+            f"the image cannot be decoded ({error.message}); send a whole file."
+        ) from error
     rule = eval_size if (resize_rule or rules.resize_rule) == "eval" else train_size
     edge = model.pixels_per_token
     size = rule(height, width, edge=rules.edge, pixels_per_token=edge)
@@ -77,6 +81,23 @@ def prepare_image(
         ) from error
     patches = patchify(pixels, patch_stride=model.patch_stride, dense_stride=model.dense_stride)
     return PreparedImage(patches, size[0] // edge, size[1] // edge)
+
+
+def _check_pixels(data: bytes, *, max_pixels: int) -> None:
+    """From the header alone, before anything is decoded (to look for EXIF, Pillow decodes a whole PNG)."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise DataError(f"the image is too large ({error}); send a smaller one.") from error
+    except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged headers
+        raise DataError(
+            f"the image cannot be decoded ({len(data):,} bytes of no known format); send a JPEG, PNG or WebP file."
+        ) from error
+    if width * height > max_pixels:
+        raise DataError(
+            f"the image is {width} x {height} pixels, the limit is {max_pixels:,} in all; send a smaller one."
+        )
 
 
 def build_prompt(
