@@ -2,9 +2,9 @@
 """Serve a released model over HTTP: python -m megatron_eve.inference.serve FOLDER
 
 OpenAI's API under /v1 (chat completions with images, streaming or not), /health, and a page at / to drop an image in
-and chat. Listens on this machine only unless --host says otherwise; there is no authentication. Images come as data: URIs;
---allow-url and --allow-path open the network and a folder to whoever can reach the server. Exit codes: 0 stopped by
-Ctrl-C or SIGTERM, 1 cannot serve, 2 wrong usage.
+and chat. Listens on this machine only unless --host says otherwise; there is no authentication. Images come as data:
+URIs; --allow-url and --allow-path open the network and a folder to whoever can reach the server. Exit codes: 0 stopped
+by Ctrl-C or SIGTERM, 1 cannot serve, 2 wrong usage.
 """
 
 import argparse
