@@ -14,9 +14,8 @@ from collections.abc import AsyncIterator
 from importlib import resources
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from starlette.exceptions import HTTPException
 
 from megatron_eve.inference.chat_request import ApiError, ChatRequest, parse_chat_request
 from megatron_eve.inference.engine import Answer, Update
@@ -205,7 +204,9 @@ def _answer_errors_as_json(app: FastAPI) -> None:
         headers = {"Retry-After": "5"} if error.status == 429 else None
         return JSONResponse(error.body, status_code=error.status, headers=headers)
 
-    @app.exception_handler(HTTPException)
+    # By status: the framework's own errors are of a class below fastapi's HTTPException.
+    @app.exception_handler(404)
+    @app.exception_handler(405)
     async def unknown_address(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}."
         body = ApiError(message, status=error.status_code).body
