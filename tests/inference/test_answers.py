@@ -20,7 +20,6 @@ from megatron_eve.inference.answers import (
     load_released,
     shared_prefix,
 )
-from megatron_eve.inference.generate import main
 
 OPTIONS = AnswerOptions(template="qwen2", resize_rule="train", max_new_tokens=6, batch_size=3)
 
@@ -121,23 +120,3 @@ def test_bad_input_is_named(released: ReleasedModel, pictures: list[Path], tmp_p
             answer_questions(released, asked, options=OPTIONS)
     with pytest.raises(CheckpointError, match=r"no released folder: config.json not found"):
         load_released(tmp_path)
-
-
-def test_command_line(
-    released_folder: Path,
-    released: ReleasedModel,
-    pictures: list[Path],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    arguments = [str(released_folder), "--image", str(pictures[3]), "--max-new-tokens", "6"]
-    assert main([*arguments, "--prompt", "How many?"]) == 0
-    question = Question(text="How many?", images=(pictures[3],))
-    (answer,) = answer_questions(released, [question], options=OPTIONS)
-    assert capsys.readouterr().out == answer + "\n"
-    assert main([*arguments, "--template", "plain", "--device", "cpu"]) == 0
-    assert main([str(released_folder / "no"), "--prompt", "What?"]) == 1
-    assert "is no released folder" in capsys.readouterr().err
-    for wrong in (arguments, [*arguments, "--template", "plain", "--prompt", "x"]):
-        with pytest.raises(SystemExit) as stop:
-            main(wrong)
-        assert stop.value.code == 2

@@ -15,7 +15,7 @@ LAYERS = (
     ("data", "model", "parallel", "optim"),
     ("checkpoint", "metrics"),
     ("inference", "loop"),
-    ("train",),
+    ("generate", "train"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # device.py puts the CPU's stand-in for Transformer Engine's FusedAdam where megatron-core looks for it.

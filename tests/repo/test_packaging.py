@@ -48,7 +48,7 @@ def test_every_pin_has_its_reason() -> None:
 
 def test_setup_names_pinned_packages_without_versions() -> None:
     lists = setup_lists()
-    assert set(lists) == {"RUNTIME", "CPU", "GPU", "DEV"}
+    assert set(lists) == {"RUNTIME", "CPU", "SERVE", "SERVE_TEST", "GPU", "DEV"}
     for name in (n for names in lists.values() for n in names):
         assert name in pins(), f"setup.py names {name}, constraints.txt does not pin it"
     assert not re.search(r'"[a-z0-9-]+(==|>=|<)', text_of("setup.py").split("python_requires")[0])

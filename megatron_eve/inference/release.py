@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a released folder says about its model: shape, split, image preparation, where an answer ends.
+
+Reads config.json, generation_config.json and preprocessor_config.json, never the folder's Python files. Refuses a
+folder that is no release, and one whose decoder computes something else than ours.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_eve.config.schema import ModelConfig
+from megatron_eve.config.variants import split_from_moe_part
+from megatron_eve.errors import CheckpointError
+
+ResizeRule = Literal["train", "eval"]
+RESIZE_RULES: tuple[ResizeRule, ...] = ("train", "eval")
+
+_FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+_FIELDS: dict[str, tuple[str, type]] = {
+    "num_layers": ("num_hidden_layers", int),
+    "hidden_size": ("hidden_size", int),
+    "ffn_hidden_size": ("intermediate_size", int),
+    "num_attention_heads": ("num_attention_heads", int),
+    "num_kv_heads": ("num_key_value_heads", int),
+    "vocab_size": ("vocab_size", int),
+    "max_position_embeddings": ("max_position_embeddings", int),
+    "rms_norm_eps": ("rms_norm_eps", float),
+    "rope_theta": ("rope_theta", float),
+    "tie_word_embeddings": ("tie_word_embeddings", bool),
+    "init_std": ("initializer_range", float),
+    "patch_embed_dim": ("mm_hidden_size", int),
+    "patch_stride": ("patch_stride", int),
+    "dense_stride": ("dense_stride", int),
+    "head_dim": ("head_dim", int),
+}
+"""ModelConfig's field -> name and type in config.json."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRules:
+    """How an image becomes pixels: preprocessor_config.json."""
+
+    edge: (
+        int  # M of the resize rules: the area is capped at (train) or scaled to (eval) M * M pixels
+    )
+    resize_rule: ResizeRule  # what the release was made for; a request may say otherwise
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReleaseInfo:
+    """A released folder without its weights and its tokenizer."""
+
+    folder: Path
+    model: ModelConfig
+    images: ImageRules
+    stop_ids: tuple[int, ...]  # tokens that end an answer
+    repetition_penalty: float  # generation_config.json's; 1.0 in our releases
+    max_new_tokens: int
+
+
+def read_release(folder: Path) -> ReleaseInfo:
+    """Raises CheckpointError: a missing file, a missing or mistyped field, a decoder that is not ours."""
+    for name in _FILES:
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder} is no released folder: {name} not found; make one with "
+                "`python -m checkpoints_convert megatron-to-hf`."
+            )
+    path = folder / "config.json"
+    content = _read_json(path)
+    if content.get("model_type") != "eve-qwen2":
+        raise CheckpointError(
+            f"{path}: model_type is {content.get('model_type')!r}, expected 'eve-qwen2'; convert the folder with "
+            "`python -m checkpoints_convert`."
+        )
+    _refuse_other_decoders(content, path)
+    generation = folder / "generation_config.json"
+    settings = _read_json(generation) if generation.is_file() else {}
+    return ReleaseInfo(
+        folder=folder,
+        model=_model(content, path),
+        images=_image_rules(folder / "preprocessor_config.json"),
+        stop_ids=_stop_ids(settings.get("eos_token_id", content.get("eos_token_id")), generation),
+        repetition_penalty=float(settings.get("repetition_penalty") or 1.0),
+        max_new_tokens=int(settings.get("max_new_tokens") or 128),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); copy it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected an object.")
+    return content
+
+
+def _model(content: dict[str, Any], path: Path) -> ModelConfig:
+    rope = content.get("rope_parameters") or {}  # where transformers 5 writes rope_theta
+    flat = {"rope_theta": rope["rope_theta"], **content} if "rope_theta" in rope else content
+    values = {field: _field(flat, *entry, path=path) for field, entry in _FIELDS.items()}
+    is_split = _field(content, "add_moe", bool, path=path)
+    part = _field(content, "moe_part", str, path=path) if is_split else None
+    return ModelConfig(**values, split=split_from_moe_part(part))
+
+
+def _image_rules(path: Path) -> ImageRules:
+    content = _read_json(path)
+    rule = content.get("resize_rule", "train")
+    if rule not in RESIZE_RULES:
+        raise CheckpointError(f"{path}: resize_rule is {rule!r}, expected 'train' or 'eval'.")
+    statistics = []
+    for name in ("image_mean", "image_std"):
+        values = _field(content, name, list, path=path)
+        if len(values) != 3:
+            raise CheckpointError(f"{path}: {name} is {values}, expected three numbers.")
+        statistics.append((float(values[0]), float(values[1]), float(values[2])))
+    return ImageRules(
+        edge=_field(content, "max_size", int, path=path),
+        resize_rule=rule,
+        mean=statistics[0],
+        std=statistics[1],
+    )
+
+
+def _field(content: dict[str, Any], name: str, kind: type, *, path: Path) -> Any:
+    value = content.get(name)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise CheckpointError(
+            f"{path}: {name} is {value!r}, expected a {kind.__name__}; make the release again with "
+            "`python -m checkpoints_convert megatron-to-hf`."
+        )
+    return value
+
+
+def _stop_ids(value: Any, path: Path) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [value]
+    if not ids or not all(isinstance(number, int) for number in ids):
+        raise CheckpointError(f"{path}: eos_token_id is {value!r}, expected a token id or a list.")
+    return tuple(ids)
+
+
+def _refuse_other_decoders(content: dict[str, Any], path: Path) -> None:
+    rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    expected = (
+        ("hidden_act", content.get("hidden_act"), "silu"),
+        ("use_sliding_window", bool(content.get("use_sliding_window")), False),
+        ("type of RoPE", rope.get("rope_type", rope.get("type", "default")), "default"),
+    )
+    for name, found, wanted in expected:
+        if found != wanted:
+            raise CheckpointError(f"{path}: {name} is {found!r}, this decoder has {wanted!r} only.")

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a released folder's safetensors files to the model, tensor by tensor, straight onto the device.
+
+The host never holds more than the tensor that is on its way (safetensors maps the file). Refused, by name, before
+anything is read: a tensor that is missing, one that the model has no place for, one of another shape.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from megatron_eve.config.schema import ModelConfig
+from megatron_eve.errors import CheckpointError
+from megatron_eve.inference.decoder import EveForInference
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_weights(
+    folder: Path, config: ModelConfig, *, device: torch.device, dtype: torch.dtype | None
+) -> EveForInference:
+    """The model on `device`, in `dtype` (None: the dtype of the files). Raises CheckpointError."""
+    with torch.device("meta"):
+        model = EveForInference(config)
+    files = _files(folder)
+    _check(folder, files, model)
+    for path, names in files.items():
+        with _open(path, device) as file:
+            for name in names:
+                tensor = file.get_tensor(name)
+                _place(model, name, tensor.to(dtype or tensor.dtype))
+    return model.eval().requires_grad_(False)
+
+
+def _files(folder: Path) -> dict[Path, list[str]]:
+    """File -> names of the tensors in it, from the files' own headers."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        paths = [folder / name for name in sorted(set(weight_map.values()))]
+    elif single.is_file():
+        weight_map, paths = None, [single]
+    else:
+        raise CheckpointError(f"{folder} has neither {single.name} nor {index.name}.")
+    files = {}
+    for path in paths:
+        with _open(path) as file:
+            files[path] = list(file.keys())
+    found = {name for names in files.values() for name in names}
+    if weight_map is not None and found != set(weight_map):
+        name = sorted(found ^ set(weight_map))[0]
+        raise CheckpointError(f"{index} and the files disagree about {name!r}; copy them again.")
+    return files
+
+
+def _check(folder: Path, files: dict[Path, list[str]], model: nn.Module) -> None:
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found: dict[str, list[int]] = {}
+    dtypes = set()
+    for path, names in files.items():
+        with _open(path) as file:
+            for name in names:
+                part = file.get_slice(name)
+                found[name] = list(part.get_shape())
+                dtypes.add(part.get_dtype())
+    hint = "config.json and the weights do not belong together; make the release again."
+    for name in sorted(wanted.keys() - found.keys()):
+        raise CheckpointError(
+            f"{folder} has no tensor {name!r}, which config.json asks for: {hint}"
+        )
+    for name in sorted(found.keys() - wanted.keys()):
+        raise CheckpointError(
+            f"{folder} holds {name!r}, which config.json knows nothing of: {hint}"
+        )
+    for name, shape in found.items():
+        if shape != wanted[name]:
+            raise CheckpointError(
+                f"{folder}: {name} has shape {shape}, config.json asks for {wanted[name]}: {hint}"
+            )
+    if unknown := sorted(dtypes - _DTYPES.keys()):
+        raise CheckpointError(f"{folder}: dtype {unknown[0]} is not one of {sorted(_DTYPES)}.")
+
+
+def _place(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _open(path: Path, device: torch.device | None = None) -> Any:
+    try:
+        return safe_open(path, framework="pt", device=str(device or "cpu"))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); copy it again.") from error

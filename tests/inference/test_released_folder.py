@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading a released folder: every wrong file, field or tensor is named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoints_convert.hf_config import read_hf_config
+from megatron_eve.errors import CheckpointError
+from megatron_eve.inference.engine import Engine
+from megatron_eve.inference.release import read_release
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def copy(released_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(released_folder, tmp_path / "eve"))
+
+
+def edit(path: Path, **fields: Any) -> None:
+    """Set fields of a JSON file; None removes one."""
+    content = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def test_says_what_the_converter_reads(released_folder: Path) -> None:
+    info = read_release(released_folder)
+    assert info.model == read_hf_config(released_folder, patch_embed_dim=1).model
+    assert (info.images.edge, info.images.resize_rule) == (16, "train")
+    assert (info.repetition_penalty, info.max_new_tokens) == (1.0, 128)
+    assert len(info.stop_ids) == 1
+
+
+def test_needs_nothing_but_data(copy: Path) -> None:
+    """The folder's Python files and generation_config.json are not read."""
+    for path in (*copy.glob("*.py"), copy / "generation_config.json"):
+        path.unlink()
+    assert Engine.load(copy, device=CPU).info.stop_ids == read_release(copy).stop_ids
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        ("config.json", {"model_type": "qwen2"}, r"model_type is 'qwen2', expected 'eve-qwen2'"),
+        ("config.json", {"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
+        ("config.json", {"use_sliding_window": True}, r"use_sliding_window is True"),
+        ("config.json", {"rope_scaling": {"type": "yarn"}}, r"type of RoPE is 'yarn'"),
+        ("config.json", {"hidden_size": None}, r"hidden_size is None, expected a int"),
+        ("config.json", {"num_hidden_layers": True}, r"num_hidden_layers is True"),
+        ("config.json", {"add_moe": None}, r"add_moe is None"),
+        ("generation_config.json", {"eos_token_id": "x"}, r"eos_token_id is 'x'"),
+        ("preprocessor_config.json", {"resize_rule": "any"}, r"resize_rule is 'any'"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, r"image_mean is \[0.5\]"),
+        ("preprocessor_config.json", {"max_size": "big"}, r"max_size is 'big'"),
+    ],
+)
+def test_wrong_fields_are_named(
+    copy: Path, file: str, fields: dict[str, Any], message: str
+) -> None:
+    edit(copy / file, **fields)
+    with pytest.raises(CheckpointError, match=message):
+        read_release(copy)
+
+
+def test_missing_and_broken_files_are_named(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is no released folder: config.json not found"):
+        read_release(tmp_path / "none")
+    (copy / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read as JSON"):
+        read_release(copy)
+    (copy / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"config.json holds a list"):
+        read_release(copy)
+
+
+def drop(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.1.self_attn.moe_k_proj.bias"]
+
+
+def add(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(2)
+
+
+def reshape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].clone()
+
+
+def recast(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop, r"no tensor 'model.layers.1.self_attn.moe_k_proj.bias', which config.json asks"),
+        (add, r"holds 'model.layers.7.mlp.up_proj.weight', which config.json knows nothing of"),
+        (reshape, r"lm_head.weight has shape \[322, 32\], config.json asks for \[323, 32\]"),
+        (recast, r"dtype I32 is not one of"),
+    ],
+)
+def test_wrong_tensors_are_named(
+    copy: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str
+) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        Engine.load(copy, device=CPU)
+
+
+def test_wrong_weight_files_are_named(copy: Path) -> None:
+    weights = copy / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"model.safetensors cannot be read"):
+        Engine.load(copy, device=CPU)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"has neither model.safetensors nor"):
+        Engine.load(copy, device=CPU)
+    (copy / "shard.safetensors").write_bytes(whole)
+    index = {"weight_map": {"model.norm.weight": "shard.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"and the files disagree about 'lm_head.weight'"):
+        Engine.load(copy, device=CPU)
