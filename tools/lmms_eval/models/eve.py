@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.api.registry import register_model
 from PIL import Image
@@ -93,8 +93,11 @@ class Eve(lmms):
                     bar.update()
         return answers
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """(negative log-probability, whether greedy decoding writes it) of each continuation."""
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """(negative log-probability, whether greedy decoding writes it) of each continuation.
+
+        In a GenerationResult, whose content lmms-eval hands on: it turns a bare pair into its text (0.7.3,
+        api/instance.py: unwrap_generation_output) and then cannot score it."""
         arguments = [
             # Unconditional requests of acc_mutual_info are (context, continuation) alone.
             request.args if len(request.args) > 2 else (*request.args, None, None, None, None)
@@ -105,10 +108,9 @@ class Eve(lmms):
             for _, target, _, *place in arguments
         ]
         asked = [self._asked(request) for request in arguments]
-        found: dict[int, tuple[float, bool]] = {}
-        for index, value in self.released.likelihoods(asked, continuations):
-            found[index] = (-value.log_probability, value.is_greedy)
-        return [found[index] for index in range(len(requests))]
+        found = dict(self.released.likelihoods(asked, continuations))
+        pairs = [(-found[i].log_probability, found[i].is_greedy) for i in range(len(requests))]
+        return [GenerationResult(text=pair) for pair in pairs]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Refused: its tasks choose the next question from the last answer."""
