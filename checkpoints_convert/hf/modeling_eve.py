@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .chat_eve import EVEChatMixin
 from .configuration_eve import EVEQwen2Config
 from .modality_eve import (
     CLS,
@@ -274,8 +275,8 @@ class EVEQwen2Model(EVEQwen2PreTrainedModel):
         return order.scatter(self.norm(h_TH))
 
 
-class EVEQwen2ForCausalLM(EVEQwen2PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """EVEv2 with its output layer. `generate` takes what EVEProcessor returns."""
+class EVEQwen2ForCausalLM(EVEQwen2PreTrainedModel, EVEChatMixin, GenerationMixin):  # type: ignore[misc]
+    """EVEv2 with its output layer. `generate` takes what EVEProcessor returns; `chat` does all of it."""
 
     _tied_weights_keys = ["lm_head.weight"]  # type: ignore[assignment]  # noqa: RUF012
 

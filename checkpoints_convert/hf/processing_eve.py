@@ -32,8 +32,10 @@ SYSTEM_TEXT = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 STOP_TEXT = "<|im_end|>"
-FILLER_TOKEN = "<|image_pad|>"
-"""What `input_ids` holds at vision tokens, if the tokenizer has it; else the end token. The model does not read it."""
+FILLER_TOKENS = ("<|image_pad|>", "<|im_start|>")
+"""What `input_ids` holds at vision tokens: the first of these that the tokenizer has, else the end token. The model
+does not read it, but a repetition penalty counts every id of the prompt: neither of these is ever generated, the end
+token is."""
 
 
 @dataclass(frozen=True)
@@ -251,9 +253,11 @@ class EVEProcessor(ProcessorMixin):
     @property
     def filler_id(self) -> int:
         """What `input_ids` holds at vision tokens."""
-        found = self.tokenizer.convert_tokens_to_ids(FILLER_TOKEN)
-        is_missing = found is None or found == self.tokenizer.unk_token_id
-        return self.tokenizer.eos_token_id if is_missing else found
+        for token in FILLER_TOKENS:
+            found = self.tokenizer.convert_tokens_to_ids(token)
+            if found is not None and found != self.tokenizer.unk_token_id:
+                return found
+        return self.tokenizer.eos_token_id
 
     @property
     def pad_id(self) -> int:

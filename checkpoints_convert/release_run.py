@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's checkpoint -> a release that people can use: weights, code, a card with the run's own facts, checksums.
+
+`megatron-to-hf` converts; this adds what a reader of the model wants to know (run_record.py, evaluation_results.py) and
+SHA256SUMS, then loads the folder as a user would, offline, and answers a prompt that is an image and nothing else.
+Only a folder that passed all of it gets its name.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from checkpoints_convert.evaluation_results import Figure, read_results
+from checkpoints_convert.megatron_to_hf import ExportOptions, export_hf
+from checkpoints_convert.model_card import CardFacts, last_template, model_card
+from checkpoints_convert.model_text import model_from_text, run_from_text
+from checkpoints_convert.release import publish
+from checkpoints_convert.run_record import read_history
+from megatron_eve.checkpoint.weights import CONFIG, read_config_text, weights_folder
+from megatron_eve.errors import CheckpointError
+
+CHECKSUMS = "SHA256SUMS"
+SOFTWARE = ("megatron-eve", "megatron-core", "torch", "transformers")
+_CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReleaseOptions:
+    """How a run is released, beyond its conversion."""
+
+    export: ExportOptions
+    results: tuple[Path, ...] = ()  # of evaluations, for the card
+    license: str | None = None
+    check: bool = True
+
+
+def release_run(source: Path, dest: Path, options: ReleaseOptions) -> int:
+    """Write the released folder `dest` of the run or checkpoint `source`; returns the bytes of its weights.
+
+    Raises: CheckpointError if `dest` exists and is not to be replaced, or if the written folder does not load;
+    DataError if a results file cannot be read."""
+    if dest.exists() and not options.export.overwrite:
+        raise CheckpointError(f"{dest} exists; choose another name or pass --overwrite.")
+    figures = tuple(figure for path in options.results for figure in read_results(path))
+    staged = dest.with_name(f"{dest.name}.staged")
+    shutil.rmtree(staged, ignore_errors=True)
+    num_bytes = export_hf(source, staged, options.export)
+    facts = _facts(weights_folder(source), staged, figures=figures, license_id=options.license)
+    (staged / "README.md").write_text(model_card(facts), encoding="utf-8")
+    if options.check:
+        check_release(staged)
+    (staged / CHECKSUMS).write_text(checksums(staged), encoding="utf-8")
+    publish(staged, dest)
+    return num_bytes
+
+
+def _facts(
+    checkpoint: Path, staged: Path, *, figures: tuple[Figure, ...], license_id: str | None
+) -> CardFacts:
+    text = read_config_text(checkpoint)
+    step = _step_of(checkpoint)
+    return CardFacts(
+        model=model_from_text(text, where=str(checkpoint / CONFIG)),
+        dtype=_json(staged / "config.json")["torch_dtype"],
+        image_edge=_json(staged / "preprocessor_config.json")["max_size"],
+        origin=f"{checkpoint.parent.parent.name}, step {step}" if step else checkpoint.name,
+        template=last_template(run_from_text(text)),
+        history=read_history(checkpoint, up_to_step=step),
+        figures=figures,
+        license=license_id,
+        versions=tuple(_installed()),
+    )
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    """The step in a run's checkpoint's name, `step_00000600`."""
+    number = checkpoint.name.removeprefix("step_")
+    return int(number) if checkpoint.parent.name == "checkpoints" and number.isdigit() else None
+
+
+def _installed() -> list[str]:
+    found = []
+    for name in SOFTWARE:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue  # a source tree that was not installed
+    return found
+
+
+def check_release(folder: Path) -> None:
+    """Load the folder through the Auto classes, without network, and let it write two tokens about a grey image.
+
+    Raises: CheckpointError with what went wrong."""
+    import torch
+    from PIL import Image
+    from transformers import AutoModelForCausalLM, AutoProcessor
+
+    auto_processor: Any = AutoProcessor  # untyped upstream
+    auto_model: Any = AutoModelForCausalLM
+    options = {"trust_remote_code": True, "local_files_only": True}
+    try:
+        processor = auto_processor.from_pretrained(folder, **options)
+        model, report = auto_model.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, **options
+        )
+        inputs = processor(text="<image>", images=Image.new("RGB", (64, 48), (128, 128, 128)))
+        with torch.inference_mode():
+            logits = model(**inputs, logits_to_keep=1).logits
+            model.generate(**inputs, max_new_tokens=2)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder} does not load as a release: {type(error).__name__}: {error}"
+        ) from error
+    problems = {kind: sorted(names) for kind, names in report.items() if names}
+    if problems:
+        raise CheckpointError(f"{folder}: its weights do not fit its code: {problems}")
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(f"{folder}: logits of a grey image are not finite; do not release it")
+
+
+def checksums(folder: Path) -> str:
+    """Lines for `sha256sum --check`, of every file, sorted by name."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
+    return "".join(f"{_sha256(path)}  {path.name}\n" for path in paths)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
