@@ -42,8 +42,7 @@ class MegatronWeights:
     model: ModelConfig
     run: RunConfig | None  # None: a converter wrote it
     dtype: Dtype
-    headers: Mapping[str, Tensor]  # device "meta", by EveModel's names
-    tensors: Mapping[str, Tensor]  # the same with values: EveModel's unsharded state dict
+    tensors: StoredTensors  # EveModel's unsharded state dict
 
 
 def write_megatron(
@@ -130,7 +129,6 @@ def read_megatron(folder: Path) -> MegatronWeights:
         model=model,
         run=run_from_text(text),
         dtype=_dtype(tensors.headers, folder),
-        headers=tensors.headers,
         tensors=tensors,
     )
 

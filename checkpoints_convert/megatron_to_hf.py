@@ -6,12 +6,9 @@ reads. The tokenizer and the image area come from the run that wrote the checkpo
 their bytes and their dtype.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-from torch import Tensor
 
 from checkpoints_convert.hf_folder import TensorStream
 from checkpoints_convert.hf_to_megatron import described
@@ -64,9 +61,14 @@ def hf_stream(weights: MegatronWeights) -> TensorStream:
     """The tensors under their Hugging Face names, each read when it is asked for.
 
     Raises: CheckpointError if names or shapes are not those of the checkpoint's model."""
-    headers = HfView(weights.headers, weights.model, resize_vocabulary=False)
-    values = HfView(weights.tensors, weights.model, resize_vocabulary=False)
-    return TensorStream(dict(headers), values.__getitem__)
+    headers = HfView(weights.tensors.headers, weights.model, resize_vocabulary=False)
+    return TensorStream(dict(headers), hf_view(weights).__getitem__)
+
+
+def hf_view(weights: MegatronWeights) -> HfView:
+    """The tensors under their Hugging Face names."""
+    tensors = weights.tensors
+    return HfView(tensors, weights.model, resize_vocabulary=False, read_rows=tensors.rows)
 
 
 def planned_mapping(source: Path, options: ExportOptions) -> list[str]:
@@ -75,9 +77,8 @@ def planned_mapping(source: Path, options: ExportOptions) -> list[str]:
     _tokenizer(weights.run, options)
     _image_edge(weights.run, options)
     hf_stream(weights)
-    headers: Mapping[str, Tensor] = weights.headers
     return [
-        f"{described(rule.eve, headers)} -> {', '.join(rule.hf)}"
+        f"{described(rule.eve, weights.tensors.headers)} -> {', '.join(rule.hf)}"
         for rule in tensor_rules(weights.model)
     ]
 

@@ -7,7 +7,7 @@ CheckpointError that names the tensor: a missing, left over or mis-shaped one, o
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -105,15 +105,22 @@ class EveView(Mapping[str, Tensor]):
 class HfView(Mapping[str, Tensor]):
     """Official Hugging Face tensors made of EveModel's unsharded state dict: the inverse of `EveView`.
 
-    The parts of one EveModel tensor are neighbours in the order of iteration; it is read once for all of them, and let
-    go before the next one is read.
+    `read_rows(name, first, last)`: rows of a tensor of `state_dict` without the others, where that is cheaper. q, k and
+    v are neighbours in the order of iteration; what they are made of is read once for the three, and let go with the
+    next tensor.
 
     Raises: as EveView."""
 
     def __init__(
-        self, state_dict: Mapping[str, Tensor], model: ModelConfig, *, resize_vocabulary: bool
+        self,
+        state_dict: Mapping[str, Tensor],
+        model: ModelConfig,
+        *,
+        resize_vocabulary: bool,
+        read_rows: Callable[[str, int, int], Tensor] | None = None,
     ) -> None:
         self._source, self._model, self._resize = state_dict, model, resize_vocabulary
+        self._read_rows = read_rows
         rules = tensor_rules(model)
         self._rule_of = {name: rule for rule in rules for name in rule.hf}
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
@@ -123,10 +130,16 @@ class HfView(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         rule = self._rule_of[name]
-        if self._last[0] != rule.eve:
-            self._last = ("", {})  # let the last one go first
-            self._last = (rule.eve, self._parts(rule))
-        return self._last[1][name]
+        if rule.kind == "qkv" and self._last[0] == rule.eve:
+            return self._last[1][name]
+        self._last = ("", {})  # let it go before anything else is read
+        if rule.kind == "gate_up" and self._read_rows is not None:
+            number, rows = rule.hf.index(name), rule.hf_shapes[0][0]
+            return self._read_rows(rule.eve, number * rows, (number + 1) * rows)
+        parts = self._parts(rule)
+        if rule.kind == "qkv":
+            self._last = (rule.eve, parts)
+        return parts[name]
 
     def _parts(self, rule: TensorRule) -> dict[str, Tensor]:
         tensor = self._source[rule.eve]

@@ -10,6 +10,7 @@ that was asked for. Sources: megatron.core.dist_checkpointing.strategies.torch, 
 The tests load what is written with dist_checkpointing.load, in other layouts.
 """
 
+import contextlib
 import io
 import re
 import warnings
@@ -75,7 +76,7 @@ def write_tensors(
     for chunk in chunks:
         item = _write_item(headers[chunk.name], chunk, num_layers=num_layers)
         items[item.index] = (item, chunk)
-    with warnings.catch_warnings():
+    with _without_zip_checksums(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         save(
             {},
@@ -83,6 +84,17 @@ def write_tensors(
             planner=_OneAtATime(items),
             no_dist=True,
         )
+
+
+@contextlib.contextmanager
+def _without_zip_checksums() -> Iterator[None]:
+    """torch.load never looks at them, and to make them takes three times as long as everything else."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _write_item(header: Tensor, chunk: Chunk, *, num_layers: int) -> WriteItem:
@@ -147,45 +159,43 @@ class StoredTensors(Mapping[str, Tensor]):
         return {key: torch.empty(shape, dtype=dtype, device="meta")}
 
     def __getitem__(self, name: str) -> Tensor:
-        header = self.headers[name]
-        tensor = torch.empty(header.shape, dtype=header.dtype)
+        return self.rows(name, 0, self.headers[name].shape[0])
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """The rows from `first` to before `last` of a tensor.
+
+        Mapped from the file if they lie there in one piece; its first value may then have any address."""
+        header = self.headers[name][first:last]
         key, layer = stored_key(name)
-        wanted: Box = tuple((0, length) for length in header.shape)
+        wanted: Box = ((first, last), *((0, length) for length in header.shape[1:]))
         if layer is not None:
             wanted = ((layer, layer + 1), *wanted)
-            tensor = tensor.unsqueeze(0)
         stored = self._metadata.state_dict_metadata[key]
         assert isinstance(stored, TensorStorageMetadata)
-        found = 0
-        for chunk in stored.chunks:
-            found += self._copy(key, chunk, wanted, tensor)
-        if found != header.numel():
+        found = [(c, box) for c in stored.chunks if (box := _common(c, wanted)) is not None]
+        if len(found) == 1 and found[0][1] == wanted:
+            data = self._bytes(key, found[0][0], wanted, header.element_size())
+            if data.is_contiguous():
+                return data.view(header.dtype).reshape(header.shape)
+        tensor = torch.empty([b - a for a, b in wanted], dtype=header.dtype)
+        whole, itemsize = tensor.view(torch.uint8), tensor.element_size()
+        for chunk, box in found:
+            target = _narrow(whole, box, start=[a for a, _ in wanted], itemsize=itemsize)
+            target.copy_(self._bytes(key, chunk, box, itemsize))
+        count = sum(torch.Size([b - a for a, b in box]).numel() for _, box in found)
+        if count != header.numel():
             raise CheckpointError(
-                f"{self._folder}: the chunks of {key!r} hold {found} of the {header.numel()} values of {name!r}, some "
+                f"{self._folder}: the chunks of {key!r} hold {count} of the {header.numel()} values of {name!r}, some "
                 "twice or not at all; use another checkpoint."
             )
-        return tensor if layer is None else tensor[0]
+        return tensor.reshape(header.shape)
 
-    def _copy(self, key: str, chunk: ChunkStorageMetadata, wanted: Box, tensor: Tensor) -> int:
-        """Copy what a chunk has of the wanted box; returns how many values that was."""
-        held = tuple((o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
-        common = tuple(
-            (max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(held, wanted, strict=True)
-        )
-        if any(first >= last for first, last in common):
-            return 0
-        # As bytes: in the file, values may begin at any address.
-        source, target = self._chunk(key, chunk), tensor.view(torch.uint8)
-        for dim, (first, last) in enumerate(common):
-            width = tensor.element_size() if dim == tensor.dim() - 1 else 1
-            length = (last - first) * width
-            source = source.narrow(dim, (first - held[dim][0]) * width, length)
-            target = target.narrow(dim, (first - wanted[dim][0]) * width, length)
-        target.copy_(source)
-        return source.numel() // tensor.element_size()
+    def _bytes(self, key: str, chunk: ChunkStorageMetadata, box: Box, itemsize: int) -> Tensor:
+        """A box of a chunk as bytes, the last dim as many times longer as a value has bytes."""
+        return _narrow(self._chunk(key, chunk), box, start=chunk.offsets, itemsize=itemsize)
 
     def _chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
-        """The bytes of a chunk: uint8, the last dim as many times longer as a value has bytes."""
+        """A whole chunk as bytes."""
         index = MetadataIndex(key, chunk.offsets)
         info = self._metadata.storage_data[index]
         path = self._folder / info.relative_path
@@ -203,6 +213,21 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.headers)
+
+
+def _common(chunk: ChunkStorageMetadata, wanted: Box) -> Box | None:
+    """The box that a chunk shares with another; None if there is none."""
+    held = ((o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
+    box = tuple((max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(held, wanted, strict=True))
+    return None if any(first >= last for first, last in box) else box
+
+
+def _narrow(data: Tensor, box: Box, *, start: Sequence[int], itemsize: int) -> Tensor:
+    """The bytes of a box, out of the bytes of values whose first one has the indices `start`."""
+    widths = [1] * (len(box) - 1) + [itemsize]
+    for dim, ((first, last), origin, width) in enumerate(zip(box, start, widths, strict=True)):
+        data = data.narrow(dim, (first - origin) * width, (last - first) * width)
+    return data
 
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")

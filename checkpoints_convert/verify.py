@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_convert.hf_folder import SafetensorsFolder
-from checkpoints_convert.tensors import HfView, canonical_hf_names
+from checkpoints_convert.tensors import canonical_hf_names
 from megatron_eve.checkpoint.weights import COMPLETE, weights_folder
 
 QUESTION = "What is in the image? Describe it in one sentence."
@@ -64,9 +64,9 @@ def open_weights(folder: Path) -> Mapping[str, Tensor]:
     """Hugging Face names and tensors of a folder of either kind; each tensor is read when it is asked for."""
     if (weights_folder(folder) / COMPLETE).is_file():
         from checkpoints_convert.megatron_folder import read_megatron
+        from checkpoints_convert.megatron_to_hf import hf_view
 
-        weights = read_megatron(folder)
-        return HfView(weights.tensors, weights.model, resize_vocabulary=False)
+        return hf_view(read_megatron(folder))
     return SafetensorsFolder(folder)
 
 
