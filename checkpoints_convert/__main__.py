@@ -158,7 +158,8 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--logits",
         action="store_true",
-        help="compare logits on a fixed question about a fixed picture instead (released folders)",
+        help="compare logits on a fixed question about a fixed picture instead (Hugging Face folders; on fixed token "
+        "ids if one is a plain language model)",
     )
     parser.add_argument("--tolerance", type=float, default=1e-5, help="of --logits (default 1e-5)")
 
@@ -232,7 +233,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         same = gap <= arguments.tolerance
         print(
             f"logits of {first} and {second} differ by {gap:.3g} at most: "
-            f"{'within' if same else 'beyond'} {arguments.tolerance:g}"
+            f"{'within' if same else 'beyond'} the limit {arguments.tolerance:g}"
         )
         return 0 if same else 1
     result = compare_tensors(first, second, allow_extra=arguments.allow_extra)

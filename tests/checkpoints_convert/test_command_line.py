@@ -77,7 +77,7 @@ def test_verify_finds_one_changed_value(
         (other / path.name).write_bytes(path.read_bytes())
     code, lines, _ = command("verify", folder, other, "--logits")
     assert code == 0
-    assert "differ by 0 at most: within 1e-05" in lines[-1]
+    assert "differ by 0 at most: within the limit 1e-05" in lines[-1]
     state = load_file(other / "model.safetensors")
     state["model.norm.weight"][3] += 1
     save_file(state, other / "model.safetensors")
