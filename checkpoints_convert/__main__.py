@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Command line of checkpoint conversion: python -m checkpoints_convert COMMAND ...
 
-    hf-to-megatron SOURCE DEST    Qwen2, Qwen2.5 or EVE folder -> distributed checkpoint for any layout
-    megatron-to-hf SOURCE DEST    distributed checkpoint -> folder that transformers loads
+    hf-to-megatron SOURCE DEST    Qwen2.5, Llama-3, Vicuna or EVE folder -> distributed checkpoint for any layout
+    megatron-to-hf SOURCE DEST    distributed checkpoint -> folder that transformers or the official code loads
     release SOURCE DEST           the same with the run's facts in its model card, checksums, and a check that it loads
     verify A B                    compare weights byte by byte, or logits
+
+Tensors are converted one at a time: a model of any size needs little more memory than its largest tensor.
 
 Exit codes: 0 done, 1 a check failed or a checkpoint is bad, 2 wrong usage. The last line of output says what was
 written where.
@@ -136,6 +138,12 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         "source", type=Path, help="run directory (its newest checkpoint), or a checkpoint folder"
     )
     parser.add_argument("dest", type=Path, help="Hugging Face folder to write")
+    parser.add_argument(
+        "--layout",
+        choices=("automodel", "official"),
+        default="automodel",
+        help="automodel: stands alone, for transformers' Auto classes (default); official: as baaivision/EVE reads it",
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: the run's")
     parser.add_argument(
         "--image-edge",
@@ -176,7 +184,8 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--logits",
         action="store_true",
-        help="compare logits on a fixed question about a fixed picture instead (released folders)",
+        help="compare logits on a fixed question about a fixed picture instead (Hugging Face folders; on fixed token "
+        "ids if one is a plain language model)",
     )
     parser.add_argument("--tolerance", type=float, default=1e-5, help="of --logits (default 1e-5)")
 
@@ -210,11 +219,7 @@ def _import(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     if arguments.dry_run:
-        mapping = planned_mapping(arguments.source, options)
-        for line in mapping:
-            print(line)
-        print(f"{len(mapping)} tensors would be written to {arguments.dest}")
-        return 0
+        return _list_mapping(planned_mapping(arguments.source, options), arguments.dest)
     written = import_hf(arguments.source, arguments.dest, options)
     print(f"wrote {written.num_tensors} {written.dtype} tensors to {arguments.dest}")
     return 0
@@ -228,15 +233,20 @@ def _export(arguments: argparse.Namespace) -> int:
         image_edge=arguments.image_edge,
         max_shard_bytes=int(arguments.max_shard_gb * 1e9),
         overwrite=arguments.overwrite,
+        layout=arguments.layout,
     )
     if arguments.dry_run:
-        mapping = planned_mapping(arguments.source, options)
-        for line in mapping:
-            print(line)
-        print(f"{len(mapping)} tensors would be written to {arguments.dest}")
-        return 0
+        return _list_mapping(planned_mapping(arguments.source, options), arguments.dest)
     num_bytes = export_hf(arguments.source, arguments.dest, options)
-    print(f"wrote {num_bytes / 1e6:,.1f} MB of weights, processor and code to {arguments.dest}")
+    what = "processor and code" if arguments.layout == "automodel" else "configuration, tokenizer"
+    print(f"wrote {num_bytes / 1e6:,.1f} MB of weights, {what} to {arguments.dest}")
+    return 0
+
+
+def _list_mapping(lines: Sequence[str], dest: Path) -> int:
+    for line in lines:
+        print(line)
+    print(f"{len(lines)} tensors, all checked by name, shape and dtype; nothing written to {dest}")
     return 0
 
 
@@ -271,7 +281,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         same = gap <= arguments.tolerance
         print(
             f"logits of {first} and {second} differ by {gap:.3g} at most: "
-            f"{'within' if same else 'beyond'} {arguments.tolerance:g}"
+            f"{'within' if same else 'beyond'} the limit {arguments.tolerance:g}"
         )
         return 0 if same else 1
     result = compare_tensors(first, second, allow_extra=arguments.allow_extra)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """config.json, generation_config.json and preprocessor_config.json of a Hugging Face folder, both directions.
 
-Read: `model_type` qwen2 (a plain language model) or eve-qwen2 (ours and the official release). Every field is
-read by its name; what this project's decoder does not compute (sliding windows, scaled RoPE, other activations)
-is refused. Written: the official EVE fields, plus what makes the folder load by itself (`auto_map`, the geometry
-of the patch embedding) and a generation_config without settings inherited from a chat model.
+Read: `model_type` qwen2 or llama (plain language models) or eve-qwen2 (ours and the official release). Every field is
+read by its name; what this project's decoder does not compute (sliding windows, scaled RoPE, other activations, biases
+on other layers than q, k and v) is refused. Written: the official EVE fields, plus what makes the folder load by itself
+(`auto_map`, the geometry of the patch embedding) and a generation_config without settings inherited from a chat model.
 """
 
 import json
@@ -41,12 +41,43 @@ _FIELDS: dict[str, tuple[str, type]] = {
 """ModelConfig's field -> name and type in config.json."""
 
 
+_LLAMA_DEFAULTS: dict[str, Any] = {
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+}
+"""What a field that a Llama config.json leaves out means (transformers' LlamaConfig); older ones lack rope_theta."""
+
+_REASONS = {
+    "eve-llama3": "the official Llama-3 code of EVEv2, which its authors published for reference and does not run",
+    "eve": "EVEv1, which has another patch embedding",
+}
+"""EVE's model types that no converter reads, and what they are."""
+
+_SWITCHES: dict[str, str] = {
+    "attention_bias": "biases on the attention's projections, the output's included",
+    "mlp_bias": "biases in the FFN",
+    "use_qk_norm": "norms on queries and keys",
+}
+"""Fields that must be false or absent, and what they would switch on."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HfModel:
     """What config.json says."""
 
-    kind: Literal["qwen2", "eve-qwen2"]
+    kind: Literal["qwen2", "llama", "eve-qwen2"]
     model: ModelConfig
+
+    @property
+    def is_eve(self) -> bool:
+        """Whether there is a patch embedding already."""
+        return self.kind == "eve-qwen2"
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the checkpoint stores biases of q, k and v. Without them they are zeros: the same function."""
+        return self.kind != "llama"
 
 
 def read_hf_config(folder: Path, *, patch_embed_dim: int) -> HfModel:
@@ -61,13 +92,20 @@ def read_hf_config(folder: Path, *, patch_embed_dim: int) -> HfModel:
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); download it again.") from error
     kind = content.get("model_type")
-    if kind not in ("qwen2", "eve-qwen2"):
+    if kind not in ("qwen2", "llama", "eve-qwen2"):
+        what = f" ({_REASONS[kind]})" if kind in _REASONS else ""
         raise CheckpointError(
-            f"{path}: model_type is {kind!r}, expected 'qwen2' (Qwen2, Qwen2.5) or 'eve-qwen2'."
+            f"{path}: model_type is {kind!r}{what}, expected 'qwen2' (Qwen2, Qwen2.5), 'llama' (Llama-3, Vicuna) or "
+            "'eve-qwen2'."
         )
     _refuse_unsupported(content, path)
+    content = _flat_rope(content)
+    if kind == "llama":
+        heads = {"num_key_value_heads": content.get("num_attention_heads")}
+        given = {name: value for name, value in content.items() if value is not None}
+        content = _LLAMA_DEFAULTS | heads | given
     values = {
-        field: _read(_flat_rope(content), name, kind=python_type, path=path)
+        field: _read(content, name, kind=python_type, path=path)
         for field, (name, python_type) in _FIELDS.items()
     }
     values["head_dim"] = content.get("head_dim") or _default_head_dim(values, path)
@@ -216,14 +254,25 @@ def _refuse_unsupported(content: dict[str, Any], path: Path) -> None:
         raise CheckpointError(
             f"{path}: hidden_act is {content.get('hidden_act')!r}, expected 'silu'."
         )
+    for name, what in _SWITCHES.items():
+        if content.get(name):
+            raise CheckpointError(
+                f"{path}: {name} is {content[name]!r} ({what}); this decoder has none."
+            )
     if content.get("use_sliding_window"):
         raise CheckpointError(
             f"{path}: use_sliding_window is true; this decoder attends to the whole sequence. Set it to false if "
             "the checkpoint was trained so."
         )
-    scaling = content.get("rope_scaling") or content.get("rope_parameters") or {}
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type != "default":
+    for field in ("rope_scaling", "rope_parameters"):
+        scaling = content.get(field) or {}
+        rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+        if rope_type != "default":
+            raise CheckpointError(
+                f"{path}: {field} has RoPE of type {rope_type!r}, which this decoder does not compute; only the "
+                "default one (no scaling) is supported."
+            )
+    if content.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(
-            f"{path}: RoPE of type {rope_type!r} is not supported, only the default one (no rope_scaling)."
+            f"{path}: partial_rotary_factor is {content['partial_rotary_factor']!r}; this decoder rotates whole heads."
         )

@@ -1,62 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """The safetensors files of a Hugging Face folder: one file, or shards with an index.
 
-Reading is lazy: a tensor is read when it is asked for. Writing streams: at most one shard is in memory.
+Reading is lazy: a tensor is mapped when it is asked for. Writing streams: one tensor is in memory at a time.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoints_convert.safetensors_file import Header, SafetensorsFile, write_file
 from megatron_eve.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 MAX_SHARD_BYTES = 5_000_000_000  # transformers' default
 
 
 class SafetensorsFolder(Mapping[str, Tensor]):
-    """Name -> tensor of a folder's safetensors files; each access reads from disk."""
+    """Name -> tensor of a folder's safetensors files, each mapped from its file when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[str, Any] = {}
-        self._file_of = _file_of_each_tensor(folder)
+        self._files: dict[str, SafetensorsFile] = {}
+        self._file_of = _file_of_each_tensor(folder, self._files)
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file(name).get_tensor(name)
-        return tensor
-
-    def _file(self, name: str) -> Any:
-        file = self._file_of[name]
-        if file not in self._files:
-            self._files[file] = _open(self._folder / file)
-        return self._files[file]
-
-    def header(self, name: str) -> Tensor:
-        """Shape and dtype of a tensor as a tensor without data (device "meta"); reads no weights."""
-        part = self._file(name).get_slice(name)
-        return torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
+        return self._files[self._file_of[name]].read(name)
 
     def headers(self) -> dict[str, Tensor]:
-        """`header` of every tensor."""
-        return {name: self.header(name) for name in self}
+        """Shape and dtype of every tensor as a tensor without data (device "meta")."""
+        return {name: self._files[file].headers[name] for name, file in self._file_of.items()}
 
-    def dtype(self) -> torch.dtype:
-        """The dtype of all tensors. Raises CheckpointError if they differ."""
-        found = {header.dtype: name for name, header in self.headers().items()}
+    def dtype(self, *, but: re.Pattern[str] | None = None) -> torch.dtype:
+        """The dtype of all tensors `but` those with such a name. Raises CheckpointError if they differ."""
+        found = {
+            header.dtype: name
+            for name, header in self.headers().items()
+            if but is None or not but.fullmatch(name)
+        }
         if len(found) != 1:
             listing = ", ".join(f"{dtype} ({name})" for dtype, name in found.items())
             raise CheckpointError(
@@ -71,78 +56,78 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         return len(self._file_of)
 
 
+class TensorStream(Iterable[tuple[str, Tensor]]):
+    """Tensors whose names, shapes and dtypes are known before their values, which are read one at a time.
+
+    `headers`: in the order in which reading is cheapest."""
+
+    def __init__(self, headers: Header, read: Callable[[str], Tensor]) -> None:
+        self.headers = headers
+        self.read = read
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self.headers:
+            yield name, self.read(name)
+
+
 def write_safetensors(
     folder: Path,
     tensors: Iterable[tuple[str, Tensor]],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> int:
-    """Write the tensors in the order they come; returns their total size in bytes."""
-    shards: list[dict[str, int]] = []  # of each shard: tensor name -> bytes
-    pending: dict[str, Tensor] = {}
+    """Write the tensors, shard by shard in the order they come; returns their total size in bytes.
+
+    A TensorStream is written with one tensor in memory at a time; anything else is taken to be in memory already."""
+    if not isinstance(tensors, TensorStream):
+        held = dict(tensors)
+        tensors = TensorStream(held, held.__getitem__)
+    shards: list[dict[str, Tensor]] = [{}]
     size = 0
-    for name, tensor in tensors:
-        bytes_ = tensor.numel() * tensor.element_size()
-        if pending and size + bytes_ > max_shard_bytes:
-            shards.append(_write_shard(folder, pending, number=len(shards) + 1))
-            pending, size = {}, 0
-        pending[name] = tensor.contiguous()
-        size += bytes_
-    shards.append(_write_shard(folder, pending, number=len(shards) + 1))
-    return _name_shards(folder, shards)
-
-
-def _write_shard(folder: Path, tensors: dict[str, Tensor], *, number: int) -> dict[str, int]:
-    save_file(tensors, _unnamed(folder, number), metadata={"format": "pt"})
-    return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-
-
-def _unnamed(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number}.partial"
-
-
-def _name_shards(folder: Path, shards: list[dict[str, int]]) -> int:
-    """Give the shards their final names, which hold the number of shards, and write the index."""
-    total = sum(sum(shard.values()) for shard in shards)
-    if len(shards) == 1:
-        _unnamed(folder, 1).rename(folder / SINGLE_FILE)
-        return total
+    for name, header in tensors.headers.items():
+        if shards[-1] and size + header.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = header
+        size += header.nbytes
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _unnamed(folder, number).rename(folder / name)
-        weight_map |= dict.fromkeys(shard, name)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        file = SINGLE_FILE if len(shards) == 1 else name
+        write_file(folder / file, shard, tensors.read)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(header.nbytes for shard in shards for header in shard.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return total
 
 
-def _file_of_each_tensor(folder: Path) -> dict[str, str]:
+def _file_of_each_tensor(folder: Path, opened: dict[str, SafetensorsFile]) -> dict[str, str]:
+    """Tensor -> name of its file; the files are opened into `opened`."""
     index = folder / INDEX_FILE
     if index.is_file():
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         for name in sorted(set(weight_map.values())):
-            missing = set(_names_of(weight_map, name)) - set(_open(folder / name).keys())
-            if missing:
-                raise CheckpointError(
-                    f"{index} says that {name} holds {sorted(missing)[0]!r}, but it does not; download the folder "
-                    "again."
-                )
+            opened[name] = SafetensorsFile(folder / name)
+            _check_index(index, weight_map, file=name, held=set(opened[name].headers))
         return weight_map
     if not (folder / SINGLE_FILE).is_file():
         raise CheckpointError(
             f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; give a Hugging Face folder with safetensors "
             "(convert *.bin files with transformers' save_pretrained first)."
         )
-    return dict.fromkeys(_open(folder / SINGLE_FILE).keys(), SINGLE_FILE)
+    opened[SINGLE_FILE] = SafetensorsFile(folder / SINGLE_FILE)
+    return dict.fromkeys(opened[SINGLE_FILE].headers, SINGLE_FILE)
 
 
-def _names_of(weight_map: dict[str, str], file: str) -> list[str]:
-    return [name for name, where in weight_map.items() if where == file]
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (FileNotFoundError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); download it again.") from error
+def _check_index(index: Path, weight_map: dict[str, str], *, file: str, held: set[str]) -> None:
+    listed = {name for name, where in weight_map.items() if where == file}
+    if missing := sorted(listed - held):
+        raise CheckpointError(
+            f"{index} says that {file} holds {missing[0]!r}, but it does not; download the folder again."
+        )
+    if extra := sorted(held - listed):
+        raise CheckpointError(
+            f"{file} holds {extra[0]!r}, which {index} does not list there; download the folder again."
+        )

@@ -1,31 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face folder -> a distributed checkpoint that any layout can load.
+"""A Hugging Face folder -> a distributed checkpoint that any layout can load, one tensor at a time.
 
-Reads plain Qwen2 and Qwen2.5 language models of any size, and EVE models (ours and official). What a plain language
-model lacks is made here: a freshly initialised patch embedding (convolutions as PyTorch's default, CLS and SPL
-N(0, 1), as in the official code; seeded), and, with `split`, vision weights as copies of the text weights (official
-repeat_moe.py). Everything else is moved byte for byte; another `dtype` rounds.
+Reads plain language models (Qwen2, Qwen2.5, Llama-3, Vicuna; any size) and EVE models (ours and official). What a plain
+language model lacks is made here: a freshly initialised patch embedding (convolutions as PyTorch's default, CLS and SPL
+N(0, 1), as in the official code; seeded), with `split` vision weights as copies of the text weights (official
+repeat_moe.py), and zeros for the biases of q, k and v where the decoder has none (Llama): the same function. Everything
+else is moved byte for byte; another `dtype` rounds.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from checkpoints_convert.hf_config import HfModel, read_hf_config
 from checkpoints_convert.hf_folder import SafetensorsFolder
-from checkpoints_convert.megatron_folder import Dtype, write_megatron
+from checkpoints_convert.megatron_folder import TORCH_DTYPES, Dtype, write_megatron
 from checkpoints_convert.model_text import model_text
 from checkpoints_convert.names import tensor_rules, text_twin
-from checkpoints_convert.tensors import iter_eve
+from checkpoints_convert.tensors import ROTARY, EveView, canonical_hf_names
 from megatron_eve.config.schema import ModelConfig, SplitConfig
 from megatron_eve.errors import CheckpointError
 
 _PATCH_EMBEDDING = "patch_embedding."
-_DRAWN = (f"{_PATCH_EMBEDDING}class_embedding", f"{_PATCH_EMBEDDING}split_embedding")
+_SPECIAL_TOKENS = ("class_embedding", "split_embedding")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,45 +52,73 @@ class CompletedCheckpoint(Mapping[str, Tensor]):
     def __init__(
         self,
         source: Mapping[str, Tensor],
-        found: HfModel,
-        target: ModelConfig,
         *,
-        fresh: Mapping[str, Tensor],
+        copies: Mapping[str, str],
+        made: Mapping[str, Callable[[], Tensor]],
     ) -> None:
-        self._source = source
-        self._twin_of = vision_copies(found.model, target)
-        self._new = {} if found.kind == "eve-qwen2" else new_patch_embedding(target, fresh)
+        self._source, self._copies, self._made = source, copies, made
 
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._new:
-            return self._new[name]
-        return self._source[self._twin_of.get(name, name)]
+        name = self._copies.get(name, name)
+        return self._made[name]() if name in self._made else self._source[name]
 
     def __iter__(self) -> Iterator[str]:
         yield from self._source
-        yield from self._twin_of
-        yield from self._new
+        yield from self._copies
+        yield from self._made
 
     def __len__(self) -> int:
-        return len(self._source) + len(self._twin_of) + len(self._new)
+        return len(self._source) + len(self._copies) + len(self._made)
 
 
-def vision_copies(found: ModelConfig, target: ModelConfig) -> dict[str, str]:
-    """Vision weight -> text weight it copies, for the components that only the target splits."""
-    before, after = (
-        {name for rule in tensor_rules(model) for name in rule.hf} for model in (found, target)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportPlan:
+    """A conversion after all its checks, before any weight is read."""
+
+    found: HfModel
+    model: ModelConfig  # what is written
+    dtype: Dtype
+    weights: SafetensorsFolder
+    copies: Mapping[
+        str, str
+    ]  # Hugging Face name of a vision weight -> of the text weight it copies
+    zeros: frozenset[str]  # Hugging Face names of text biases that the source's decoder lacks
+    headers: Mapping[str, Tensor]  # shapes of EveModel's tensors (device "meta")
+    resize_vocabulary: bool
+
+    def tensors(self, *, new_patch_embedding: Mapping[str, Tensor]) -> EveView:
+        """The values, by EveModel's names. A new patch embedding is given by its Hugging Face names."""
+        made = {name: partial(_itself, tensor) for name, tensor in new_patch_embedding.items()}
+        shapes = _hf_shapes(self.model)
+        made |= {name: partial(torch.zeros, shapes[name]) for name in self.zeros}
+        state = CompletedCheckpoint(self.weights, copies=self.copies, made=made)
+        return EveView(state, self.model, resize_vocabulary=self.resize_vocabulary)
+
+
+def plan_import(source: Path, options: ImportOptions) -> ImportPlan:
+    """Run the whole conversion on shapes alone.
+
+    Raises: CheckpointError as the conversion would: what does not fit is named."""
+    found = read_hf_config(source, patch_embed_dim=options.patch_embed_dim)
+    model = target_model(found.model, options)
+    weights = SafetensorsFolder(source)
+    shapes = _hf_shapes(model)
+    copies = vision_copies(found.model, model)
+    zeros: frozenset[str] = frozenset() if found.has_qkv_bias else _text_biases(model)
+    new = zeros if found.is_eve else zeros | _patch_embedding_names(model)
+    made = {name: partial(torch.empty, shapes[name], device="meta") for name in new}
+    state = CompletedCheckpoint(weights.headers(), copies=copies, made=made)
+    resize = options.vocab_size is not None
+    return ImportPlan(
+        found=found,
+        model=model,
+        dtype=options.dtype or stored_dtype(weights),
+        weights=weights,
+        copies=copies,
+        zeros=zeros,
+        headers=dict(EveView(state, model, resize_vocabulary=resize)),
+        resize_vocabulary=resize,
     )
-    twins = ((name, text_twin(name)) for name in sorted(after - before))
-    return {name: twin for name, twin in twins if twin is not None}
-
-
-def new_patch_embedding(model: ModelConfig, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The freshly initialised patch embedding under its Hugging Face names."""
-    return {
-        rule.hf[0]: fresh[rule.eve]
-        for rule in tensor_rules(model)
-        if rule.eve.startswith(_PATCH_EMBEDDING)
-    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,59 +132,47 @@ class Imported:
 
 def import_hf(source: Path, dest: Path, options: ImportOptions) -> Imported:
     """Convert the folder `source` to the distributed checkpoint `dest`."""
-    found = read_hf_config(source, patch_embed_dim=options.patch_embed_dim)
-    model = target_model(found.model, options)
-    weights = SafetensorsFolder(source)
-    dtype = options.dtype or stored_dtype(weights)
-    num_tensors = len(check_source(weights, found, model, options))
-
-    def fill(fresh: dict[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
-        with torch.no_grad():
-            for name in _DRAWN:
-                fresh[name].mul_(options.special_token_std)
-        state = CompletedCheckpoint(weights, found, model, fresh=fresh)
-        return iter_eve(state, model, resize_vocabulary=options.vocab_size is not None)
-
+    plan = plan_import(source, options)
+    fresh = {} if plan.found.is_eve else new_patch_embedding(plan.model, plan.dtype, options)
     write_megatron(
         dest,
-        model,
-        fill,
-        dtype=dtype,
-        config_text=model_text(model, origin=str(source.resolve())),
-        seed=options.seed,
+        plan.model,
+        plan.tensors(new_patch_embedding=fresh),
+        headers=plan.headers,
+        dtype=plan.dtype,
+        config_text=model_text(plan.model, origin=str(source.resolve())),
         overwrite=options.overwrite,
     )
-    return Imported(model=model, dtype=dtype, num_tensors=num_tensors)
+    return Imported(model=plan.model, dtype=plan.dtype, num_tensors=len(plan.headers))
 
 
 def planned_mapping(source: Path, options: ImportOptions) -> list[str]:
-    """One line for each tensor that a conversion would write, after all its checks; for a dry run."""
-    found = read_hf_config(source, patch_embed_dim=options.patch_embed_dim)
-    model = target_model(found.model, options)
-    weights = SafetensorsFolder(source)
-    shapes = dict(check_source(weights, found, model, options))
-    copies = vision_copies(found.model, model)
+    """`NAME [shape] dtype -> EVEMODEL_NAME` for each tensor that is read or made, after all checks; for a dry run.
+
+    What is made has `(new)` or `(zeros)` for a name; what is read only to be checked has its reason for a target."""
+    plan = plan_import(source, options)
+    headers = plan.weights.headers()
+    stored_names, used = canonical_hf_names(headers), set()
     lines = []
-    for rule in tensor_rules(model):
-        is_new = found.kind == "qwen2" and rule.eve.startswith(_PATCH_EMBEDDING)
-        origin = "initialised" if is_new else ", ".join(copies.get(name, name) for name in rule.hf)
-        lines.append(f"{rule.eve} {list(shapes[rule.eve])} <- {origin}")
+    for rule in tensor_rules(plan.model):
+        for name, shape in zip(rule.hf, rule.hf_shapes, strict=True):
+            origin = plan.copies.get(name, name)
+            if origin in stored_names:
+                what = described(stored_names[origin], headers)
+                used.add(origin)
+            else:
+                what = f"({'zeros' if origin in plan.zeros else 'new'}) {list(shape)}"
+            lines.append(f"{what} -> {rule.eve}")
+    for name in sorted(stored_names.keys() - used):
+        what = described(stored_names[name], headers)
+        lines.append(f"{what} -> (compared with what the configuration gives)")
     return lines
 
 
-def check_source(
-    weights: SafetensorsFolder, found: HfModel, model: ModelConfig, options: ImportOptions
-) -> list[tuple[str, tuple[int, ...]]]:
-    """Run the whole conversion on shapes alone; returns EveModel's names and shapes, or raises as it would."""
-    rules = {rule.eve: rule for rule in tensor_rules(model)}
-    fresh = {
-        name: torch.empty(rule.hf_shapes[0], device="meta")
-        for name, rule in rules.items()
-        if name.startswith(_PATCH_EMBEDDING)
-    }
-    state = CompletedCheckpoint(weights.headers(), found, model, fresh=fresh)
-    pairs = iter_eve(state, model, resize_vocabulary=options.vocab_size is not None)
-    return [(name, tuple(tensor.shape)) for name, tensor in pairs]
+def described(name: str, headers: Mapping[str, Tensor]) -> str:
+    """A tensor in one line: name, shape, dtype."""
+    header = headers[name]
+    return f"{name} {list(header.shape)} {str(header.dtype).removeprefix('torch.')}"
 
 
 def target_model(model: ModelConfig, options: ImportOptions) -> ModelConfig:
@@ -171,15 +190,59 @@ def target_model(model: ModelConfig, options: ImportOptions) -> ModelConfig:
     return dataclasses.replace(model, split=options.split)
 
 
+def vision_copies(found: ModelConfig, target: ModelConfig) -> dict[str, str]:
+    """Vision weight -> text weight it copies, for the components that only the target splits."""
+    before, after = (_hf_shapes(model).keys() for model in (found, target))
+    twins = ((name, text_twin(name)) for name in sorted(after - before))
+    return {name: twin for name, twin in twins if twin is not None}
+
+
+def new_patch_embedding(
+    model: ModelConfig, dtype: Dtype, options: ImportOptions
+) -> dict[str, Tensor]:
+    """A freshly drawn patch embedding under its Hugging Face names: the one that EveModel draws with this seed."""
+    from megatron_eve.model.patch_embedding import PatchEmbedding
+
+    config = SimpleNamespace(params_dtype=TORCH_DTYPES[dtype], sequence_parallel=False)
+    drawn = PatchEmbedding(config, model=model, seed=options.seed).cpu().state_dict()
+    for name in _SPECIAL_TOKENS:
+        drawn[name].mul_(options.special_token_std)
+    rules = {rule.eve: rule for rule in tensor_rules(model)}
+    return {rules[_PATCH_EMBEDDING + name].hf[0]: tensor for name, tensor in drawn.items()}
+
+
 def stored_dtype(weights: SafetensorsFolder) -> Dtype:
-    """The stored dtype, if a checkpoint of ours can have it."""
+    """The dtype of all weights, if a checkpoint of ours can have it."""
     names: dict[torch.dtype, Dtype] = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-    found = weights.dtype()
+    found = weights.dtype(but=ROTARY)
     if found not in names:
         raise CheckpointError(
             f"The checkpoint is {found}; choose --dtype bf16 or --dtype fp32 to convert it."
         )
     return names[found]
+
+
+def _hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {
+        name: shape
+        for rule in tensor_rules(model)
+        for name, shape in zip(rule.hf, rule.hf_shapes, strict=True)
+    }
+
+
+def _text_biases(model: ModelConfig) -> frozenset[str]:
+    """Biases of the text branch (or of a decoder that is not split) under their Hugging Face names."""
+    names = (name for rule in tensor_rules(model) if rule.kind == "qkv" for name in rule.hf)
+    return frozenset(n for n in names if n.endswith(".bias") and text_twin(n) is None)
+
+
+def _patch_embedding_names(model: ModelConfig) -> frozenset[str]:
+    rules = (rule for rule in tensor_rules(model) if rule.eve.startswith(_PATCH_EMBEDDING))
+    return frozenset(name for rule in rules for name in rule.hf)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 __all__ = ["ImportOptions", "Imported", "import_hf", "planned_mapping"]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distributed checkpoints, read and written by one process through the model itself.
+"""Distributed checkpoints, read and written by one process, one tensor at a time and without building the model.
 
 The tensors that this file hands out and takes are EveModel's unsharded state dict. Weights that a run saved in any
-layout (tensor, pipeline, data parallel) are read into one whole model, which the format reshards by itself.
+layout (tensor, pipeline, context, data parallel) are put together tensor by tensor.
 """
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,115 +15,130 @@ import torch
 from torch import Tensor
 
 from checkpoints_convert.model_text import model_from_text, run_from_text
+from checkpoints_convert.names import tensor_rules
+from checkpoints_convert.tensors import EveView
+from checkpoints_convert.torch_dist import Chunk, StoredTensors, write_tensors
 from megatron_eve.checkpoint.weights import (
     CONFIG,
     check_folder,
-    load_weights,
+    finish_folder,
+    prepare_folder,
     read_config_text,
-    save_weights,
     weights_folder,
 )
-from megatron_eve.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_eve.config.schema import ModelConfig, RunConfig
 from megatron_eve.errors import CheckpointError
-from megatron_eve.model.build import build_model
-from megatron_eve.model.eve_model import EveModel
-from megatron_eve.parallel.groups import init_distributed, init_model_parallel
+from megatron_eve.parallel.groups import init_distributed
 
 Dtype = Literal["bf16", "fp32"]
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TIMEOUT_S = 600
-
-ONE_PROCESS = ParallelConfig(
-    num_nodes=1,
-    gpus_per_node=1,
-    tensor=1,
-    pipeline=1,
-    virtual_pipeline=1,
-    context=1,
-    sequence_parallel=False,
-    distributed_optimizer=False,
-    overlap_grad_reduce=False,
-    overlap_param_gather=False,
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MegatronWeights:
-    """What a checkpoint folder holds, as one whole model."""
+    """What a checkpoint folder holds. No tensor is read before it is asked for."""
 
     model: ModelConfig
     run: RunConfig | None  # None: a converter wrote it
     dtype: Dtype
-    tensors: dict[str, Tensor]  # EveModel's unsharded state dict
+    tensors: StoredTensors  # EveModel's unsharded state dict
 
 
 def write_megatron(
     folder: Path,
     model: ModelConfig,
-    fill: Callable[[dict[str, Tensor]], Iterable[tuple[str, Tensor]]],
+    tensors: EveView,
     *,
+    headers: Mapping[str, Tensor],
     dtype: Dtype,
     config_text: str,
-    seed: int,
     overwrite: bool,
 ) -> None:
-    """Write a distributed checkpoint of a whole model.
+    """Write a distributed checkpoint of a whole model, published when it is whole.
 
-    `fill` gets the freshly initialised (`seed`) tensors and yields the values of all of them, one at a time.
+    `headers`: shapes of all tensors (device "meta"); `tensors`: their values, rounded to `dtype` where they differ.
     """
+    # Not at the top: megatron_eve redirects CUDA before megatron.core is imported.
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+
     if folder.exists() and not overwrite:
         raise CheckpointError(f"{folder} exists; choose another name or pass --overwrite.")
-    eve = _whole_model(model, dtype=dtype, seed=seed)
-    tensors = _named_tensors(eve)
-    untouched = set(tensors)
-    with torch.no_grad():
-        for name, value in fill(tensors):
-            tensors[name].copy_(value)
-            untouched.remove(name)
-    assert not untouched, f"no value for {sorted(untouched)[0]}"
+    init_distributed(timeout_s=TIMEOUT_S)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save_weights([eve], partial, config_text=config_text)
+    prepare_folder(partial)
+    TorchCommonSaveStrategy("torch", 1).save_common({}, partial)
+    write_tensors(
+        partial,
+        {name: header.to(TORCH_DTYPES[dtype]) for name, header in headers.items()},
+        _chunks(tensors, model, TORCH_DTYPES[dtype]),
+        num_layers=model.num_layers,
+    )
+    save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+    finish_folder(partial, config_text=config_text, facts={"kind": "weights"})
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
+def _chunks(tensors: EveView, model: ModelConfig, dtype: torch.dtype) -> list[Chunk]:
+    """One chunk a tensor, but gate and up apart, as megatron-core writes them: they need not be joined."""
+    chunks = []
+    for rule in tensor_rules(model):
+        first, parts = 0, rule.hf_shapes if rule.kind == "gate_up" else ()
+        for number, shape in enumerate(parts):
+            rows = (first, first + shape[0])
+            chunks.append(
+                Chunk(name=rule.eve, rows=rows, read=_Part(tensors, rule.eve, dtype, number))
+            )
+            first = rows[1]
+        if not parts:
+            rows = (0, sum(shape[0] for shape in rule.hf_shapes))
+            chunks.append(
+                Chunk(name=rule.eve, rows=rows, read=_Part(tensors, rule.eve, dtype, None))
+            )
+    return chunks
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Reads a tensor, or one of the Hugging Face tensors that make it up."""
+
+    tensors: EveView
+    name: str
+    dtype: torch.dtype
+    number: int | None
+
+    def __call__(self) -> Tensor:
+        if self.number is None:
+            return self.tensors[self.name].to(self.dtype)
+        return self.tensors.parts(self.name)[self.number].to(self.dtype)
+
+
 def read_megatron(folder: Path) -> MegatronWeights:
-    """Read the model weights of a checkpoint of a run (or of the newest one in its folder) or of a converter."""
+    """The model weights of a checkpoint of a run (or of the newest one in its folder) or of a converter.
+
+    Raises: CheckpointError if the folder is incomplete or the dtype none of ours."""
     folder = weights_folder(folder)
     check_folder(folder)
     text = read_config_text(folder)
     model = model_from_text(text, where=str(folder / CONFIG))
-    dtype = stored_dtype(folder)
-    eve = _whole_model(model, dtype=dtype, seed=0)
-    load_weights([eve], folder, copy_text_to_vision=False)
+    tensors = StoredTensors(folder, vocab_size=model.vocab_size)
     return MegatronWeights(
-        model=model, run=run_from_text(text), dtype=dtype, tensors=_named_tensors(eve)
+        model=model,
+        run=run_from_text(text),
+        dtype=_dtype(tensors.headers, folder),
+        tensors=tensors,
     )
 
 
-def stored_dtype(folder: Path) -> Dtype:
-    """The dtype of the stored model weights."""
-    from megatron.core import dist_checkpointing
-
-    stored = dist_checkpointing.load_tensors_metadata(str(folder))
-    found = stored["final_layernorm.weight"].dtype
-    names: dict[torch.dtype, Dtype] = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-    if found not in names:
-        raise CheckpointError(f"{folder} holds {found} weights, expected bfloat16 or float32.")
-    return names[found]
-
-
-def _whole_model(model: ModelConfig, *, dtype: Dtype, seed: int) -> EveModel:
-    init_distributed(timeout_s=TIMEOUT_S)
-    state = init_model_parallel(ONE_PROCESS, seed=seed)
-    chunks, _ = build_model(model, parallel=ONE_PROCESS, state=state, dtype=dtype, seed=seed)
-    return chunks[0]
-
-
-def _named_tensors(eve: EveModel) -> dict[str, Tensor]:
-    """The model's tensors themselves (not copies) by name."""
-    return {
-        name: tensor
-        for name, tensor in eve.state_dict().items()
-        if not name.endswith("_extra_state")
-    }
+def _dtype(headers: Mapping[str, Tensor], folder: Path) -> Dtype:
+    found = {header.dtype: name for name, header in headers.items()}
+    for dtype, torch_dtype in TORCH_DTYPES.items():
+        if set(found) == {torch_dtype}:
+            return dtype
+    listing = ", ".join(f"{dtype} ({name})" for dtype, name in found.items())
+    raise CheckpointError(
+        f"{folder} holds {listing or 'no weights'}, expected one of bfloat16 and float32 throughout."
+    )

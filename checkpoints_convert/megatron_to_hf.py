@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A distributed checkpoint -> a Hugging Face folder with the official EVE names that `from_pretrained` loads.
+"""A distributed checkpoint -> a Hugging Face folder with the official EVE names, one tensor at a time.
 
-The tokenizer and the image area come from the run that wrote the checkpoint unless they are given. Weights keep their
-bytes and their dtype.
+Two layouts: `automodel` stands alone and is loaded by transformers' Auto classes; `official` is what the official code
+reads. The tokenizer and the image area come from the run that wrote the checkpoint unless they are given. Weights keep
+their bytes and their dtype.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from checkpoints_convert.megatron_folder import read_megatron
-from checkpoints_convert.model_text import model_from_text, run_from_text
+from checkpoints_convert.hf_folder import TensorStream
+from checkpoints_convert.hf_to_megatron import described
+from checkpoints_convert.megatron_folder import MegatronWeights, read_megatron
 from checkpoints_convert.names import tensor_rules
+from checkpoints_convert.official_layout import write_official
 from checkpoints_convert.release import Release, write_release
-from checkpoints_convert.tensors import iter_hf
-from megatron_eve.checkpoint.weights import CONFIG, check_folder, read_config_text, weights_folder
+from checkpoints_convert.tensors import HfView
+from megatron_eve.checkpoint.weights import weights_folder
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.errors import CheckpointError, ConfigError
 
 _TORCH_NAMES: dict[str, Literal["bfloat16", "float32"]] = {"bf16": "bfloat16", "fp32": "float32"}
+Layout = Literal["automodel", "official"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +33,7 @@ class ExportOptions:
     image_edge: int | None  # None: the run's
     max_shard_bytes: int
     overwrite: bool
+    layout: Layout = "automodel"
 
 
 def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
@@ -42,24 +47,40 @@ def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
         run=weights.run,
         origin=_origin(weights_folder(source)),
     )
-    return write_release(
+    write = write_release if options.layout == "automodel" else write_official
+    return write(
         dest,
         release,
-        iter_hf(weights.tensors, weights.model, resize_vocabulary=False),
+        hf_stream(weights),
         overwrite=options.overwrite,
         max_shard_bytes=options.max_shard_bytes,
     )
 
 
+def hf_stream(weights: MegatronWeights) -> TensorStream:
+    """The tensors under their Hugging Face names, each read when it is asked for.
+
+    Raises: CheckpointError if names or shapes are not those of the checkpoint's model."""
+    headers = HfView(weights.tensors.headers, weights.model, resize_vocabulary=False)
+    return TensorStream(dict(headers), hf_view(weights).__getitem__)
+
+
+def hf_view(weights: MegatronWeights) -> HfView:
+    """The tensors under their Hugging Face names."""
+    tensors = weights.tensors
+    return HfView(tensors, weights.model, resize_vocabulary=False, read_rows=tensors.rows)
+
+
 def planned_mapping(source: Path, options: ExportOptions) -> list[str]:
-    """One line for each tensor of the checkpoint, after the export's checks; for a dry run."""
-    source = weights_folder(source)
-    check_folder(source)
-    text = read_config_text(source)
-    _tokenizer(run_from_text(text), options)
-    _image_edge(run_from_text(text), options)
-    model = model_from_text(text, where=str(source / CONFIG))
-    return [f"{rule.eve} -> {', '.join(rule.hf)}" for rule in tensor_rules(model)]
+    """`EVEMODEL_NAME [shape] dtype -> NAME, ...` for each tensor, after the export's checks; for a dry run."""
+    weights = read_megatron(source)
+    _tokenizer(weights.run, options)
+    _image_edge(weights.run, options)
+    hf_stream(weights)
+    return [
+        f"{described(rule.eve, weights.tensors.headers)} -> {', '.join(rule.hf)}"
+        for rule in tensor_rules(weights.model)
+    ]
 
 
 def _origin(folder: Path) -> str:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Unsharded state dicts in either form, and the pure functions that turn one into the other.
 
-Every function moves rows; none computes. So both directions are exact inverses, byte for byte, in any
-dtype. What does not fit the table of names.py is refused with a CheckpointError that names the tensor:
-a missing, left over or mis-shaped one, or two names for the same weight.
+Every function moves rows; none computes. So both directions are exact inverses, byte for byte, in any dtype. Views are
+lazy: over tensors that are read on demand they stream. What does not fit the table of names.py is refused with a
+CheckpointError that names the tensor: a missing, left over or mis-shaped one, or two names for the same weight.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from megatron_eve.config.schema import ModelConfig
 from megatron_eve.errors import CheckpointError
 
 Shape = tuple[int, ...]
+
+ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+"""A buffer in early Llama checkpoints (transformers before 4.32): computed from the configuration, no weight."""
 
 
 def merge_qkv(q: Tensor, k: Tensor, v: Tensor, *, num_kv_heads: int) -> Tensor:
@@ -54,61 +58,116 @@ def resize_rows(table: Tensor, num_rows: int) -> Tensor:
     return table[:num_rows].contiguous()
 
 
+class EveView(Mapping[str, Tensor]):
+    """EveModel's unsharded state dict made of official Hugging Face tensors, each one when it is asked for.
+
+    `resize_vocabulary` lets the embedding and output layer have another number of rows than `model.vocab_size` (152064
+    in Qwen2.5-7B, 151665 after the official loader, or padded for tensor parallelism): rows beyond are cut, missing
+    ones are zeros.
+
+    Raises: CheckpointError, when it is made, if names do not fit the model; when a tensor is read, if its shape does
+    not."""
+
+    def __init__(
+        self, state_dict: Mapping[str, Tensor], model: ModelConfig, *, resize_vocabulary: bool
+    ) -> None:
+        self._source, self._model, self._resize = state_dict, model, resize_vocabulary
+        self._rules = {rule.eve: rule for rule in tensor_rules(model)}
+        self._names = canonical_hf_names(state_dict)
+        for name in sorted(filter(ROTARY.fullmatch, self._names)):
+            check_rotary(name, state_dict[self._names.pop(name)], model)
+        if model.tie_word_embeddings and "lm_head.weight" in self._names:
+            _check_tied_head(state_dict)
+            self._names.pop("lm_head.weight")
+        expected = {name for rule in self._rules.values() for name in rule.hf}
+        check_names(found=set(self._names), expected=expected, what="Hugging Face checkpoint")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return _to_eve(self._rules[name], self.parts(name), self._model)
+
+    def parts(self, name: str) -> list[Tensor]:
+        """The Hugging Face tensors that make up an EveModel tensor, in the table's order."""
+        rule, parts = self._rules[name], []
+        any_rows = self._resize and rule.kind == "vocabulary"
+        for hf_name, shape in zip(rule.hf, rule.hf_shapes, strict=True):
+            tensor = self._source[self._names[hf_name]]
+            check_shape(hf_name, found=tuple(tensor.shape), expected=shape, any_rows=any_rows)
+            parts.append(tensor)
+        return parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rules)
+
+    def __len__(self) -> int:
+        return len(self._rules)
+
+
+class HfView(Mapping[str, Tensor]):
+    """Official Hugging Face tensors made of EveModel's unsharded state dict: the inverse of `EveView`.
+
+    `read_rows(name, first, last)`: rows of a tensor of `state_dict` without the others, where that is cheaper. q, k and
+    v are neighbours in the order of iteration; what they are made of is read once for the three, and let go with the
+    next tensor.
+
+    Raises: as EveView."""
+
+    def __init__(
+        self,
+        state_dict: Mapping[str, Tensor],
+        model: ModelConfig,
+        *,
+        resize_vocabulary: bool,
+        read_rows: Callable[[str, int, int], Tensor] | None = None,
+    ) -> None:
+        self._source, self._model, self._resize = state_dict, model, resize_vocabulary
+        self._read_rows = read_rows
+        rules = tensor_rules(model)
+        self._rule_of = {name: rule for rule in rules for name in rule.hf}
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+        check_names(
+            found=set(state_dict), expected={rule.eve for rule in rules}, what="EveModel checkpoint"
+        )
+
+    def __getitem__(self, name: str) -> Tensor:
+        rule = self._rule_of[name]
+        if rule.kind == "qkv" and self._last[0] == rule.eve:
+            return self._last[1][name]
+        self._last = ("", {})  # let it go before anything else is read
+        if rule.kind == "gate_up" and self._read_rows is not None:
+            number, rows = rule.hf.index(name), rule.hf_shapes[0][0]
+            return self._read_rows(rule.eve, number * rows, (number + 1) * rows)
+        parts = self._parts(rule)
+        if rule.kind == "qkv":
+            self._last = (rule.eve, parts)
+        return parts[name]
+
+    def _parts(self, rule: TensorRule) -> dict[str, Tensor]:
+        tensor = self._source[rule.eve]
+        any_rows = self._resize and rule.kind == "vocabulary"
+        check_shape(
+            rule.eve, found=tuple(tensor.shape), expected=eve_shape(rule), any_rows=any_rows
+        )
+        return dict(zip(rule.hf, _to_hf(rule, tensor, self._model), strict=True))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rule_of)
+
+    def __len__(self) -> int:
+        return len(self._rule_of)
+
+
 def hf_to_eve(
     state_dict: Mapping[str, Tensor], model: ModelConfig, *, resize_vocabulary: bool = False
 ) -> dict[str, Tensor]:
-    """EveModel's unsharded state dict out of official Hugging Face tensors.
-
-    `resize_vocabulary` lets the embedding and output layer have another number of rows than
-    `model.vocab_size` (152064 in Qwen2.5-7B, 151665 after the official loader, or padded for tensor
-    parallelism): rows beyond are cut, missing ones are zeros.
-    """
-    return dict(iter_eve(state_dict, model, resize_vocabulary=resize_vocabulary))
-
-
-def iter_eve(
-    state_dict: Mapping[str, Tensor], model: ModelConfig, *, resize_vocabulary: bool
-) -> Iterator[tuple[str, Tensor]]:
-    """`hf_to_eve`, one tensor at a time, so that a lazy mapping need not be in memory as a whole."""
-    rules = tensor_rules(model)
-    source_names = canonical_hf_names(state_dict)
-    expected = {name for rule in rules for name in rule.hf}
-    if model.tie_word_embeddings and "lm_head.weight" in source_names:
-        _check_tied_head(state_dict)
-        source_names.pop("lm_head.weight")
-    check_names(found=set(source_names), expected=expected, what="Hugging Face checkpoint")
-    for rule in rules:
-        parts = []
-        for name, shape in zip(rule.hf, rule.hf_shapes, strict=True):
-            tensor = state_dict[source_names[name]]
-            any_rows = resize_vocabulary and rule.kind == "vocabulary"
-            check_shape(name, found=tuple(tensor.shape), expected=shape, any_rows=any_rows)
-            parts.append(tensor)
-        yield rule.eve, _to_eve(rule, parts, model)
+    """EveModel's whole state dict; see EveView."""
+    return dict(EveView(state_dict, model, resize_vocabulary=resize_vocabulary))
 
 
 def eve_to_hf(
     state_dict: Mapping[str, Tensor], model: ModelConfig, *, resize_vocabulary: bool = False
 ) -> dict[str, Tensor]:
-    """Official Hugging Face tensors out of EveModel's unsharded state dict: the inverse of `hf_to_eve`."""
-    return dict(iter_hf(state_dict, model, resize_vocabulary=resize_vocabulary))
-
-
-def iter_hf(
-    state_dict: Mapping[str, Tensor], model: ModelConfig, *, resize_vocabulary: bool
-) -> Iterator[tuple[str, Tensor]]:
-    """`eve_to_hf`, one tensor at a time."""
-    rules = tensor_rules(model)
-    check_names(
-        found=set(state_dict), expected={rule.eve for rule in rules}, what="EveModel checkpoint"
-    )
-    for rule in rules:
-        tensor = state_dict[rule.eve]
-        any_rows = resize_vocabulary and rule.kind == "vocabulary"
-        check_shape(
-            rule.eve, found=tuple(tensor.shape), expected=eve_shape(rule), any_rows=any_rows
-        )
-        yield from zip(rule.hf, _to_hf(rule, tensor, model), strict=True)
+    """All official Hugging Face tensors; see HfView. The inverse of `hf_to_eve`."""
+    return dict(HfView(state_dict, model, resize_vocabulary=resize_vocabulary))
 
 
 def eve_shape(rule: TensorRule) -> Shape:
@@ -129,6 +188,21 @@ def canonical_hf_names(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
             )
         names[canonical] = name
     return names
+
+
+def check_rotary(name: str, inv_freq: Tensor, model: ModelConfig) -> None:
+    """Refuse rotary frequencies, which early Llama checkpoints store, that are not those of the configuration."""
+    exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float64) / model.head_dim
+    expected = model.rope_theta**-exponents
+    check_shape(name, found=tuple(inv_freq.shape), expected=tuple(expected.shape), any_rows=False)
+    if inv_freq.is_meta:  # shapes only: a dry run
+        return
+    # Stored in half precision by some; a scaled RoPE is off by factors.
+    if not torch.allclose(inv_freq.double(), expected, rtol=1e-2, atol=1e-7):
+        raise CheckpointError(
+            f"Tensor {name!r} holds other frequencies than rope_theta={model.rope_theta:g} gives; the checkpoint "
+            "was trained with another rope_theta or a scaled RoPE."
+        )
 
 
 def check_names(*, found: set[str], expected: set[str], what: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are two sets of weights the same? Tensor by tensor, byte by byte; and two released folders by their logits.
+"""Are two sets of weights the same? Tensor by tensor, byte by byte; and two Hugging Face folders by their logits.
 
 Either side of the comparison of tensors is a Hugging Face folder or a distributed checkpoint, which is compared under
 its Hugging Face names.
@@ -8,15 +8,20 @@ its Hugging Face names.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from checkpoints_convert.hf_folder import SafetensorsFolder
-from checkpoints_convert.tensors import canonical_hf_names, eve_to_hf
+from checkpoints_convert.tensors import canonical_hf_names
 from megatron_eve.checkpoint.weights import COMPLETE, weights_folder
 
 QUESTION = "What is in the image? Describe it in one sentence."
+TEXT_IDS = torch.arange(48)[None] * 29 % 61
+"""[1, 48] ids that every vocabulary has."""
+PROCESSOR = "preprocessor_config.json"
+_VALUES = 2**22  # compared at a time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,34 +42,35 @@ class TensorComparison:
 
 
 def compare_tensors(first: Path, second: Path, *, allow_extra: bool = False) -> TensorComparison:
-    """Compare names, shapes, dtypes and bytes. `allow_extra`: tensors that only `second` has are no difference (a
-    language model against the EVE model that was made from it)."""
-    sides = [open_weights(first), open_weights(second)]
-    names = [canonical_hf_names(side) for side in sides]
+    """Compare names, shapes, dtypes and bytes, one tensor of each side in memory at a time. `allow_extra`: tensors that
+    only `second` has are no difference (a language model against the EVE model that was made from it)."""
+    a, b = open_weights(first), open_weights(second)
+    a_names, b_names = canonical_hf_names(a), canonical_hf_names(b)
     differences = [
-        Difference(name=name, reason=f"only in {first if name in names[0] else second}")
-        for name in sorted(names[0].keys() ^ names[1].keys())
-        if not (allow_extra and name in names[1])
+        Difference(name=name, reason=f"only in {first if name in a_names else second}")
+        for name in sorted(a_names.keys() ^ b_names.keys())
+        if not (allow_extra and name in b_names)
     ]
     num_bytes = 0
-    common = sorted(names[0].keys() & names[1].keys())
+    common = [name for name in b_names if name in a_names]  # in the order of cheapest reading
     for name in common:
-        a, b = (side[named[name]] for side, named in zip(sides, names, strict=True))
-        num_bytes += a.nbytes
-        if reason := difference(a, b):
+        num_bytes += a[a_names[name]].nbytes
+        if reason := difference(a[a_names[name]], b[b_names[name]]):
             differences.append(Difference(name=name, reason=reason))
     return TensorComparison(
-        num_tensors=len(common), num_bytes=num_bytes, differences=tuple(differences)
+        num_tensors=len(common),
+        num_bytes=num_bytes,
+        differences=tuple(sorted(differences, key=lambda d: d.name)),
     )
 
 
 def open_weights(folder: Path) -> Mapping[str, Tensor]:
-    """Hugging Face names and tensors of a folder of either kind."""
+    """Hugging Face names and tensors of a folder of either kind; each tensor is read when it is asked for."""
     if (weights_folder(folder) / COMPLETE).is_file():
         from checkpoints_convert.megatron_folder import read_megatron
+        from checkpoints_convert.megatron_to_hf import hf_view
 
-        weights = read_megatron(folder)
-        return eve_to_hf(weights.tensors, weights.model)
+        return hf_view(read_megatron(folder))
     return SafetensorsFolder(folder)
 
 
@@ -74,32 +80,50 @@ def difference(a: Tensor, b: Tensor) -> str | None:
         return f"shape {list(a.shape)} against {list(b.shape)}"
     if a.dtype != b.dtype:
         return f"dtype {a.dtype} against {b.dtype}"
-    same = a.contiguous().view(torch.uint8) == b.contiguous().view(torch.uint8)
-    if bool(same.all()):
+    flat_a, flat_b = a.contiguous().reshape(-1), b.contiguous().reshape(-1)
+    if torch.equal(flat_a.view(torch.uint8), flat_b.view(torch.uint8)):
         return None
-    gap = (a.double() - b.double()).abs().max().item()
-    values = int((a != b).sum())
+    pieces = [
+        (int((x != y).sum()), (x.double() - y.double()).abs().max().item())
+        for x, y in zip(flat_a.split(_VALUES), flat_b.split(_VALUES), strict=True)
+    ]
+    values, gap = sum(count for count, _ in pieces), max(gap for _, gap in pieces)
     return f"{values} of {a.numel()} values differ, by {gap:.3g} at most"
 
 
 def logits_gap(first: Path, second: Path) -> float:
-    """Largest difference of the logits of two released folders on a fixed question about a fixed picture."""
-    a, b = _logits(first), _logits(second)
-    if a.shape != b.shape:
+    """Largest difference of the logits of two folders, one model in memory at a time.
+
+    On a fixed question about a fixed picture; on fixed token ids if one of the two is a plain language model. Columns
+    that only one of them has (a padded vocabulary) are left out."""
+    with_picture = all((folder / PROCESSOR).is_file() for folder in (first, second))
+    a, b = (_logits(folder, with_picture=with_picture) for folder in (first, second))
+    if a.shape[0] != b.shape[0]:
         return float("inf")
-    return (a - b).abs().max().item()
+    columns = min(a.shape[1], b.shape[1])
+    return (a[:, :columns] - b[:, :columns]).abs().max().item()
 
 
 @torch.no_grad()
-def _logits(folder: Path) -> Tensor:
+def _logits(folder: Path, *, with_picture: bool) -> Tensor:
+    """[tokens, vocabulary]"""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+    inputs = _picture_question(folder) if with_picture else {"input_ids": TEXT_IDS}
+    logits: Tensor = model(**inputs).logits[0].float()
+    return logits
+
+
+def _picture_question(folder: Path) -> Mapping[str, Any]:
     import numpy as np
     from PIL import Image
-    from transformers import AutoModelForCausalLM, AutoProcessor
+    from transformers import AutoProcessor
 
     rows, cols = np.mgrid[0:96, 0:128]
     picture = np.stack((rows * 2, cols * 2 - 1, (rows * cols) % 256), axis=-1).astype(np.uint8)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
-    inputs = processor(text=processor.prompt(QUESTION), images=Image.fromarray(picture))
-    logits: Tensor = model(**inputs).logits[0]
-    return logits
+    inputs: Mapping[str, Any] = processor(
+        text=processor.prompt(QUESTION), images=Image.fromarray(picture)
+    )
+    return inputs

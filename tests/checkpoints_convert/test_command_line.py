@@ -38,8 +38,9 @@ def test_from_folder_to_folder(
     folder = full_release[0]
     dest, back = tmp_path / "megatron", tmp_path / "back"
     code, lines, _ = command("hf-to-megatron", folder, dest, "--dry-run")
-    assert (code, lines[-1]) == (0, f"37 tensors would be written to {dest}")
-    assert len(lines) == 38
+    checked = "tensors, all checked by name, shape and dtype; nothing written to"
+    assert (code, lines[-1]) == (0, f"57 {checked} {dest}")
+    assert len(lines) == 58
     assert not dest.exists()
     code, lines, _ = command("hf-to-megatron", folder, dest)
     assert (code, lines[-1]) == (0, f"wrote 37 fp32 tensors to {dest}")
@@ -55,7 +56,7 @@ def test_from_folder_to_folder(
     assert "names no tokenizer" in errors
     arguments = ("megatron-to-hf", dest, back, "--image-edge", 16, "--tokenizer", folder)
     code, lines, _ = command(*arguments, "--dry-run")
-    assert (code, lines[-1]) == (0, f"37 tensors would be written to {back}")
+    assert (code, lines[-1]) == (0, f"37 {checked} {back}")
     assert not back.exists()
     code, lines, _ = command(*arguments, "--max-shard-gb", 1e-4)
     assert code == 0
@@ -76,7 +77,7 @@ def test_verify_finds_one_changed_value(
         (other / path.name).write_bytes(path.read_bytes())
     code, lines, _ = command("verify", folder, other, "--logits")
     assert code == 0
-    assert "differ by 0 at most: within 1e-05" in lines[-1]
+    assert "differ by 0 at most: within the limit 1e-05" in lines[-1]
     state = load_file(other / "model.safetensors")
     state["model.norm.weight"][3] += 1
     save_file(state, other / "model.safetensors")

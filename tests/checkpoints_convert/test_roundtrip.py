@@ -73,16 +73,14 @@ def resave(source: Path, dest: Path, parallel: ParallelConfig, text: str | None)
 
 
 def read_facts(folder: Path) -> tuple[str, Any]:
-    from checkpoints_convert.megatron_folder import stored_dtype
-    from checkpoints_convert.model_text import model_from_text
-
-    return stored_dtype(folder), model_from_text(read_config_text(folder), where=str(folder))
+    weights = read_megatron(folder)
+    return weights.dtype, weights.model
 
 
 def whole_hf_state(folder: Path) -> dict[str, Tensor]:
     """In a worker: a checkpoint's tensors under their Hugging Face names."""
     weights = read_megatron(folder)
-    return eve_to_hf({k: v.detach().clone() for k, v in weights.tensors.items()}, weights.model)
+    return eve_to_hf(weights.tensors, weights.model)
 
 
 def megatron_logits(folder: Path, seed: int) -> tuple[Tensor, Tensor]:
@@ -310,7 +308,7 @@ def test_import_refuses(full_release: FullRelease, tmp_path: Path, gloo1: Any) -
     save_file(state | {gone: state[gone].half()}, broken / "model.safetensors")
     assert "mixes dtypes" in attempt(broken)
     for change, message in (
-        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window is true"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "RoPE of type 'yarn'"),
@@ -344,8 +342,12 @@ def test_export_refuses(full_release: FullRelease, tmp_path: Path, gloo1: Any) -
 
 def test_dry_run_lists_and_writes_nothing(full_release: FullRelease) -> None:
     lines = planned_mapping(full_release[0], IMPORT)
-    assert lines[0].startswith("embedding.word_embeddings.weight [323, 32] <- model.embed_tokens")
-    assert len(lines) == 7 + 2 * 14 + 2
+    assert lines[0] == (
+        "model.embed_tokens.weight [323, 32] float32 -> embedding.word_embeddings.weight"
+    )
+    key = "model.layers.1.self_attn.moe_k_proj.bias [16] float32"
+    assert f"{key} -> decoder.layers.1.self_attention.linear_qkv.vision.bias" in lines
+    assert len(lines) == 7 + 2 * 2 * 12 + 2
     with pytest.raises(CheckpointError, match="--split leaves out norm"):
         planned_mapping(
             full_release[0],

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face folder as the official EVEv2 code reads it: its fields and files, none of ours.
+
+The official configuration names its image processor by a path, `openai/eve-anyratio-res{M}-patch{p}`, which the
+official code opens relative to the working directory (EVEv2 vision_tokenizer.py:15). That folder is written inside:
+start the official code there, or in its own checkout, which has it for the official sizes.
+"""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from checkpoints_convert.hf_config import generation_json, model_json, preprocessor_json
+from checkpoints_convert.hf_folder import MAX_SHARD_BYTES, write_safetensors
+from checkpoints_convert.release import TOKENIZER_FILES, Release, claim, publish, write_json
+from megatron_eve.data.tokenizer import load_tokenizer
+from megatron_eve.errors import CheckpointError
+
+_OUR_FIELDS = ("auto_map", "patch_stride", "dense_stride", "head_dim")
+"""Of config.json: the official classes derive the head's size and read the strides from the image processor."""
+
+_OUR_PROCESSOR_FIELDS = ("auto_map", "processor_class", "resize_rule")
+
+
+def write_official(
+    folder: Path,
+    release: Release,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> int:
+    """Write the folder; returns the bytes of the weights.
+
+    Raises: CheckpointError if it exists and not `overwrite`, or for a model that the official classes cannot build.
+    """
+    model, tokenizer = release.model, load_tokenizer(release.tokenizer)
+    if model.head_dim * model.num_attention_heads != model.hidden_size:
+        raise CheckpointError(
+            f"The official code takes hidden_size / num_attention_heads = {model.hidden_size} / "
+            f"{model.num_attention_heads} for the size of a head, this model has {model.head_dim}; use "
+            "--layout automodel."
+        )
+    partial = claim(folder, overwrite=overwrite)
+    total = write_safetensors(partial, tensors, max_shard_bytes=max_shard_bytes)
+    config = model_json(
+        model,
+        dtype=release.dtype,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        image_edge=release.image_edge,
+        run=release.run,
+    )
+    processor = preprocessor_json(model, image_edge=release.image_edge)
+    processor_folder = partial / config["mm_vision_tower"]
+    processor_folder.mkdir(parents=True)
+    write_json(partial / "config.json", _without(config, _OUR_FIELDS))
+    write_json(
+        partial / "generation_config.json",
+        generation_json(eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id),
+    )
+    write_json(
+        processor_folder / "preprocessor_config.json", _without(processor, _OUR_PROCESSOR_FIELDS)
+    )
+    for name in TOKENIZER_FILES:
+        if (release.tokenizer / name).is_file():
+            shutil.copyfile(release.tokenizer / name, partial / name)
+    publish(partial, folder)
+    return total
+
+
+def _without(content: dict[str, object], names: tuple[str, ...]) -> dict[str, object]:
+    return {name: value for name, value in content.items() if name not in names}
