@@ -21,7 +21,7 @@ from megatron_eve.config.schema import RunConfig
 from megatron_eve.errors import ConfigError
 from tools.plan.calibration import CPU, CPU_RATES, Fitted, fit, predict, read_run
 from tools.plan.cluster import GPUS, parse_cluster
-from tools.plan.layouts import SAMPLES, Plan, plans
+from tools.plan.layouts import SAMPLES, Plan, Setting, own_layout, plan, plans
 from tools.plan.memory import WORKSPACE
 from tools.plan.mix import assumed_mix, parse_mix
 from tools.plan.rates import assumed, read_calibration, write_calibration
@@ -47,14 +47,14 @@ def _plan(options: argparse.Namespace) -> int:
     config = _configured(options.recipe, options.overrides)
     mix = parse_mix(options.mix) if options.mix else assumed_mix(config)
     path: Path | None = options.calibration
-    fits, others = plans(
-        config,
+    setting = Setting(
         mix=mix,
         cluster=cluster,
         rates=read_calibration(path) if path else assumed(cluster.gpu),
         workspace=options.workspace_gb * 1e9,
         num_samples=options.samples or SAMPLES.get(options.recipe),
     )
+    fits, others = plans(config, setting)
     if options.json:
         print(json.dumps([_as_json(one) for one in fits], indent=1))
         return 0
@@ -67,6 +67,10 @@ def _plan(options: argparse.Namespace) -> int:
     print(memory_table(shown, cluster=cluster))
     print("\na step by part\n")
     print(time_table(shown))
+    if (own := own_layout(config, cluster)) is not None:
+        print("\nthe recipe's own layout\n")
+        print(layouts_table([plan(own, setting)]) + "\n")
+        print(memory_table([plan(own, setting)], cluster=cluster))
     if others:
         print("\nnearest that do not fit\n")
         print(memory_table(others[: options.show], cluster=cluster))

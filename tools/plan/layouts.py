@@ -4,6 +4,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from megatron_eve.config.layout_checks import divisors
 from megatron_eve.config.resolve import resolve
@@ -17,7 +18,7 @@ from tools.plan.mix import Mix, needed_work_of, pack_rows, samples_per_pack
 from tools.plan.rates import Rates
 from tools.plan.timing import StepTime, amounts, micro_batches, step_time
 
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 SAMPLES = {  # of the paper's data (docs/planning.md)
     "eve7b_stage1": 10_000_000,
     "eve7b_stage2_1_ld": 29_000_000,
@@ -78,6 +79,17 @@ def candidates(config: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
                 continue
 
 
+def own_layout(config: RunConfig, cluster: Cluster) -> RunConfig | None:
+    """The recipe's configuration where it is made for as many GPUs and passes its checks."""
+    parallel = config.parallel
+    if (parallel.num_nodes, parallel.gpus_per_node) != (cluster.num_nodes, cluster.gpus_per_node):
+        return None
+    try:
+        return resolve(config)
+    except ConfigError:
+        return None
+
+
 def _layout(
     base: ParallelConfig, cluster: Cluster, tensor: int, pipeline: int, virtual: int, context: int
 ) -> ParallelConfig:
@@ -98,18 +110,22 @@ def _layout(
     )
 
 
-def plan(
-    config: RunConfig,
-    *,
-    mix: Mix,
-    cluster: Cluster,
-    rates: Rates,
-    workspace: float,
-    num_samples: int | None,
-) -> Plan:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What all layouts of a plan share."""
+
+    mix: Mix
+    cluster: Cluster
+    rates: Rates
+    workspace: float  # bytes
+    num_samples: int | None  # of the stage; None where not known
+
+
+def plan(config: RunConfig, setting: Setting) -> Plan:
     """What one layout comes to."""
+    mix, cluster = setting.mix, setting.cluster
     rows = pack_rows(config, mix)
-    time = step_time(config, amounts(config, mix), rates=rates, cluster=cluster)
+    time = step_time(config, amounts(config, mix), rates=setting.rates, cluster=cluster)
     packs = float(config.batch.size)
     if config.batch.unit == "samples":
         packs = config.batch.size / samples_per_pack(config, mix)
@@ -118,10 +134,10 @@ def plan(
         config.model, needed_work_of(config, mix), trainable=config.stage.trainable
     )
     flops = packs * sum(one.total for one in work.values())
-    steps = total_steps(config, num_samples=num_samples)
+    steps = total_steps(config, num_samples=setting.num_samples)
     return Plan(
         config=config,
-        memory=memory(config, rows, workspace=workspace),
+        memory=memory(config, rows, workspace=setting.workspace),
         time=time,
         micro_batches=done,
         filled=packs / (done * config.parallel.data),
@@ -131,29 +147,12 @@ def plan(
     )
 
 
-def plans(
-    config: RunConfig,
-    *,
-    mix: Mix,
-    cluster: Cluster,
-    rates: Rates,
-    workspace: float,
-    num_samples: int | None,
-) -> tuple[list[Plan], list[Plan]]:
+def plans(config: RunConfig, setting: Setting) -> tuple[list[Plan], list[Plan]]:
     """(those that fit, fastest first; those that do not, least missing first).
 
     Raises: ConfigError if not one layout passes the checks, or none fits: what is missing, and where it goes."""
-    found = [
-        plan(
-            candidate,
-            mix=mix,
-            cluster=cluster,
-            rates=rates,
-            workspace=workspace,
-            num_samples=num_samples,
-        )
-        for candidate in candidates(config, cluster)
-    ]
+    cluster = setting.cluster
+    found = [plan(candidate, setting) for candidate in candidates(config, cluster)]
     if not found:
         raise ConfigError(
             f"no layout of {config.recipe} divides {cluster}: {cluster.num_gpus} GPUs, {config.model.num_layers} "
