@@ -18,14 +18,16 @@ from checkpoints_convert.model_text import model_from_text, run_from_text
 from checkpoints_convert.names import tensor_rules
 from checkpoints_convert.tensors import EveView
 from checkpoints_convert.torch_dist import Chunk, StoredTensors, write_tensors
-from megatron_eve.checkpoint.weights import (
+from megatron_eve.checkpoint.manifest import (
     CONFIG,
+    Manifest,
     check_folder,
-    finish_folder,
-    prepare_folder,
-    read_config_text,
-    weights_folder,
+    file_entry,
+    sync_folder,
+    write_atomically,
+    write_manifest,
 )
+from megatron_eve.checkpoint.weights import read_config_text, weights_folder
 from megatron_eve.config.schema import ModelConfig, RunConfig
 from megatron_eve.errors import CheckpointError
 from megatron_eve.parallel.groups import init_distributed
@@ -68,7 +70,7 @@ def write_megatron(
     init_distributed(timeout_s=TIMEOUT_S)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    prepare_folder(partial)
+    partial.mkdir(parents=True)
     TorchCommonSaveStrategy("torch", 1).save_common({}, partial)
     write_tensors(
         partial,
@@ -77,9 +79,17 @@ def write_megatron(
         num_layers=model.num_layers,
     )
     save_config(CheckpointingConfig("torch_dist", 1), str(partial))
-    finish_folder(partial, config_text=config_text, facts={"kind": "weights"})
+    _complete(partial, config_text=config_text)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def _complete(folder: Path, *, config_text: str) -> None:
+    """Bytes are hashed, tensors are not: what a converter writes is compared with its source by `verify`."""
+    write_atomically(folder / CONFIG, config_text)
+    files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
+    write_manifest(folder, Manifest(facts={"kind": "weights"}, files=files))
+    sync_folder(folder)
 
 
 def _chunks(tensors: EveView, model: ModelConfig, dtype: torch.dtype) -> list[Chunk]:

@@ -9,7 +9,7 @@ from typing import Literal
 from megatron_eve.config.layout_checks import divisors
 from megatron_eve.config.resolve import resolve
 from megatron_eve.config.schema import ParallelConfig, RunConfig
-from megatron_eve.config.sizes import total_steps
+from megatron_eve.config.sizes import EpochSize, total_steps
 from megatron_eve.errors import ConfigError
 from megatron_eve.metrics.flops import matrix_products
 from tools.plan.cluster import Cluster
@@ -134,7 +134,7 @@ def plan(config: RunConfig, setting: Setting) -> Plan:
         config.model, needed_work_of(config, mix), trainable=config.stage.trainable
     )
     flops = packs * sum(one.total for one in work.values())
-    steps = total_steps(config, num_samples=setting.num_samples)
+    steps = total_steps(config, epoch=_epoch(config, setting))
     return Plan(
         config=config,
         memory=memory(config, rows, workspace=setting.workspace),
@@ -145,6 +145,14 @@ def plan(config: RunConfig, setting: Setting) -> Plan:
         mfu=flops / time.total / cluster.num_gpus / cluster.gpu.peak_flops,
         days=steps * time.total / _DAY if steps is not None else None,
     )
+
+
+def _epoch(config: RunConfig, setting: Setting) -> EpochSize | None:
+    if setting.num_samples is None:
+        return None
+    mix = setting.mix
+    tokens = config.data.pack_tokens * mix.fill / samples_per_pack(config, mix)
+    return EpochSize(samples=setting.num_samples, tokens=round(setting.num_samples * tokens))
 
 
 def plans(config: RunConfig, setting: Setting) -> tuple[list[Plan], list[Plan]]:
