@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random packs on several ranks: no rank waits for ever (the pool's timeout), gradients are the single process's."""
+"""Random packs on several ranks: no rank waits for ever (the pool's timeout), gradients are the single process's.
+
+Data-parallel ranks get different packs, one of text alone beside one of an image alone; the others share theirs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +21,8 @@ MODEL = tiny_model(layers=2)
 LAYOUTS = {
     "tp2 sp": layout(tensor=2, sequence_parallel=True),
     "cp2": layout(context=2),
+    "dp2": layout(data=2, distributed_optimizer=True, overlap=True),
+    "pp2": layout(pipeline=2),
     "tp2 sp cp2": layout(tensor=2, context=2, sequence_parallel=True),
 }
 PER_TASK = 2  # steps of one task, so that it ends well before the pool's timeout
@@ -80,7 +84,7 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], *, number: int)
         assert error <= GRAD_RTOL * scale, f"step {number}, {name}: off by {error / scale:.1e}"
 
 
-@pytest.mark.parametrize("name", ["tp2 sp", "cp2"])
+@pytest.mark.parametrize("name", ["tp2 sp", "cp2", "dp2"])
 def test_a_hundred_packs(gloo_pools, weights, single, name):  # type: ignore[no-untyped-def]
     check(gloo_pools, weights, single, name, *FAST)
 

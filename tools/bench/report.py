@@ -34,7 +34,7 @@ def hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "load_average_1min_at_start": round(os.getloadavg()[0], 2),
+        "load_average_1min_at_end": round(os.getloadavg()[0], 2),
     }
     if device.has_gpu():
         found["gpu"] = torch.cuda.get_device_name()

@@ -17,7 +17,7 @@ from megatron_eve.config.schema import ModelConfig, ParallelConfig, RunConfig, S
 from tools.bench.report import BenchmarkError
 
 STAGES = {"1": "eve7b_stage1", "2.1": "eve7b_stage2_1_ld", "2.2": "eve7b_stage2_2"}
-"""Stage -> recipe. Stage 3 trains and computes what 2.2 does."""
+"""Stage -> recipe. Not stage 3, which computes what 2.2 does: its official batches are of samples of like length."""
 
 OFFICIAL_MICRO_BATCH = {"1": 8, "2.1": 4, "2.2": 2}
 """Samples that the official scripts put on one GPU at a time (0, 1.0 and 2: 8x1, 4x2, 2x2 for 1024, 1024, 512)."""
