@@ -28,7 +28,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 pytestmark = pytest.mark.skipif(
     not CHROMIUM, reason="no Chromium found: apt-get install chromium, or set CHROMIUM to its path"
 )
-TIMEOUT_MS = 60_000
+TIMEOUT_MS = 30_000
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +75,11 @@ def ask(page: Any, text: str, *, longest: int = 12) -> None:
     page.evaluate("longest => { document.getElementById('max_tokens').value = longest; }", longest)
     page.fill("#text", text)
     page.press("#text", "Enter")
-    page.wait_for_function("document.getElementById('stop').hidden")
+    page.wait_for_selector("#stop", state="hidden")
 
 
 def test_drop_an_image_and_chat(page: Any, engine: Engine, tmp_path: Path) -> None:
-    page.wait_for_function("document.getElementById('model').textContent === 'eve'")
+    playwright.expect(page.locator("#model")).to_have_text("eve")
     drop(page, png(picture(0)), name="0.png", kind="image/png")
     page.wait_for_selector("#thumbs img")
     ask(page, "What colour?")
@@ -114,4 +114,4 @@ def test_what_the_server_refuses_is_shown_and_can_be_changed(page: Any) -> None:
     ask(page, "What is this?")
     assert page.locator(".assistant").count() == 1
     drop(page, b"text", name="notes.txt", kind="text/plain")
-    page.wait_for_function("document.body.innerText.includes('notes.txt is not an image.')")
+    playwright.expect(page.locator(".error").last).to_have_text("notes.txt is not an image.")
