@@ -97,7 +97,7 @@ def data_and_models() -> list[str]:
 
 @pytest.mark.timeout(600)
 def test_from_captions_to_a_release(workspace: Path) -> None:
-    """Tokenizer, shards and weights by the README's lines, one step of a small run, and the README's export."""
+    """Tokenizer, shards and weights by the README's lines, one step of a small run, the README's export and question."""
     *before, export, ask = data_and_models()
     assert len(before) == 3
     for command in before:
@@ -106,7 +106,7 @@ def test_from_captions_to_a_release(workspace: Path) -> None:
     run(export, cwd=workspace)
     assert (workspace / "data/weights/qwen2.5-7b-instruct").is_dir()
     assert (workspace / "releases/eve-7b/model.safetensors").is_file()
-    assert run(ask, cwd=workspace).strip()
+    run(ask, cwd=workspace)  # a model of one step may well say nothing
 
 
 def run_make(command: str, installed: Path, tmp_path: Path) -> None:
