@@ -97,7 +97,7 @@ def data_and_models() -> list[str]:
 
 @pytest.mark.timeout(600)
 def test_from_captions_to_a_release(workspace: Path) -> None:
-    """Tokenizer, shards and weights by the README's lines, one step of a small run, the README's export and question."""
+    """Tokenizer, shards and weights by the README's lines, one step of a small run, export and question."""
     *before, export, ask = data_and_models()
     assert len(before) == 3
     for command in before:
