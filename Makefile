@@ -31,8 +31,9 @@ CPU_SET := $(VENV)/.installed-cpu
 DEV_SET := $(VENV)/.installed-dev
 SMOLLM2_SET := $(VENV)/.installed-smollm2
 EVAL_SET := $(VENV)/.installed-eval
+SERVE_SET := $(VENV)/.installed-serve
 
-.PHONY: help demo demo-smollm2 test test-matrix test-slurm test-kill bench profile lint install install-eval clean
+.PHONY: help demo demo-smollm2 test test-matrix test-serve test-slurm test-kill bench profile lint install install-eval clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -49,6 +50,9 @@ test: $(CPU_SET) ## the CPU test suite
 
 test-matrix: $(CPU_SET) ## every parallel layout, split and frozen set against the plain reference
 	$(PY) -m pytest -m matrix tests/parallel $(PYTEST_ARGS)
+
+test-serve: $(SERVE_SET) ## inference with the HTTP server and its page (the page: Debian package chromium)
+	$(PY) -m pytest tests/inference $(PYTEST_ARGS)
 
 test-slurm: $(CPU_SET) ## cluster tests on a toy Slurm on this machine (root; Debian packages slurm-wlm and munge)
 	$(PY) -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
@@ -105,6 +109,10 @@ $(EVAL_SET): $(CPU_SET)
 	$(PIP) install -c constraints.txt -e '.[eval]'
 	$(PIP) install -c constraints.txt --no-deps accelerate
 	$(PIP) install -c constraints.txt --no-deps lmms-eval
+	@touch $@
+
+$(SERVE_SET): $(CPU_SET)
+	$(PIP) install -c constraints.txt -e '.[serve-test]'
 	@touch $@
 
 $(DEV_SET): $(CPU_SET)

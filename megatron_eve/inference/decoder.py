@@ -61,6 +61,17 @@ def by_branch(text: nn.Module, vision: nn.Module | None, rows: Tensor, num_visio
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """What all layers share in one decode step."""
+
+    cache: KeyValueCache
+    rotary: Rotary  # of each row's new token
+    positions: Tensor  # [R] where the new tokens go
+    longest: int  # tokens in the longest row, the new one included
+    visible: Tensor | None  # [R, 1, 1, longest] bool; None: all of it, a single row
+
+
 class RmsNorm(nn.Module):
     """In float32; casts back before it multiplies by the weight, as Qwen2 does."""
 
@@ -149,21 +160,16 @@ class Attention(nn.Module):
         to_rows = batch.last_prompts if last_only else batch.to_rows
         return self._project("o_proj", torch.cat(mixed)[to_rows], num_vision)
 
-    def decode(
-        self, x_RH: Tensor, positions: Tensor, rotary: Rotary, *, cache: KeyValueCache, longest: int
-    ) -> Tensor:
-        """One text token for each of the cache's first R rows. `longest`: tokens in the longest row, this one too."""
+    def decode(self, x_RH: Tensor, step: DecodeStep) -> Tensor:
+        """One text token for each of the cache's first R rows."""
+        cache, rotary = step.cache, step.rotary
         keys = rotary.turn(self.heads("k_proj", x_RH))
         values = self.heads("v_proj", x_RH)
-        cache.append(self.layer, positions=positions, keys=keys, values=values)
+        cache.append(self.layer, positions=step.positions, keys=keys, values=values)
         queries = rotary.turn(self.heads("q_proj", x_RH))[:, :, None]  # [R, N, 1, D]
-        k = cache.keys[self.layer][: len(x_RH), :, :longest]
-        v = cache.values[self.layer][: len(x_RH), :, :longest]
-        visible = None
-        if len(x_RH) > 1:
-            places = torch.arange(longest, device=positions.device)
-            visible = (places <= positions[:, None])[:, None, None]  # [R, 1, 1, C]
-        out = F.scaled_dot_product_attention(queries, k, v, attn_mask=visible, enable_gqa=True)
+        k = cache.keys[self.layer][: len(x_RH), :, : step.longest]
+        v = cache.values[self.layer][: len(x_RH), :, : step.longest]
+        out = F.scaled_dot_product_attention(queries, k, v, attn_mask=step.visible, enable_gqa=True)
         return self._project("o_proj", out.flatten(1), 0)
 
 
@@ -206,12 +212,9 @@ class Layer(nn.Module):
         x = by_branch(*norms, h_TH, num_vision)
         return h_TH + by_branch(self.mlp, self.moe_mlp, x, num_vision)
 
-    def decode(
-        self, h_RH: Tensor, positions: Tensor, rotary: Rotary, *, cache: KeyValueCache, longest: int
-    ) -> Tensor:
+    def decode(self, h_RH: Tensor, step: DecodeStep) -> Tensor:
         """[R, H] -> [R, H], text branch only."""
-        x = self.input_layernorm(h_RH)
-        h_RH = h_RH + self.self_attn.decode(x, positions, rotary, cache=cache, longest=longest)
+        h_RH = h_RH + self.self_attn.decode(self.input_layernorm(h_RH), step)
         out: Tensor = h_RH + self.mlp(self.post_attention_layernorm(h_RH))
         return out
 
@@ -294,11 +297,15 @@ class EveForInference(nn.Module):
         longest: int,
     ) -> Tensor:
         """One more token [R] at `positions` [R] in each of the first R rows; logits [R, vocabulary], float32."""
+        visible = None
+        if len(tokens) > 1:
+            places = torch.arange(longest, device=positions.device)
+            visible = (places <= positions[:, None])[:, None, None]
+        step = DecodeStep(cache, rotary.of(positions), positions, longest, visible)
         h_RH = self.model.embed_tokens(tokens)
-        own = rotary.of(positions)
         for layer in self.model.layers:
             assert isinstance(layer, Layer)
-            h_RH = layer.decode(h_RH, positions, own, cache=cache, longest=longest)
+            h_RH = layer.decode(h_RH, step)
         return self._logits(h_RH)
 
     def _logits(self, h_RH: Tensor) -> Tensor:

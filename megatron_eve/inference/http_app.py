@@ -25,6 +25,8 @@ from megatron_eve.inference.worker import BusyError
 
 _LOOK_FOR_CLIENT_S = 0.25
 """How often, at most, a request that waits for its next token looks whether its client is still there."""
+_PREPARED_AT_A_TIME = 4
+"""Requests whose images are decoded at the same time; bounds the memory for pixels."""
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -38,6 +40,7 @@ class ClientGoneError(Exception):
 def create_app(service: Service) -> FastAPI:
     """The application. `service.worker` must have been started."""
     app = FastAPI(title="megatron_eve", docs_url=None, redoc_url=None, openapi_url=None)
+    preparing = asyncio.Semaphore(_PREPARED_AT_A_TIME)
     page = resources.files("megatron_eve.inference").joinpath("page.html").read_text("utf-8")
 
     @app.get("/")
@@ -61,8 +64,9 @@ def create_app(service: Service) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Any:
         chat = parse_chat_request(await _json_body(request, limit=service.limits.body_bytes))
-        # Images are decoded in a thread: the event loop goes on serving the others.
-        asked = await asyncio.to_thread(service.request, chat)
+        async with preparing:
+            # Images are decoded in a thread: the event loop goes on serving the others.
+            asked = await asyncio.to_thread(service.request, chat)
         reply = _Reply(service.name, chat, num_prompt=len(asked.prompt))
         updates = _updates(service, asked, request)
         if not chat.stream:

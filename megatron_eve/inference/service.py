@@ -17,6 +17,9 @@ from megatron_eve.inference.worker import Worker
 DEFAULT_NEW_TOKENS = 512
 """What a request that names no number gets, if the context has room."""
 
+_CHARACTERS_PER_TOKEN = 64
+"""More than any text has on average."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
@@ -74,6 +77,13 @@ class Service:
                 f"the conversation has {len(chat.images)} images, the limit is {self.limits.images}; send fewer.",
                 param="messages",
                 code="too_many_images",
+            )
+        num_characters = sum(len(message.text) for message in chat.messages)
+        if num_characters > self.worker.tokens * _CHARACTERS_PER_TOKEN:  # not worth tokenising
+            raise ApiError(
+                f"the conversation has {num_characters:,} characters, far more than {self.worker.tokens} tokens.",
+                param="messages",
+                code="context_length_exceeded",
             )
         turns = [self._turn(message, chat) for message in chat.messages]
         if chat.messages[0].role == "system":

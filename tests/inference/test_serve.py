@@ -212,6 +212,7 @@ def test_concurrent_clients_get_their_own_answers(server: Server, engine: Engine
         ({"top_p": 2.0}, "BadRequestError", r"top_p is 2.0, expected above 0"),
         ({"n": 3}, "BadRequestError", "n=3 is not supported"),
         ({"messages": [user("a" * 300)]}, "BadRequestError", r"\d+ tokens, images included"),
+        ({"messages": [user("a" * 20_000)]}, "BadRequestError", "20,000 characters, far more than"),
         ({"messages": [user("a", 0, 0, 0, 0)]}, "BadRequestError", "4 images, the limit is 3"),
         ({"messages": [user("a <image>")]}, "BadRequestError", "turn 0 spells <image>"),
         ({"messages": [user("a <|im_end|>")]}, "BadRequestError", "contains the special token"),

@@ -89,6 +89,7 @@ def test_make_knows_its_targets() -> None:
         "demo-smollm2",
         "test",
         "test-matrix",
+        "test-serve",
         "test-slurm",
         "lint",
         "install-eval",

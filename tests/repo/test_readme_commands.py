@@ -87,14 +87,18 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def data_and_models() -> list[str]:
-    starts = ("python -m data_prep ", "python -m checkpoints_convert ")
+    starts = (
+        "python -m data_prep ",
+        "python -m checkpoints_convert ",
+        "python -m megatron_eve.generate ",
+    )
     return [command for command in commands("README.md") if command.startswith(starts)]
 
 
 @pytest.mark.timeout(600)
 def test_from_captions_to_a_release(workspace: Path) -> None:
-    """Tokenizer, shards and weights by the README's lines, one step of a small run, and the README's export."""
-    *before, export = data_and_models()
+    """Tokenizer, shards and weights by the README's lines, one step of a small run, export and question."""
+    *before, export, ask = data_and_models()
     assert len(before) == 3
     for command in before:
         run(command, cwd=workspace)
@@ -102,6 +106,7 @@ def test_from_captions_to_a_release(workspace: Path) -> None:
     run(export, cwd=workspace)
     assert (workspace / "data/weights/qwen2.5-7b-instruct").is_dir()
     assert (workspace / "releases/eve-7b/model.safetensors").is_file()
+    run(ask, cwd=workspace)  # a model of one step may well say nothing
 
 
 def run_make(command: str, installed: Path, tmp_path: Path) -> None:
