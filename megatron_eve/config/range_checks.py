@@ -40,6 +40,8 @@ _AT_LEAST_ONE = (
     "checkpoint.save_every_steps",
     "checkpoint.keep_last",
     "logging.every_steps",
+    "evaluation.every_steps",
+    "evaluation.timeout_s",
 )
 _ABOVE_ZERO = (
     "model.rms_norm_eps",
@@ -65,6 +67,7 @@ _NOT_EMPTY = (
     "data.tokenizer",
     "checkpoint.load_weights_from",
     "logging.wandb_project",
+    "evaluation.command",
 )
 
 

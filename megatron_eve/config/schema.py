@@ -191,6 +191,15 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """A command beside the training on published checkpoints (loop/evaluation.py); off unless there is one."""
+
+    command: str | None = None  # with {checkpoint}, {step} and {out}, where it writes metrics.json
+    every_steps: int | None = None  # checkpoints at its multiples; None: every one
+    timeout_s: int = 600  # then it is killed and counted
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """One run: what `python -m megatron_eve.train RECIPE key=value ...` executes."""
 
@@ -205,3 +214,4 @@ class RunConfig:
     train: TrainConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()

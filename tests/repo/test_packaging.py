@@ -83,7 +83,17 @@ def test_every_package_folder_is_packaged() -> None:
 
 
 def test_make_knows_its_targets() -> None:
-    targets = ("help", "demo", "demo-smollm2", "test", "test-matrix", "test-slurm", "lint", "install-eval", "clean")
+    targets = (
+        "help",
+        "demo",
+        "demo-smollm2",
+        "test",
+        "test-matrix",
+        "test-slurm",
+        "lint",
+        "install-eval",
+        "clean",
+    )
     for target in targets:
         result = subprocess.run(
             ["make", "--dry-run", target], cwd=REPO, capture_output=True, text=True
