@@ -43,6 +43,8 @@ _AT_LEAST_ONE = (
     "logging.every_steps",
     "gpu.fp8_min_width",
     "profile.first_step",
+    "evaluation.every_steps",
+    "evaluation.timeout_s",
 )
 _ABOVE_ZERO = (
     "model.rms_norm_eps",
@@ -70,6 +72,7 @@ _NOT_EMPTY = (
     "data.tokenizer",
     "checkpoint.load_weights_from",
     "logging.wandb_project",
+    "evaluation.command",
 )
 
 

@@ -230,6 +230,15 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """A command beside the training on published checkpoints (loop/evaluation.py); off unless there is one."""
+
+    command: str | None = None  # with {checkpoint}, {step} and {out}, where it writes metrics.json
+    every_steps: int | None = None  # checkpoints at its multiples; None: every one
+    timeout_s: int = 600  # then it is killed and counted
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """One run: what `python -m megatron_eve.train RECIPE key=value ...` executes."""
 
@@ -246,3 +255,4 @@ class RunConfig:
     logging: LoggingConfig
     gpu: GpuConfig = GpuConfig()
     profile: ProfileConfig = ProfileConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()

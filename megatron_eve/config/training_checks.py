@@ -4,12 +4,17 @@
 Which groups a stage may train follows Table 5 of the EVEv2 paper; a dense model (EVEv1.0 of the paper's comparison)
 trains its decoder where the split one trains the vision branch."""
 
+import shlex
 from collections.abc import Iterator
 from pathlib import PurePath
+from string import Formatter
 
 from megatron_eve.config.gpu_checks import gpu_problems
 from megatron_eve.config.schema import RunConfig, TrainableGroup
 from megatron_eve.config.sizes import largest_sample_tokens
+
+EVALUATION_MARKS = {"checkpoint", "out", "step"}
+"""What loop/evaluation.py puts into evaluation.command."""
 
 _FP8_ROWS = 16
 """Rows of a matrix that Transformer Engine's FP8 kernels need in multiples."""
@@ -24,6 +29,7 @@ def training_problems(config: RunConfig) -> Iterator[str]:
     yield from _numerics_problems(config)
     yield from gpu_problems(config)
     yield from _checkpoint_problems(config)
+    yield from _evaluation_problems(config)
 
 
 def _stage_problems(config: RunConfig) -> Iterator[str]:
@@ -157,6 +163,35 @@ def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"checkpoint.load_weights_from={start} lies in this run's run_dir={config.run_dir}, from "
             "which it resumes by itself; name another run's checkpoint or another run_dir."
+        )
+
+
+def _evaluation_problems(config: RunConfig) -> Iterator[str]:
+    evaluation, save = config.evaluation, config.checkpoint.save_every_steps
+    if evaluation.command is None:
+        return
+    if evaluation.every_steps is not None and evaluation.every_steps % save:
+        yield (
+            f"evaluation.every_steps={evaluation.every_steps} is not a multiple of checkpoint.save_every_steps={save}; "
+            "only saved steps can be evaluated."
+        )
+    try:
+        words = shlex.split(evaluation.command)
+        marks = {
+            mark for word in words for _, mark, _, _ in Formatter().parse(word) if mark is not None
+        }
+    except ValueError as error:
+        yield f"evaluation.command={evaluation.command} cannot be read ({error}); check quotes and braces."
+        return
+    if unknown := sorted(marks - EVALUATION_MARKS):
+        yield (
+            f"evaluation.command holds {{{unknown[0]}}}; it can hold "
+            f"{', '.join(f'{{{mark}}}' for mark in sorted(EVALUATION_MARKS))}."
+        )
+    if missing := sorted({"checkpoint", "out"} - marks):
+        yield (
+            f"evaluation.command={evaluation.command} has no {{{missing[0]}}}; without it the command does not know "
+            "what to evaluate or where to write metrics.json."
         )
 
 

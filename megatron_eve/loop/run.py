@@ -4,6 +4,7 @@
 RUN_DIR/config.txt      the resolved configuration        RUN_DIR/metrics.jsonl   one record a logged step
 RUN_DIR/checkpoints/    see checkpoint/manager.py         RUN_DIR/quarantine.jsonl  samples that were refused
 RUN_DIR/DONE            written when the last step is done and saved
+RUN_DIR/evaluations/    results of evaluation.command, see loop/evaluation.py
 """
 
 import logging
@@ -28,6 +29,7 @@ from megatron_eve.config.text_form import config_text, flatten
 from megatron_eve.data.loader import PackLoader
 from megatron_eve.data.tokenizer import load_tokenizer
 from megatron_eve.errors import ConfigError
+from megatron_eve.loop.evaluation import Evaluations
 from megatron_eve.loop.feed import next_step
 from megatron_eve.loop.non_finite import SkipGuard
 from megatron_eve.loop.signals import DONE_FILE, StopFlag, stop_on_signal
@@ -204,7 +206,9 @@ def _train(run: Run, *, stop: StopFlag) -> None:
         model=run.model,
         optimizer=run.training.optimizer,
     )
-    with closing(sinks), closing(capture):
+    is_first = run.state.rank == 0
+    evaluations = Evaluations(run.config.evaluation, run_dir=run.run_dir, is_starter=is_first)
+    with closing(sinks), closing(capture), closing(evaluations):
         stopping = False
         meter, guard = StepMeter(), SkipGuard()
         peak = peak_flops(device.device_name(), dtype=run.config.train.dtype)
@@ -221,12 +225,16 @@ def _train(run: Run, *, stop: StopFlag) -> None:
                 record = meter.take(
                     world_size=run.state.world_size, steps_left=steps_left, peak_flops=peak
                 )
-                sinks.log(done, record)
+                sinks.log(done, record | evaluations.news())
             run.checkpoints.poll()
             if done % run.config.checkpoint.save_every_steps == 0 or last:
                 _save(run, step=done)
-        run.checkpoints.wait()
-    _finish(run, done=done)
+                evaluations.saved(done)
+            if last:
+                run.checkpoints.wait()
+            evaluations.poll()
+        _finish(run, done=done)
+        evaluations.finish(give_up=stop)
 
 
 def _step(run: Run, *, stop: StopFlag, capture: Capture) -> tuple[dict[str, float], bool]:

@@ -48,6 +48,15 @@ _ALL = (
     Metric("hardware_utilization", "fraction", "mean", "executed FLOPs per second, of the peak"),
     Metric("memory_gib", "GiB", "max", "peak memory allocated on the device"),
     Metric("eta_s", "s", "last", "time left at the present speed"),
+    Metric(
+        "evaluated_step", "steps", "last", "step of the checkpoint that `evaluation/...` tells of"
+    ),
+    Metric(
+        "evaluations_unfinished", "evaluations", "last", "over budget, failed, stopped or skipped"
+    ),
 )
+
+EVALUATION_PREFIX = "evaluation/"
+"""Names behind it are those that the evaluation command gave its numbers (loop/evaluation.py)."""
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}

@@ -22,6 +22,7 @@ from tests.support.reference_eve import build_reference
 from tests.support.tiny import ALL
 from tools.demo.evaluate import main as evaluate
 from tools.demo.scoring import GROUPS
+from tools.lmms_eval.__main__ import _parse, command_line, main
 from tools.lmms_eval.asking import Asked, AskSettings, ReleasedFolder
 from tools.lmms_eval.models import AVAILABLE_MODELS
 from tools.lmms_eval.tasks.easy_vqa import questions
@@ -105,30 +106,31 @@ def decoding_of_task() -> Any:
     return Decoding(max_new_tokens=4)
 
 
-def lmms_eval(folder: Path, include: Path, tasks: str, *options: str) -> dict[str, Any]:
+def lmms_eval(
+    folder: Path, tasks: str, *options: str, further: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Run it in `folder`; returns its results file's content."""
     environment = os.environ | {
-        "LMMS_EVAL_PLUGINS": "tools.lmms_eval", "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf-home"), "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(folder / "hf-home"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [
-        sys.executable, "-W", "ignore", "-m", "lmms_eval", "--model", "eve", "--model_args",
-        "pretrained=eve,resize_rule=train", "--tasks", tasks, "--include_path", str(include),
-        "--output_path", f"out-{tasks}", "--log_samples", *options,
+        sys.executable, "-W", "ignore", "-m", "tools.lmms_eval", "eve", "--resize-rule", "train",
+        "--tasks", tasks, "--out", f"out-{tasks}", *options, "--", *further,
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    paths = list((folder / f"out-{tasks}").rglob("*_results.json"))  # it exits 0 after errors, too
-    assert len(paths) == 1, done.stdout[-6000:] + done.stderr[-3000:]
-    return json.loads(paths[0].read_text())
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]
+    (path,) = (folder / f"out-{tasks}").rglob("*_results.json")
+    assert str(path.relative_to(folder)) in done.stdout.splitlines()[-1]
+    return json.loads(path.read_text())
 
 
 @needs_lmms_eval
 def test_score_is_our_own_evaluators(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every answer, and so every score; lmms-eval in batches of 4, ours in one."""
-    content = lmms_eval(workplace, REPO / TASKS, "easy_vqa", "--batch_size", "4")
+    content = lmms_eval(workplace, "easy_vqa", "--batch-size", "4")
     monkeypatch.chdir(workplace)
     assert evaluate(["eve", str(questions.EASY_VQA), "own"]) == 0
     rows = {row["name"]: row for row in json.loads(Path("own/results.json").read_text())["rows"]}
@@ -179,7 +181,9 @@ def test_two_images_a_question(workplace: Path, kind: str) -> None:
     }[kind]
     task = TWO_IMAGES.format(kind=kind, rest=rest).replace("two_images", kind + "_task")
     (include / "task.yaml").write_text(task)
-    content = lmms_eval(workplace, include, kind + "_task", "--batch_size", "2")
+    content = lmms_eval(
+        workplace, kind + "_task", "--batch-size", "2", further=("--include_path", str(include))
+    )
     if kind == "multiple_choice":
         assert (
             content["results"][kind + "_task"]["acc,none"] == 0.5
@@ -187,6 +191,35 @@ def test_two_images_a_question(workplace: Path, kind: str) -> None:
     else:
         own = [next(iter(released.answers([one], decoding_of_task())))[1] for one in asked]
         assert sorted((workplace / "answers.txt").read_text().splitlines()) == sorted(own)
+
+
+def test_command_line_names_everything(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = _parse(["eve", "--tasks", "pope", "--out", "o", "--repetition-penalty", "1.05"])
+    command = command_line(arguments, further=["--limit", "3"])
+    options = command[command.index("--model_args") + 1]
+    assert (
+        options
+        == "pretrained=eve,resize_rule=eval,repetition_penalty=1.05,template=qwen2,dtype=auto"
+    )
+    assert command[-2:] == ["--limit", "3"]
+    assert Path(command[command.index("--include_path") + 1]).name == "tasks"
+    with pytest.raises(SystemExit, match="2"):
+        main(["eve", "--tasks", "pope"])
+    assert "--out" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is not None, reason="it is installed")
+def test_missing_lmms_eval_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eve", "--tasks", "pope", "--out", "o"]) == 2
+    assert "lmms-eval is not installed; `make install-eval`" in capsys.readouterr().err
+
+
+@needs_lmms_eval
+def test_no_results_is_a_failure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """lmms-eval itself exits 0 after an error."""
+    out = str(tmp_path / "out")
+    assert main([str(tmp_path / "nothing"), "--tasks", "easy_vqa", "--out", out]) == 1
+    assert "wrote no results" in capfd.readouterr().err
 
 
 def test_plugin_has_the_layout_that_lmms_eval_reads() -> None:

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation beside the training: a command on published checkpoints, under a time budget, that no step waits for.
+
+    RUN_DIR/evaluations/step_00000400/     the command's folder: log.txt, and metrics.json, a flat object of numbers
+    RUN_DIR/evaluations.jsonl              one record an evaluation: step, outcome, seconds, metrics
+
+One process of a run (rank 0) starts it; between two steps it only looks whether the checkpoint is there and whether the
+command has ended (a stat and a waitpid). The budget is kept by coreutils' `timeout`, also if the trainer dies. There is
+one at a time: what is due while one runs is skipped and counted. The numbers go into the next logged record as
+`evaluation/NAME`, with `evaluated_step`; those that come after the last record stand in evaluations.jsonl alone."""
+
+import json
+import logging
+import math
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_eve.config.schema import EvaluationConfig
+from megatron_eve.metrics.definitions import EVALUATION_PREFIX
+
+RECORDS_FILE, FOLDER, METRICS_JSON, LOG_FILE = (
+    "evaluations.jsonl",
+    "evaluations",
+    "metrics.json",
+    "log.txt",
+)
+# Exit codes of `timeout`: ended at its limit; killed after it, when the signal takes `timeout` itself along.
+TIMED_OUT = (124, 137, -signal.SIGKILL)
+KILL_AFTER_S = 5
+WAIT_S = 0.2  # between two looks at the end of a run
+# Of the launcher: a command that starts torch.distributed must not join this run.
+_OF_THE_RUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+               "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE", "GROUP_WORLD_SIZE")  # fmt: skip
+Outcome = Literal["done", "over budget", "failed", "stopped", "skipped"]
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Running:
+    step: int
+    process: subprocess.Popen[bytes]
+    folder: Path
+    started: float
+
+
+class Evaluations:
+    """The evaluations of one run. Every method but `finish` returns at once."""
+
+    def __init__(self, config: EvaluationConfig, *, run_dir: Path, is_starter: bool) -> None:
+        """`is_starter`: rank 0; the others hold one that does nothing."""
+        self._config, self._run_dir = config, run_dir
+        self._is_on = is_starter and config.command is not None
+        self._due: int | None = None
+        self._running: _Running | None = None
+        self._news: dict[str, float] = {}
+        self._unfinished = 0  # of this process: over budget, failed, stopped or skipped
+
+    def saved(self, step: int) -> None:
+        """A checkpoint of this step is written, or being written."""
+        every = self._config.every_steps
+        if self._is_on and (every is None or step % every == 0):
+            if self._due is not None:
+                self._record(self._due, "skipped", seconds=0.0)
+            self._due = step
+
+    def poll(self) -> None:
+        """Take in what has ended, start what is due. To be called between steps."""
+        if self._running is not None and (code := self._running.process.poll()) is not None:
+            self._take_in(self._running, code)
+        if self._due is not None and self._checkpoint(self._due).is_dir():
+            step, self._due = self._due, None
+            if self._running is None:
+                self._start(step)
+            else:
+                self._record(step, "skipped", seconds=0.0)
+
+    def news(self) -> dict[str, float]:
+        """Metrics that came since the last call, for the record of a step."""
+        news, self._news = self._news, {}
+        return news
+
+    def finish(self, *, give_up: Callable[[], bool]) -> None:
+        """At the end of the run: wait for what is due or runs, within its budget, unless `give_up` says to stop."""
+        self.poll()
+        if self._due is not None:
+            self._record(self._due, "skipped", seconds=0.0)
+            self._due = None
+        while self._running is not None and not give_up():
+            time.sleep(WAIT_S)
+            self.poll()
+        self.close()
+
+    def close(self) -> None:
+        """Stop what still runs."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(running.process.pid, signal.SIGKILL)
+        running.process.wait()
+        self._record(running.step, "stopped", seconds=time.monotonic() - running.started)
+
+    def _checkpoint(self, step: int) -> Path:
+        """Exists under this name only when it is whole (checkpoint/manager.py)."""
+        return self._run_dir / "checkpoints" / f"step_{step:08d}"
+
+    def _start(self, step: int) -> None:
+        assert self._config.command is not None
+        folder = self._run_dir / FOLDER / f"step_{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / METRICS_JSON).unlink(missing_ok=True)
+        places = {"checkpoint": self._checkpoint(step), "out": folder, "step": step}
+        words = [word.format(**places) for word in shlex.split(self._config.command)]
+        limit = ["timeout", f"--kill-after={KILL_AFTER_S}", str(self._config.timeout_s)]
+        environment = {k: v for k, v in os.environ.items() if k not in _OF_THE_RUN}
+        environment["CUDA_VISIBLE_DEVICES"] = (
+            ""  # the run's GPUs are full; a command may set its own
+        )
+        try:
+            with (folder / LOG_FILE).open("wb") as log:
+                process = subprocess.Popen(
+                    [*limit, *words], stdin=subprocess.DEVNULL, stdout=log,
+                    stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+                )  # fmt: skip
+        except OSError as error:  # no such program, no more processes: no reason to end a run
+            _LOG.warning("evaluation of step %d did not start: %s", step, error)
+            self._record(step, "failed", seconds=0.0)
+            return
+        self._running = _Running(step, process, folder, time.monotonic())
+        _LOG.info("evaluation of step %d started, at most %d s", step, self._config.timeout_s)
+
+    def _take_in(self, running: _Running, code: int) -> None:
+        self._running = None
+        seconds = time.monotonic() - running.started
+        if code in TIMED_OUT:
+            self._record(running.step, "over budget", seconds=seconds)
+            return
+        metrics = read_result(running.folder / METRICS_JSON) if code == 0 else None
+        if metrics is None:
+            _LOG.warning("evaluation: exit %d, see %s", code, running.folder / LOG_FILE)
+            self._record(running.step, "failed", seconds=seconds)
+            return
+        self._record(running.step, "done", seconds=seconds, metrics=metrics)
+
+    def _record(
+        self,
+        step: int,
+        outcome: Outcome,
+        *,
+        seconds: float,
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        record = {"step": step, "outcome": outcome, "seconds": round(seconds, 3)}
+        with (self._run_dir / RECORDS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record | {"metrics": metrics or {}}) + "\n")
+        figures = "".join(f" | {name} {value:.4f}" for name, value in (metrics or {}).items())
+        _LOG.info("evaluation of step %d %s after %.0f s%s", step, outcome, seconds, figures)
+        self._unfinished += outcome != "done"
+        self._news["evaluations_unfinished"] = float(self._unfinished)
+        if metrics is not None:
+            self._news["evaluated_step"] = float(step)
+            self._news |= {EVALUATION_PREFIX + name: value for name, value in metrics.items()}
+
+
+def read_result(path: Path) -> dict[str, float] | None:
+    """A flat JSON object of finite numbers; None if the file is anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    items = list(_numbers(content)) if isinstance(content, dict) else []
+    return dict(items) if items and len(items) == len(content) else None
+
+
+def _numbers(content: dict[str, object]) -> Iterator[tuple[str, float]]:
+    for name, value in content.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            yield name, float(value)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tools.evaluate_checkpoint: which steps it takes, and what becomes of their results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_eve.loop.evaluation import read_result
+from tools import evaluate_checkpoint
+from tools.evaluate_checkpoint import _parse, commands, main
+
+DEMO = {"rows": [{"name": "shape", "num_questions": 4, "right_image": 0.75},
+                 {"name": "yes/no", "num_questions": 4, "right_image": 0.5}]}  # fmt: skip
+LMMS = {"results": {"pope": {"alias": "pope", "pope_accuracy,none": 0.25}}}
+
+
+def test_steps() -> None:
+    text = "ckpt out --easy-vqa data --images 5 --tasks pope --tokenizer tok --batch-size 8"
+    convert, own, lmms = commands(_parse(text.split()), released=Path("out/hf"))
+    assert " ".join(convert) == (
+        "checkpoints_convert megatron-to-hf ckpt out/hf --tokenizer tok --overwrite"
+    )
+    assert " ".join(own) == "tools.demo.evaluate out/hf data out --batch-size 8 --images 5"
+    assert " ".join(lmms) == (
+        "tools.lmms_eval out/hf --tasks pope --out out --batch-size 8 --resize-rule eval"
+    )
+    assert len(commands(_parse(["c", "o", "--tasks", "pope"]), released=Path("r"))) == 2
+    with pytest.raises(SystemExit):
+        _parse(["c", "o"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_metrics_are_what_a_run_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """The steps are stood in for; they are tested where they live."""
+    ran = []
+
+    class Done:
+        returncode = 1 if fails else 0
+
+    def run(command: list[str]) -> Done:
+        ran.append(command[2])
+        (tmp_path / "hf").mkdir(exist_ok=True)
+        (tmp_path / "results.json").write_text(json.dumps(DEMO))
+        (tmp_path / "20261122_results.json").write_text(json.dumps(LMMS))
+        return Done()
+
+    monkeypatch.setattr(evaluate_checkpoint.subprocess, "run", run)
+    code = main(["ckpt", str(tmp_path), "--easy-vqa", "data", "--tasks", "pope"])
+    assert not (tmp_path / "hf").exists()
+    if fails:
+        assert (code, ran) == (1, ["checkpoints_convert"])
+        assert not (tmp_path / "metrics.json").exists()
+        return
+    assert (code, ran) == (0, ["checkpoints_convert", "tools.demo.evaluate", "tools.lmms_eval"])
+    assert read_result(tmp_path / "metrics.json") == {
+        "shape": 0.75, "yes/no": 0.5, "pope/pope_accuracy": 0.25,
+    }  # fmt: skip
