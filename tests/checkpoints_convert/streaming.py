@@ -6,6 +6,7 @@ when it likes. The process reports what it is about to do and waits for a line b
 measured above what the process held before."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 import time
@@ -14,12 +15,12 @@ from pathlib import Path
 import torch
 
 from checkpoints_convert.hf_config import model_json
+from checkpoints_convert.names import tensor_rules
 from checkpoints_convert.safetensors_file import write_file
 from checkpoints_convert.tensors import EveView
 from megatron_eve.config.schema import ModelConfig
 from tests.support.tiny import tiny_model
-
-POLL_S = 0.0005
+from tools.bench.resident import anonymous_bytes, peak_anonymous_bytes
 
 
 def large_model() -> ModelConfig:
@@ -45,10 +46,6 @@ class Sizes:
 
 def write_large_folder(folder: Path) -> Sizes:
     """The large model with random weights as a Hugging Face folder; never in memory as a whole."""
-    import json
-
-    from checkpoints_convert.names import tensor_rules
-
     model = large_model()
     folder.mkdir()
     headers = {
@@ -83,26 +80,16 @@ def peaks(folder: Path) -> dict[str, int]:
         for line in process.stdout:
             if not line.startswith("phase "):
                 continue
-            phase, before = line.split()[1], _anonymous_bytes(process.pid)
+            phase, before = line.split()[1], anonymous_bytes(process.pid)
             done = folder / f"{phase}.done"
             process.stdin.write("go\n")
             process.stdin.flush()
-            peak = before
-            while not done.exists() and process.poll() is None:
-                peak = max(peak, _anonymous_bytes(process.pid))
-                time.sleep(POLL_S)
+            peak = peak_anonymous_bytes(
+                process.pid, until=lambda done=done: done.exists() or process.poll() is not None
+            )
             found[phase] = peak - before
     assert process.returncode == 0
     return found
-
-
-def _anonymous_bytes(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    found = [line.split()[1] for line in lines if line.startswith("RssAnon:")]
-    return int(found[0]) * 1024 if found else 0
 
 
 def main(folder: Path) -> None:
