@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_eve.errors import CheckpointError
@@ -31,6 +30,7 @@ _DTYPES = {  # in the order in which safetensors stores them: largest element fi
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ALIGN = 8  # of the header
+_MAX_HEADER = 100_000_000  # the format's own limit
 
 
 class SafetensorsFile:
@@ -42,17 +42,19 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            with safe_open(path, framework="pt"):  # checks the header against the file's size
-                pass
-        except (FileNotFoundError, SafetensorError) as error:
+            length, content = _read_header(path)
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); download it again.") from error
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            content = json.loads(file.read(length))
-        content.pop("__metadata__", None)
         self._data_start = 8 + length
         self._offsets = {name: tuple(entry["data_offsets"]) for name, entry in content.items()}
         self.headers: Header = {name: self._header(name, entry) for name, entry in content.items()}
+        end = path.stat().st_size - self._data_start
+        for name, (start, stop) in sorted(self._offsets.items(), key=lambda item: item[1]):
+            if stop - start != self.headers[name].nbytes or stop > end:
+                raise CheckpointError(
+                    f"{path} is cut off or damaged: {name} lies at {start} to {stop} of {end} bytes and should have "
+                    f"{self.headers[name].nbytes}; download it again."
+                )
 
     def _header(self, name: str, entry: Mapping[str, Any]) -> Tensor:
         if entry["dtype"] not in _DTYPES:
@@ -70,6 +72,20 @@ class SafetensorsFile:
         if start % header.element_size():  # another writer's order: elements across word boundaries
             data = data.clone()
         return data.view(header.dtype).reshape(header.shape)
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Length of the JSON header and its entries. (safetensors' own reader maps the whole file, which fails for one that
+    is larger than memory.)"""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= _MAX_HEADER:
+            raise ValueError("it is no safetensors file")
+        content = json.loads(file.read(length))
+    if not isinstance(content, dict):
+        raise ValueError("it is no safetensors file")
+    content.pop("__metadata__", None)
+    return length, content
 
 
 def mapped_bytes(path: Path, start: int, count: int) -> Tensor:

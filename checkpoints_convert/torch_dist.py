@@ -12,8 +12,9 @@ The tests load what is written with dist_checkpointing.load, in other layouts.
 
 import contextlib
 import io
+import os
+import pickle
 import re
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +23,14 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -45,6 +48,8 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _STACK = "decoder.layers."
 _NOT_WEIGHTS = ("optimizer.",)
 """What keys of a training checkpoint start with that hold no weights of the model."""
+
+_FILE = "__0_0.distcp"
 
 Box = tuple[tuple[int, int], ...]
 """First row and one past the last of every dim."""
@@ -72,18 +77,37 @@ def write_tensors(
 
     `headers`: shape and dtype of every tensor (device "meta"), by name; the chunks cover them.
     """
-    items = {}
-    for chunk in chunks:
-        item = _write_item(headers[chunk.name], chunk, num_layers=num_layers)
-        items[item.index] = (item, chunk)
-    with _without_zip_checksums(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save(
-            {},
-            storage_writer=FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0),
-            planner=_OneAtATime(items),
-            no_dist=True,
-        )
+    items = [_write_item(headers[chunk.name], chunk, num_layers=num_layers) for chunk in chunks]
+    plan = DefaultSavePlanner(flatten_state_dict=False)
+    _, metadata = plan.create_global_plan(
+        [SavePlan(items)]
+    )  # refuses chunks that overlap or leave holes
+    metadata.storage_data = {}
+    folder.mkdir(exist_ok=True)
+    with (folder / _FILE).open("wb") as file, _without_zip_checksums():
+        for item, chunk in zip(items, chunks, strict=True):
+            start = file.tell()
+            _save(item, chunk, file)
+            metadata.storage_data[item.index] = _StorageInfo(_FILE, start, file.tell() - start)
+        _sync(file)
+    metadata.storage_meta = StorageMeta()
+    metadata.version = CURRENT_DCP_VERSION
+    with (folder / ".metadata").open("wb") as file:
+        pickle.dump(metadata, file)
+        _sync(file)
+
+
+def _save(item: WriteItem, chunk: Chunk, file: BinaryIO) -> None:
+    assert item.tensor_data is not None
+    value = chunk.read().detach().cpu().contiguous().reshape(item.tensor_data.chunk.sizes)
+    if value.untyped_storage().nbytes() != value.nbytes:  # torch.save writes whole storages
+        value = value.clone()
+    torch.save(value, file)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -113,24 +137,6 @@ def _write_item(header: Tensor, chunk: Chunk, *, num_layers: int) -> WriteItem:
             size=torch.Size(size),
         ),
     )
-
-
-class _OneAtATime(DefaultSavePlanner):
-    """A plan of chunks whose values are made when the writer asks for them."""
-
-    def __init__(self, items: Mapping[MetadataIndex, tuple[WriteItem, Chunk]]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._items = items
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([item for item, _ in self._items.values()])
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        item, chunk = self._items[MetadataIndex(write_item.index.fqn, write_item.index.offset)]
-        assert item.tensor_data is not None
-        value = chunk.read().detach().cpu().contiguous()
-        return value.reshape(item.tensor_data.chunk.sizes)
 
 
 class StoredTensors(Mapping[str, Tensor]):

@@ -51,13 +51,19 @@ def run_import(source: Path, dest: Path, **options: Any) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def run_export(source: Path, dest: Path, tokenizer: Path | None, image_edge: int | None) -> str:
+def run_export(
+    source: Path, dest: Path, tokenizer: Path | None, image_edge: int | None, **options: Any
+) -> str:
     """In a worker. Empty, or the error."""
-    options = ExportOptions(
-        tokenizer=tokenizer, image_edge=image_edge, max_shard_bytes=10**9, overwrite=False
+    export = ExportOptions(
+        tokenizer=tokenizer,
+        image_edge=image_edge,
+        max_shard_bytes=10**9,
+        overwrite=False,
+        **options,
     )
     try:
-        export_hf(source, dest, options)
+        export_hf(source, dest, export)
     except EveError as error:
         return f"{type(error).__name__}: {error}"
     return ""
