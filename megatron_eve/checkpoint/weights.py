@@ -129,19 +129,23 @@ def load_weights(
 def _refuse_other_weights(
     live: Mapping[str, TensorHash], manifest: Manifest, *, folder: Path
 ) -> None:
-    """Copies for the vision branch have no name in the folder, and a model of another precision has other bits."""
-    stored = manifest.tensors
-    names = [name for name in live if name in stored and stored[name].dtype == live[name].dtype]
-    refuse_differences(
-        {name: live[name] for name in names},
-        {name: stored[name] for name in names},
-        folder=folder,
-    )
+    """Copies in both branches are what the folder has under the unsplit name. A model of another precision has other
+    bits, and a folder of before there were hashes has none: they are not compared."""
+    expected = {}
+    for name, tensor in live.items():
+        for stored_name in (name, name.replace(_VISION, "."), name.replace(_TEXT, ".")):
+            stored = manifest.tensors.get(stored_name)
+            if stored is not None and stored.dtype == tensor.dtype:
+                expected[name] = stored
+                break
+    refuse_differences({name: live[name] for name in expected}, expected, folder=folder)
 
 
 def _verified(path: Path) -> tuple[Path, Manifest]:
     """The folder that `path` means (see weights_folder), every byte checked. Collective."""
-    candidates = _run_checkpoints(path) or [path]
+    box = [_run_checkpoints(path) or [path]]
+    torch.distributed.broadcast_object_list(box, src=0)  # ranks must not differ in what they try
+    (candidates,) = box
     for candidate in candidates[:-1]:
         try:
             return candidate, verify_folder(candidate)

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -219,8 +219,8 @@ class FolderWrite:
         written = self._result()
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, written)
-        for rank in everyone:
-            self._agree(rank.problem)
+        if problem := next((rank.problem for rank in everyone if rank.problem), None):
+            self._fail(problem)
         self._agree(self._complete(everyone) if self._is_main else None)
 
     def _result(self) -> _Written:
@@ -266,14 +266,18 @@ class FolderWrite:
         return None
 
     def _agree(self, problem: str | None) -> None:
-        """Raise the first rank's problem on every rank; a folder that cannot be completed gives its space back."""
+        """Go on if no rank has a problem."""
         try:
             raise_together(problem)
         except CheckpointError as error:
-            self.abort()
-            raise CheckpointError(
-                f"checkpoint not saved: {error}. Earlier checkpoints are as they were"
-            ) from None
+            self._fail(str(error))
+
+    def _fail(self, problem: str) -> NoReturn:
+        """A folder that cannot be completed gives its space back."""
+        self.abort()
+        raise CheckpointError(
+            f"checkpoint not saved: {problem}. Earlier checkpoints are as they were"
+        )
 
     def abort(self) -> None:
         """Stop writing and remove the folder."""
