@@ -55,15 +55,15 @@ def _parser() -> argparse.ArgumentParser:
             "hf-to-megatron models/Qwen2.5-7B-Instruct checkpoints/qwen2.5-7b --dtype bf16",
         )
     )
-    _add_export(
-        _command(
-            commands,
-            "megatron-to-hf",
-            _export,
-            "distributed checkpoint -> Hugging Face folder",
-            "megatron-to-hf runs/eve7b_stage3 releases/eve-7b",
-        )
+    export = _command(
+        commands,
+        "megatron-to-hf",
+        _export,
+        "distributed checkpoint -> Hugging Face folder",
+        "megatron-to-hf runs/eve7b_stage3 releases/eve-7b",
     )
+    _add_export(export)
+    _add_layout(export)
     _add_release(
         _command(
             commands,
@@ -138,12 +138,6 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         "source", type=Path, help="run directory (its newest checkpoint), or a checkpoint folder"
     )
     parser.add_argument("dest", type=Path, help="Hugging Face folder to write")
-    parser.add_argument(
-        "--layout",
-        choices=("automodel", "official"),
-        default="automodel",
-        help="automodel: stands alone, for transformers' Auto classes (default); official: as baaivision/EVE reads it",
-    )
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: the run's")
     parser.add_argument(
         "--image-edge",
@@ -157,8 +151,18 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_writing(parser)
 
 
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--layout",
+        choices=("automodel", "official"),
+        default="automodel",
+        help="automodel: stands alone, for transformers' Auto classes (default); official: as baaivision/EVE reads it",
+    )
+
+
 def _add_release(parser: argparse.ArgumentParser) -> None:
     _add_export(parser)
+    parser.set_defaults(layout="automodel")
     parser.add_argument(
         "--results",
         type=Path,

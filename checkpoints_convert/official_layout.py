@@ -6,7 +6,6 @@ official code opens relative to the working directory (EVEv2 vision_tokenizer.py
 start the official code there, or in its own checkout, which has it for the official sizes.
 """
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from checkpoints_convert.hf_config import generation_json, model_json, preprocessor_json
 from checkpoints_convert.hf_folder import MAX_SHARD_BYTES, write_safetensors
-from checkpoints_convert.release import TOKENIZER_FILES, Release, claim, publish, write_json
+from checkpoints_convert.release import Release, claim, copy_tokenizer, publish, write_json
 from megatron_eve.data.tokenizer import load_tokenizer
 from megatron_eve.errors import CheckpointError
 
@@ -64,9 +63,7 @@ def write_official(
     write_json(
         processor_folder / "preprocessor_config.json", _without(processor, _OUR_PROCESSOR_FIELDS)
     )
-    for name in TOKENIZER_FILES:
-        if (release.tokenizer / name).is_file():
-            shutil.copyfile(release.tokenizer / name, partial / name)
+    copy_tokenizer(release.tokenizer, partial)
     publish(partial, folder)
     return total
 
