@@ -195,7 +195,7 @@ def step_time(config: RunConfig, done: Amounts, *, rates: Rates, cluster: Cluste
         context=share * context,
         pipeline=_pipeline(config, done, one, rates=rates, cluster=cluster),
         data=_data(config, done, one, rates=rates, cluster=cluster),
-        optimizer=done.optimizer_bytes / rates.memory_bytes_per_s,
+        optimizer=done.optimizer_bytes / rates.optimizer_bytes_per_s,
         host=share * host + rates.step_overhead_s,
     )
 
