@@ -17,6 +17,7 @@ from megatron_eve.config.sizes import padded_vocab_size
 from megatron_eve.config.text_form import config_text
 from megatron_eve.errors import ConfigError
 from megatron_eve.metrics.flops import matrix_products
+from tests.repo.tree import REPO
 from tools.plan.__main__ import main
 from tools.plan.calibration import CPU, CPU_RATES, MeasuredRun, fit, predict, read_run
 from tools.plan.cluster import GPUS, parse_cluster
@@ -231,6 +232,22 @@ def test_the_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) 
     rows = json.loads(capsys.readouterr().out)
     assert rows[0]["memory"]["total"] <= 141e9
     assert rows[0]["time"]["total"] == min(row["time"]["total"] for row in rows)
+
+
+@pytest.mark.parametrize("recipe", SAMPLES)
+def test_the_worked_example_is_what_the_command_prints(recipe: str) -> None:
+    """Every cell of docs/planning.md's row of a stage's fastest layout, and the recipe's own beside it."""
+    config = load_recipe(recipe)
+    text = (REPO / "docs/planning.md").read_text()
+    fits, _ = plans(config, setting_of(config))
+    for one in (fits[0], plan(config, setting_of(config))):
+        held = [f"{value / 1e9:.2f}" for value in dataclasses.astuple(one.memory)]
+        cells = [
+            f"{one.name} | {' + '.join(held)} = {one.memory.total / 1e9:.2f}",
+            f" {100 * one.filled:.0f}% | {one.time.total:.2f} | {one.tokens_per_s:,.0f} | {100 * one.mfu:.0f}% | "
+            f"{one.days:.2f} | {one.time.limit}",
+        ]
+        assert any(all(cell in line for cell in cells) for line in text.splitlines()), cells
 
 
 def test_every_gpu_has_a_peak() -> None:

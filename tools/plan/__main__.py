@@ -144,9 +144,9 @@ def _error(one: Fitted) -> dict[str, Any]:
 def _plan_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.plan",
-        description="Layouts of a recipe that fit a cluster: memory by part, step time, days, what limits each. "
-        "`python -m tools.plan calibrate --help` for the constants.",
-        epilog="example: python -m tools.plan eve7b_stage2_2 --cluster 16x8xA100-40G",
+        description="Layouts of a recipe that fit a cluster: memory by part, step time, days, what limits each.",
+        epilog="example: python -m tools.plan eve7b_stage2_2 --cluster 16x8xA100-40G. Constants from measured runs: "
+        "python -m tools.plan calibrate RUN_DIR ... [--check RUN_DIR ...] [--within PERCENT] [--gpu GPU] [--out FILE]",
     )
     parser.add_argument("recipe", metavar="RECIPE")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*")

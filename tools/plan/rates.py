@@ -25,6 +25,9 @@ class Rates:
     gemm_flops_per_s: float
     attention_flops_per_s: float
     memory_bytes_per_s: float
+    optimizer_bytes_per_s: (
+        float  # of Adam's state; slower than memory where its steps are no single kernel
+    )
     gemm_overhead_s: float  # a product of any size
     layer_overhead_s: float  # host time of one layer's forward and backward that no device hides
     step_overhead_s: float  # host time of a step
@@ -38,6 +41,7 @@ def assumed(gpu: Gpu) -> Rates:
         gemm_flops_per_s=_GEMM_SHARE * gpu.peak_flops,
         attention_flops_per_s=_ATTENTION_SHARE * gpu.peak_flops,
         memory_bytes_per_s=_MEMORY_SHARE * gpu.memory_bytes_per_s,
+        optimizer_bytes_per_s=_MEMORY_SHARE * gpu.memory_bytes_per_s,
         gemm_overhead_s=_GEMM_OVERHEAD_S,
         layer_overhead_s=0.0,
         step_overhead_s=0.02,

@@ -32,7 +32,7 @@ class Amounts:
     gemm_calls: float
     attention_flops: float
     memory_bytes: float
-    layer_calls: float
+    layer_calls: float  # forward and backward of a layer
     tensor_bytes: float  # through this rank's links
     context_bytes: float
     pipeline_bytes: float  # per boundary of two stages
@@ -109,7 +109,7 @@ def amounts(config: RunConfig, mix: Mix, *, rows: PackRows | None = None) -> Amo
         attention_flops=forward + backward + attention_again,
         memory_bytes=passes * (1 + _BACKWARD_PASSES + full)
         + config.parallel.pipeline * trained * (2 * value + 2 * _FP32),
-        layer_calls=layers,
+        layer_calls=layers * (4 / 3 if full else 1),  # of a layer's three thirds one again
         tensor_bytes=_tensor_bytes(config, rows),
         context_bytes=_context_bytes(config, rows),
         pipeline_bytes=_pipeline_bytes(config, rows),
@@ -195,7 +195,7 @@ def step_time(config: RunConfig, done: Amounts, *, rates: Rates, cluster: Cluste
         context=share * context,
         pipeline=_pipeline(config, done, one, rates=rates, cluster=cluster),
         data=_data(config, done, one, rates=rates, cluster=cluster),
-        optimizer=done.optimizer_bytes / rates.memory_bytes_per_s,
+        optimizer=done.optimizer_bytes / rates.optimizer_bytes_per_s,
         host=share * host + rates.step_overhead_s,
     )
 
