@@ -63,7 +63,12 @@ def run_part(part: Part, *, size: str, backend: str | None, limit_s: float) -> d
         with open(log, "w") as file:
             try:
                 code = subprocess.run(
-                    command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=limit_s
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    timeout=limit_s,
+                    env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ},
                 ).returncode
                 end = "done" if code == 0 else f"exit status {code}"
             except subprocess.TimeoutExpired:
@@ -115,7 +120,6 @@ def _run_here(name: str, *, size: Any, backend: Any, rows_file: Path, seconds: f
     import warnings
 
     warnings.filterwarnings("ignore")
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     from tools.bench.gpu_setting import SETTINGS, Rows, Setting
 
     def save(rows: list[dict[str, Any]]) -> None:

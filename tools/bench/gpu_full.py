@@ -12,6 +12,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -143,7 +144,7 @@ def full(setting: Setting, rows: Rows) -> None:
         config = setting.config(stage, pack_tokens=tokens)
         rows.attempt(
             f"stage {stage}, {tokens} tokens a pack",
-            lambda c=config: whole_model(c, files, setting=setting),
+            partial(whole_model, config, files, setting=setting),
         )
 
 
@@ -230,14 +231,15 @@ def images(setting: Setting, rows: Rows) -> None:
     files = image_bytes(min(setting.images, 64), edge=setting.image_edge, seed=1)
     for name, make in (
         ("Pillow, one thread", pillow_decoder),
-        ("DALI on the CPU", lambda: dali_decoder("cpu")),
-        ("DALI on the GPU", lambda: dali_decoder("cuda")),
+        ("DALI on the CPU", partial(dali_decoder, "cpu")),
+        ("DALI on the GPU", partial(dali_decoder, "cuda")),
     ):
-        rows.attempt(name, lambda m=make: decoding(m(), files, setting=setting))
+        rows.attempt(name, partial(decoding, make, files, setting=setting))
 
 
-def decoding(decode: Decode, files: list[File], *, setting: Setting) -> dict[str, Any]:
+def decoding(make: Callable[[], Decode], files: list[File], *, setting: Setting) -> dict[str, Any]:
     """Throughput over `setting.images` images, difference to Pillow, growth of memory from a quarter of them on."""
+    decode = make()
     jobs = [
         ImageJob(data=data, source_size=size, target_size=train_size(*size, edge=1600))
         for data, size in files

@@ -7,6 +7,7 @@ dense layer at the same tokens, with each of the choices that should lower it.""
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,14 +63,9 @@ class LayerBench:
             state=self.state,
         )
         ends = torch.arange(0, self.tokens + 1, SAMPLE_TOKENS, dtype=torch.int32)
-        ends = ends.to(self.state.device)
-        return dataclasses.replace(
-            routing,
-            cu_seqlens_q=ends,
-            cu_seqlens_kv=ends,
-            max_seqlen_q=SAMPLE_TOKENS,
-            max_seqlen_kv=SAMPLE_TOKENS,
-        )
+        routing.cu_seqlens_q = routing.cu_seqlens_kv = ends.to(self.state.device)
+        routing.max_seqlen_q = routing.max_seqlen_kv = SAMPLE_TOKENS
+        return routing
 
     def layer(
         self, *, dense: bool, backend: str | None = None, gpu: GpuConfig = PLAIN_GPU
@@ -104,7 +100,7 @@ class LayerBench:
 
         def call() -> None:
             layer.zero_grad(set_to_none=True)
-            with get_fp8_context(layer.config):  # type: ignore[arg-type]
+            with get_fp8_context(layer.config):
                 out, _ = layer(x.detach().requires_grad_(), packed_seq_params=self.routing)
             torch.autograd.backward(out, gradient)
 
@@ -190,21 +186,19 @@ class LayerBench:
 
 def layers(setting: Setting, rows: Rows) -> None:
     """Part `layers`."""
+    few, many = setting.layer_tokens[0], setting.layer_tokens[-1]
+
+    def attempt(name: str, tokens: int, measure: Callable[[LayerBench], dict[str, Any]]) -> None:
+        rows.attempt(
+            f"{tokens} tokens: {name}", lambda: measure(LayerBench(setting, tokens=tokens))
+        )
+
     for tokens in setting.layer_tokens:
-        rows.attempt(
-            f"{tokens} tokens: split tax", lambda t=tokens: LayerBench(setting, tokens=t).tax()
-        )
-    tokens = setting.layer_tokens[0]
-    for frozen in (False, True):
-        rows.attempt(
-            f"{tokens} tokens: official form{', text frozen' if frozen else ''}",
-            lambda f=frozen: LayerBench(setting, tokens=tokens).blend(text_frozen=f),
-        )
+        attempt("split tax", tokens, LayerBench.tax)
+    attempt("official form", few, lambda bench: bench.blend(text_frozen=False))
+    attempt("official form, text frozen", few, lambda bench: bench.blend(text_frozen=True))
     for recipe in setting.recipes:
-        rows.attempt(
-            f"{setting.layer_tokens[-1]} tokens: FP8 {recipe}",
-            lambda r=recipe: LayerBench(setting, tokens=setting.layer_tokens[-1]).fp8_tax(r),
-        )
+        attempt(f"FP8 {recipe}", many, partial(LayerBench.fp8_tax, recipe=recipe))
 
 
 def kernels(setting: Setting, rows: Rows) -> None:
@@ -212,7 +206,7 @@ def kernels(setting: Setting, rows: Rows) -> None:
     for tokens in setting.layer_tokens:
         rows.attempt(
             f"{tokens} tokens: permutation and rotary positions",
-            lambda t=tokens: rope_figures(setting, tokens=t),
+            partial(rope_figures, setting, tokens=tokens),
         )
 
 
@@ -254,13 +248,13 @@ def rope_figures(setting: Setting, *, tokens: int) -> dict[str, Any]:
         figures["errors"][name] = [
             relative_error(a, b) for a, b in zip(found, expected, strict=True)
         ]
-        seconds = seconds_of(lambda c=call: _with_gradient(c, mixed), rounds=setting.rounds)
+        seconds = seconds_of(partial(_with_gradient, call, mixed), rounds=setting.rounds)
         figures["milliseconds"][name] = round(1e3 * seconds, 4)
     figures["bytes_read_and_written_once"] = 4 * mixed.nbytes
     return figures
 
 
-def _bare_attention(kind: type, bench: LayerBench) -> Callable[..., tuple[Tensor, ...]]:
+def _bare_attention(kind: Any, bench: LayerBench) -> Callable[..., tuple[Tensor, ...]]:
     """Only what stands between the projection and the core attention."""
     module: Any = kind.__new__(kind)
     torch.nn.Module.__init__(module)

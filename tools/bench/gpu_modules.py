@@ -3,8 +3,9 @@
 what PyTorch's own operators in the same dtype are off. Errors are relative, by Frobenius norm."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,12 +98,8 @@ class ModuleBench:
 
     def linear_errors(self, module: torch.nn.Module) -> dict[str, Any]:
         """Of a linear, with or without a norm inside, or a norm alone."""
-        width = (
-            module.weight.shape[-1]
-            if module.weight.dim() == 2  # type: ignore[operator]
-            else self.model.hidden_size
-        )
-        x = self.tensor(self.rows, 1, int(width), seed=3)
+        weight: Any = module.weight
+        x = self.tensor(self.rows, 1, weight.shape[-1], seed=3)
         repeats = 4 if self.gpu.fp8 == "delayed" else 1  # a delayed scale needs a history
         for _ in range(repeats):
             module.zero_grad()
@@ -112,16 +109,15 @@ class ModuleBench:
         results = {}
         for name, dtype in (("reference", torch.float64), ("torch", x.dtype)):
             copies = {n: w.to(dtype).requires_grad_() for n, w in weights.items()}
-            results[name] = self._run(
-                lambda x, copies=copies: _plain(x, copies, eps=eps), x.to(dtype), copies
-            )
+            plain = partial(_plain, weights=copies, eps=eps)
+            results[name] = self._run(plain, x.to(dtype), copies)
         return {
             "errors": _errors(found, results["reference"]),
             "errors_of_torch": _errors(results["torch"], results["reference"]),
         }
 
     def _run(
-        self, call: Callable[[Tensor], Tensor], x: Tensor, weights: dict[str, Tensor]
+        self, call: Callable[[Tensor], Tensor], x: Tensor, weights: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         x = x.detach().requires_grad_()
         low = x.dtype == self.config.params_dtype
@@ -148,7 +144,7 @@ class ModuleBench:
             tp_group=self.state.groups.tp,
         )
         module = self._with_noise(ModalityPartitionedLinear(width, 2 * width, **kwargs))
-        module.text.requires_grad_(False)  # type: ignore[operator]
+        module.text.requires_grad_(False)
         x = self.tensor(self.rows, 1, width, seed=3)
         split = self.rows // 4 * 3
         named = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -162,7 +158,7 @@ class ModuleBench:
             parts = [
                 _plain(
                     part,
-                    {n[len(m) + 1 :]: c for n, c in copies.items() if n.startswith(m)},
+                    weights={n[len(m) + 1 :]: c for n, c in copies.items() if n.startswith(m)},
                     eps=eps,
                 )
                 for m, part in (("vision", x[:split]), ("text", x[split:]))
@@ -208,9 +204,9 @@ class ModuleBench:
             samples = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)), strict=True)
             out = [
                 F.scaled_dot_product_attention(
-                    *(t[None] for t in one), is_causal=True, enable_gqa=True
+                    q[None], k[None], v[None], is_causal=True, enable_gqa=True
                 )[0]
-                for one in samples
+                for q, k, v in samples
             ]
             return torch.cat(out, dim=1).transpose(0, 1).flatten(1)
 
@@ -239,7 +235,7 @@ def _first(output: Any) -> Tensor:
     return found
 
 
-def _plain(x: Tensor, weights: dict[str, Tensor], *, eps: float) -> Tensor:
+def _plain(x: Tensor, *, weights: dict[str, Tensor], eps: float) -> Tensor:
     """A norm, a linear or both, by the names of their weights."""
     gamma = weights.get("layer_norm_weight")
     if "weight" in weights and weights["weight"].dim() == 1:
@@ -271,8 +267,8 @@ def _packed(lengths: tuple[int, ...], *, device: torch.device) -> ModalityPacked
 
 def modules(setting: Setting, rows: Rows) -> None:
     """Part `modules`."""
-    for recipe in ("none", *setting.recipes):
-        bench = ModuleBench(setting, gpu=GpuConfig(fp8=recipe))
+    for gpu in (PLAIN_GPU, *(GpuConfig(fp8=recipe) for recipe in setting.recipes)):
+        bench, recipe = ModuleBench(setting, gpu=gpu), gpu.fp8
         precision = setting.dtype if recipe == "none" else f"FP8 {recipe}"
         for name, case in _cases(bench).items():
             rows.attempt(f"{precision}: {name}", case)

@@ -128,8 +128,9 @@ def fp8(setting: Setting, rows: Rows) -> None:
     base = dataclasses.replace(base, optim=dataclasses.replace(base.optim, peak_lr=3e-4))
     packs = fixed_packs(base, token_share=setting.parity_model.token_share, count=4)
     curves: dict[str, list[float]] = {}
-    for recipe in ("none", *setting.recipes):
-        gpu = GpuConfig(fp8=recipe, fp8_min_width=256)
+    fp8_choices = (GpuConfig(fp8=recipe, fp8_min_width=256) for recipe in setting.recipes)
+    for gpu in (PLAIN_GPU, *fp8_choices):
+        recipe = gpu.fp8
 
         def measure(recipe: str = recipe, gpu: GpuConfig = gpu) -> dict[str, Any]:
             config = dataclasses.replace(base, gpu=gpu)

@@ -5,6 +5,7 @@ At size `full` everything has Qwen2.5-7B's shapes on backend `te` in BF16; at si
 on backend `local` in fp32, so that a mistake shows where there is no GPU."""
 
 import dataclasses
+import gc
 import statistics
 import time
 import traceback
@@ -129,6 +130,7 @@ class Rows:
         seconds = round(time.monotonic() - started, 2)
         self.rows.append({"case": name, **row, "took_s": seconds})
         self.save(self.rows)
+        gc.collect()  # gradient hooks hold whole models in cycles
         if device.has_gpu():
             torch.cuda.empty_cache()
 
