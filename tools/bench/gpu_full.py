@@ -211,6 +211,7 @@ def _speed(
         "useful_tflops": round(ideal / total / 1e12, 2),
         "executed_tflops": round(executed / total / 1e12, 2),
         "mfu": round(ideal / total / peak, 4) if peak else None,
+        "mfu_without_waiting": round(ideal / (total - waited) / peak, 4) if peak else None,
     }
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_eve import device
+from megatron_eve.config.gpu_checks import FP8_BLOCK
 from megatron_eve.config.recipes import RECIPES
 from megatron_eve.config.schema import GpuConfig, ModelConfig, RunConfig
 from tools.bench.report import BenchmarkError
@@ -67,7 +68,11 @@ class Setting:
         """The same with the model of the parity parts."""
         config = scaled_config(stage, scale=self.parity_model, dtype=self.dtype)
         train = dataclasses.replace(config.train, backend=self.backend, recompute="none")
-        return dataclasses.replace(config, train=train, gpu=GpuConfig(**gpu))
+        align = (
+            config.data.align if self.size == "tiny" else FP8_BLOCK
+        )  # rows that every recipe takes
+        data = dataclasses.replace(config.data, align=align)
+        return dataclasses.replace(config, data=data, train=train, gpu=GpuConfig(**gpu))
 
     @property
     def layer_model(self) -> ModelConfig:
