@@ -11,6 +11,7 @@
 #   BENCH            folder of the benchmarks' results
 #   PROFILE          folder of `make profile`
 #   PROFILE_ARGS     further overrides for the run that it records, e.g. train.dtype=bf16
+#   GPU_PYTHON       interpreter of `make gpu`: an environment with torch for CUDA and Transformer Engine
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,6 +23,7 @@ N ?= 100
 BENCH ?= runs/bench
 PROFILE ?= runs/profile
 PROFILE_ARGS ?=
+GPU_PYTHON ?= python3
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --require-virtualenv
@@ -33,7 +35,7 @@ SMOLLM2_SET := $(VENV)/.installed-smollm2
 EVAL_SET := $(VENV)/.installed-eval
 SERVE_SET := $(VENV)/.installed-serve
 
-.PHONY: help demo demo-smollm2 test test-matrix test-serve test-slurm test-kill bench profile lint install install-eval clean
+.PHONY: help demo demo-smollm2 test test-matrix test-serve test-slurm test-kill bench profile gpu lint install install-eval clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -77,6 +79,9 @@ profile: $(CPU_SET) ## record steps 6 to 8 of a tiny run, by nsys where it works
 	$(PY) -m tools.profile run eve_tiny_stage2_2 --out $(PROFILE)/run --overwrite --steps 6-8@0,1 \
 	  data.sources.0.path=$(PROFILE)/demo/data/shards/captions data.sources.1.path=$(PROFILE)/demo/data/shards/questions \
 	  data.tokenizer=$(PROFILE)/demo/data/tokenizer checkpoint.load_weights_from=none $(PROFILE_ARGS)
+gpu: ## on a machine with a GPU and its own Python environment: tests that compute there, then the benchmark (8 min)
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/data/test_image.py $(PYTEST_ARGS); tests=$$?; \
+	$(GPU_PYTHON) -m tools.bench.gpu --out docs/measurements --overwrite && exit $$tests
 
 lint: $(DEV_SET) ## ruff, mypy, shellcheck
 	$(PY) -m ruff check .

@@ -54,12 +54,17 @@ def peak_memory_gib() -> float | None:
 
 
 def install() -> None:
-    """Redirect megatron-core's four ways of naming CUDA to the CPU. Idempotent; no-op where CUDA is available.
+    """Redirect megatron-core's four ways of naming CUDA to the CPU. Idempotent.
+
+    Where CUDA is available only the optimizer may change: see _use_own_adam.
 
     Raises: EveError if megatron.core was imported before (its import-time decorators would already be evaluated).
     """
     global _active_mode
-    if _active_mode is not None or has_gpu():
+    if _active_mode is not None:
+        return
+    if has_gpu():
+        _use_own_adam_if_no_other()
         return
     if "megatron.core" in sys.modules:
         raise EveError(
@@ -117,6 +122,14 @@ def _import_megatron_without_compile() -> None:
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
     _use_own_adam()
+
+
+def _use_own_adam_if_no_other() -> None:
+    """On a GPU Transformer Engine's or Apex's is faster; megatron-core has imported it where there is one."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        _use_own_adam()
 
 
 def _use_own_adam() -> None:

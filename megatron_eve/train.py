@@ -59,6 +59,9 @@ def _train(config: RunConfig) -> int:
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses cuBLAS without
+        os.environ.setdefault(
+            "NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0"
+        )  # megatron-core refuses TE without
     from megatron_eve.loop.run import run  # torch and megatron-core: not for a dry run
 
     code = 1

@@ -27,7 +27,7 @@ from megatron_eve.data.quarantine import SampleError
 
 _EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-GPU_DECODER_OPTIONS = {
+GPU_DECODER_OPTIONS: dict[str, Any] = {
     "device_memory_padding": 64 << 20,
     "host_memory_padding": 32 << 20,
     "preallocate_width_hint": 2048,

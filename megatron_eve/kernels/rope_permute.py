@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _forward_kernel(
+def _forward_kernel(  # type: ignore[no-untyped-def]
     mixed, to_sequence, cos, sin, query, key, value,
     GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _backward_kernel(  # type: ignore[no-untyped-def]
     d_query, d_key, d_value, to_rows, cos, sin, d_mixed, num_tokens,
     GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +97,7 @@ class _PermuteRope(torch.autograd.Function):
             mixed, to_sequence, cos, sin, query, key, value, num_warps=1, **shape
         )
         ctx.save_for_backward(to_rows, cos, sin)
-        ctx.tokens, ctx.rows, ctx.width, ctx.shape = tokens, *mixed.shape, shape
+        ctx.tokens, ctx.rows, ctx.width, ctx.shape = tokens, mixed.shape[0], mixed.shape[1], shape
         return query, key, value
 
     @staticmethod

@@ -68,7 +68,7 @@ def accelerators_line(config: RunConfig) -> str:
     if backend == "te":
         version = importlib.metadata.version("transformer-engine")
         linears = f"Transformer Engine {version}"
-    precision = config.train.dtype
+    precision: str = config.train.dtype
     if gpu.fp8 != "none":
         precision = (
             f"FP8 ({gpu.fp8} scaling) where a linear is {gpu.fp8_min_width} wide, else {precision}"

@@ -12,6 +12,7 @@ scale is state (`_extra_state`), which checkpoints leave out: a resumed run star
 GroupedLinear, which takes the first group's word for whether any weight needs a gradient."""
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,7 +68,8 @@ def keep_narrow_linears_in_bf16(chunks: Sequence[torch.nn.Module], *, min_width:
         for module in chunk.modules():
             if not hasattr(module, "te_quant_params"):
                 continue
-            if min(module.weight.shape) < min_width:
+            weight: Any = module.weight
+            if min(weight.shape) < min_width:
                 module.te_quant_params = in_bf16
             else:
                 remaining += 1
@@ -97,3 +99,13 @@ def give_each_stream_a_workspace() -> None:
 
     get_cublas_workspace.by_stream = True  # type: ignore[attr-defined]
     gemm.get_cublas_workspace = get_cublas_workspace
+
+
+def local_name(name: str) -> str:
+    """The name that a parameter of a `te` model has in a `local` one, and in every checkpoint."""
+    for linear, norm in (
+        ("self_attention.linear_qkv", "input_layernorm"),
+        ("mlp.linear_fc1", "pre_mlp_layernorm"),
+    ):
+        name = re.sub(rf"\b{linear}((\.\w+)?)\.layer_norm_weight$", rf"{norm}\1.weight", name)
+    return name

@@ -161,11 +161,8 @@ def test_two_streams_change_nothing(te2, weights, backend):  # type: ignore[no-u
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
-def test_products_on_two_streams_share_no_workspace() -> None:
-    """A pool of its own: what is replaced stays replaced."""
-    pool = PoolWithStandIn(1)
-    (found,) = pool.run(workspaces_by_stream)
-    pool.close()
+def test_products_on_two_streams_share_no_workspace(te2) -> None:  # type: ignore[no-untyped-def]
+    found, _ = te2.run(workspaces_by_stream)
     assert found == [True, True, True, False]
 
 

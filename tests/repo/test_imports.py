@@ -12,7 +12,7 @@ from tests.repo.tree import PACKAGES, REPO, python_files, text_of
 LAYERS = (
     ("errors",),
     ("config", "device"),
-    ("data", "model", "parallel", "optim"),
+    ("data", "model", "parallel", "optim", "kernels"),
     ("checkpoint", "metrics"),
     ("inference", "loop"),
     ("generate", "train"),

@@ -81,9 +81,12 @@ def flags_after_announcing_a_step(config: RunConfig, weights: str) -> list[bool]
 
 def workspaces_by_stream() -> list[bool]:
     """Whether products on one stream share a workspace, and whether products on two do; before and after."""
+    import importlib
+
     import torch
     from transformer_engine.pytorch.cpp_extensions import gemm
 
+    importlib.reload(gemm)  # as before any run replaced its function
     from megatron_eve.model.te import give_each_stream_a_workspace
 
     class Stream:

@@ -77,12 +77,13 @@ def scaled_config(
         recipe,
         model=scaled_model(recipe.model.split, scale=scale),
         data=dataclasses.replace(recipe.data, pack_tokens=pack_tokens, align=align),
-        parallel=_one_axis(data_parallel),
+        parallel=one_process(data_parallel),
         train=dataclasses.replace(recipe.train, dtype=dtype, backend="local"),
     )
 
 
-def _one_axis(data_parallel: int) -> ParallelConfig:
+def one_process(data_parallel: int = 1) -> ParallelConfig:
+    """Data parallelism alone."""
     return ParallelConfig(
         num_nodes=1,
         gpus_per_node=data_parallel,

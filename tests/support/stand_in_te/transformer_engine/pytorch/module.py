@@ -59,6 +59,7 @@ class Linear(_Module):
         super().__init__()
         self.tp_group, self.tp_size = tp_group, tp_size
         self.parallel_mode, self.use_bias = parallel_mode, bias
+        self.save_original_input = save_original_input
         self.in_features = in_features // (tp_size if parallel_mode == "row" else 1)
         self.out_features = out_features // (tp_size if parallel_mode == "column" else 1)
         self.sequence_parallel = tp_size > 1 and sequence_parallel

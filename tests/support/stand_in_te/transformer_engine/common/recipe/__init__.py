@@ -5,8 +5,6 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, Literal
 
-from pydantic.dataclasses import dataclass
-
 
 class Format(Enum):
     """Of forward and backward tensors."""
@@ -16,12 +14,15 @@ class Format(Enum):
     HYBRID = "hybrid"
 
 
-@dataclass()
 class Recipe:
-    """Base. Like the original a pydantic dataclass, which ignores arguments that it does not know."""
+    """Base. The original's are pydantic dataclasses, which ignore arguments that they do not know; so do these."""
+
+    def __init__(self, **given: Any) -> None:
+        for kind in type(self).__mro__:
+            for name in vars(kind).get("__annotations__", {}):
+                setattr(self, name, given.get(name, getattr(self, name)))
 
 
-@dataclass()
 class DelayedScaling(Recipe):
     """Scales from earlier steps."""
 
@@ -35,7 +36,6 @@ class DelayedScaling(Recipe):
     fp8_mha: bool = False
 
 
-@dataclass()
 class Float8CurrentScaling(Recipe):
     """Scales from the tensor itself."""
 
@@ -44,7 +44,6 @@ class Float8CurrentScaling(Recipe):
     fp8_mha: bool = False
 
 
-@dataclass()
 class Float8BlockScaling(Recipe):
     """Scales of blocks."""
 
