@@ -276,7 +276,7 @@ def test_release_tells_the_run(
     assert (config["tune_VE"], config["tune_LLM"], config["tune_MOE"]) == (True, True, True)
     assert config["vision_tower_lr"] == run.optim.patch_embedding_lr
     card = (tmp_path / "hf/README.md").read_text()
-    assert "| recipe | eve_tiny_stage3 |" in card
+    assert "(`eve_tiny_stage3`)" in card
     assert "| separate weights for vision tokens | layernorm-self_attn-mlp |" in card
     assert logits_gap(folder, tmp_path / "hf") > 0  # the other image area: other pixels
     (tmp_path / "hf/preprocessor_config.json").write_text(
