@@ -16,6 +16,7 @@ from checkpoints_convert.megatron_folder import MegatronWeights, read_megatron
 from checkpoints_convert.names import tensor_rules
 from checkpoints_convert.official_layout import write_official
 from checkpoints_convert.release import Release, write_release
+from checkpoints_convert.run_record import read_history
 from checkpoints_convert.tensors import HfView
 from megatron_eve.checkpoint.weights import weights_folder
 from megatron_eve.config.schema import RunConfig
@@ -39,13 +40,15 @@ class ExportOptions:
 def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
     """Convert the checkpoint folder `source` to the Hugging Face folder `dest`; returns the bytes of its weights."""
     weights = read_megatron(source)
+    folder = weights_folder(source)
     release = Release(
         model=weights.model,
         dtype=_TORCH_NAMES[weights.dtype],
         tokenizer=_tokenizer(weights.run, options),
         image_edge=_image_edge(weights.run, options),
         run=weights.run,
-        origin=_origin(weights_folder(source)),
+        origin=_origin(folder),
+        history=None if weights.run is None else read_history(folder),
     )
     write = write_release if options.layout == "automodel" else write_official
     return write(

@@ -18,6 +18,7 @@ from torch import Tensor
 from checkpoints_convert.hf_config import generation_json, model_json, preprocessor_json
 from checkpoints_convert.hf_folder import MAX_SHARD_BYTES, write_safetensors
 from checkpoints_convert.model_card import CardFacts, last_template, model_card
+from checkpoints_convert.run_record import History
 from megatron_eve.config.schema import ModelConfig, RunConfig
 from megatron_eve.data.tokenizer import load_tokenizer
 from megatron_eve.errors import CheckpointError
@@ -49,6 +50,7 @@ class Release:
     image_edge: int  # M of the resize rules (train time)
     run: RunConfig | None  # the run that trained the weights, if the checkpoint knows it
     origin: str  # one line for the model card: which checkpoint, which step
+    history: History | None = None  # the runs behind it; None: a converter wrote the checkpoint
 
 
 def write_release(
@@ -94,7 +96,7 @@ def write_release(
         image_edge=release.image_edge,
         origin=release.origin,
         template=last_template(release.run),
-        history=None,
+        history=release.history,
     )
     (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
     publish(partial, folder)
