@@ -3,10 +3,12 @@
 
 Counted is RssAnon, the pages that belong to the process alone; those of mapped files do not, the kernel takes them back
 when it likes. The process reports what it is about to do and waits for a line before it does it, so that each phase is
-measured above what the process held before."""
+measured above what the process held before. What it frees goes back to the kernel at once, else a phase could use what
+an earlier one left."""
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -73,6 +75,7 @@ def peaks(folder: Path) -> dict[str, int]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
     ) as process:
         assert process.stdin
         assert process.stdout
