@@ -43,6 +43,9 @@ LAYOUTS = {
 }
 
 
+SLOW = ("tp2-pp2-virtual-sp", "tp2-cp2", "pp2-cp2", "pp4", "cp2-dp2")
+"""Nine others run with every change."""
+
 TIED = ("tp2", "pp2-virtual", "tp2-pp2")
 """Tied weights differ from untied ones at the ends of the pipeline and in the vocabulary only."""
 
@@ -105,7 +108,12 @@ def starts(tmp_path_factory: pytest.TempPathFactory, gloo1: Any) -> dict[bool, S
 
 
 @pytest.mark.parametrize(
-    ("name", "tied"), [(name, False) for name in LAYOUTS] + [(name, True) for name in TIED]
+    ("name", "tied"),
+    [
+        pytest.param(name, False, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in LAYOUTS
+    ]
+    + [(name, True) for name in TIED],
 )
 def test_a_run_in_any_layout_is_released_to_the_byte(
     name: str, tied: bool, starts: dict[bool, Start], tmp_path: Path, request: Any, gloo1: Any
