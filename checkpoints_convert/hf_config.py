@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints_convert.names import moe_part
+from megatron_eve.config.hf_fields import HF_FIELDS
 from megatron_eve.config.schema import ModelConfig, RunConfig, SplitConfig
 from megatron_eve.errors import CheckpointError
 
@@ -24,22 +25,6 @@ OFFICIAL_PATCH_STRIDE, OFFICIAL_DENSE_STRIDE = 16, 2
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-
-_FIELDS: dict[str, tuple[str, type]] = {
-    "num_layers": ("num_hidden_layers", int),
-    "hidden_size": ("hidden_size", int),
-    "ffn_hidden_size": ("intermediate_size", int),
-    "num_attention_heads": ("num_attention_heads", int),
-    "num_kv_heads": ("num_key_value_heads", int),
-    "vocab_size": ("vocab_size", int),
-    "max_position_embeddings": ("max_position_embeddings", int),
-    "rms_norm_eps": ("rms_norm_eps", float),
-    "rope_theta": ("rope_theta", float),
-    "tie_word_embeddings": ("tie_word_embeddings", bool),
-    "init_std": ("initializer_range", float),
-}
-"""ModelConfig's field -> name and type in config.json."""
-
 
 _LLAMA_DEFAULTS: dict[str, Any] = {
     "rope_theta": 10000.0,
@@ -106,7 +91,7 @@ def read_hf_config(folder: Path, *, patch_embed_dim: int) -> HfModel:
         content = _LLAMA_DEFAULTS | heads | given
     values = {
         field: _read(content, name, kind=python_type, path=path)
-        for field, (name, python_type) in _FIELDS.items()
+        for field, (name, python_type) in HF_FIELDS.items()
     }
     values["head_dim"] = content.get("head_dim") or _default_head_dim(values, path)
     is_eve = kind == "eve-qwen2"
@@ -158,7 +143,7 @@ def model_json(
         "add_moe": model.split.any,
         "moe_part": moe_part(model.split),
     }
-    for field, (name, _) in _FIELDS.items():
+    for field, (name, _) in HF_FIELDS.items():
         content[name] = getattr(model, field)
     if run is not None:
         content |= {

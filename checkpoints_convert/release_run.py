@@ -20,7 +20,8 @@ from checkpoints_convert.model_card import CardFacts, last_template, model_card
 from checkpoints_convert.model_text import model_from_text, run_from_text
 from checkpoints_convert.release import publish
 from checkpoints_convert.run_record import read_history
-from megatron_eve.checkpoint.weights import CONFIG, read_config_text, weights_folder
+from megatron_eve.checkpoint.manifest import CONFIG
+from megatron_eve.checkpoint.weights import read_config_text, weights_folder
 from megatron_eve.errors import CheckpointError
 
 CHECKSUMS = "SHA256SUMS"

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_eve.checkpoint.weights import CONFIG
+from megatron_eve.checkpoint.manifest import CONFIG
 from megatron_eve.metrics.sinks import METRICS_FILE, read_metrics
 
 

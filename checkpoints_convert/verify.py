@@ -15,7 +15,8 @@ from torch import Tensor
 
 from checkpoints_convert.hf_folder import SafetensorsFolder
 from checkpoints_convert.tensors import canonical_hf_names
-from megatron_eve.checkpoint.weights import COMPLETE, weights_folder
+from megatron_eve.checkpoint.manifest import COMPLETE
+from megatron_eve.checkpoint.weights import weights_folder
 
 QUESTION = "What is in the image? Describe it in one sentence."
 TEXT_IDS = torch.arange(48)[None] * 29 % 61

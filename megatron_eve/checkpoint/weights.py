@@ -18,30 +18,12 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_eve.checkpoint.canonical import TensorHash, canonical_hashes
-from megatron_eve.checkpoint.manifest import (
-    COMPLETE,
-    CONFIG,
-    Manifest,
-    check_folder,
-)
+from megatron_eve.checkpoint.manifest import CONFIG, Manifest, check_folder
 from megatron_eve.checkpoint.sharding import chunk_key, sharded_weights
 from megatron_eve.checkpoint.verify import refuse_differences, verify_folder
 from megatron_eve.checkpoint.writer import Contents, FolderWrite
 from megatron_eve.errors import CheckpointError
 from megatron_eve.model.eve_model import EveModel
-
-__all__ = [
-    "COMPLETE",
-    "CONFIG",
-    "LOAD_ERRORS",
-    "check_folder",
-    "load_chunks",
-    "load_weights",
-    "read_config_text",
-    "save_weights",
-    "sharded_weights",
-    "weights_folder",
-]
 
 LOAD_ERRORS = (
     CheckpointingException,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_eve.config.hf_fields import HF_EVE_FIELDS, HF_FIELDS
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.config.variants import split_from_moe_part
 from megatron_eve.errors import CheckpointError
@@ -18,24 +19,6 @@ ResizeRule = Literal["train", "eval"]
 RESIZE_RULES: tuple[ResizeRule, ...] = ("train", "eval")
 
 _FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
-_FIELDS: dict[str, tuple[str, type]] = {
-    "num_layers": ("num_hidden_layers", int),
-    "hidden_size": ("hidden_size", int),
-    "ffn_hidden_size": ("intermediate_size", int),
-    "num_attention_heads": ("num_attention_heads", int),
-    "num_kv_heads": ("num_key_value_heads", int),
-    "vocab_size": ("vocab_size", int),
-    "max_position_embeddings": ("max_position_embeddings", int),
-    "rms_norm_eps": ("rms_norm_eps", float),
-    "rope_theta": ("rope_theta", float),
-    "tie_word_embeddings": ("tie_word_embeddings", bool),
-    "init_std": ("initializer_range", float),
-    "patch_embed_dim": ("mm_hidden_size", int),
-    "patch_stride": ("patch_stride", int),
-    "dense_stride": ("dense_stride", int),
-    "head_dim": ("head_dim", int),
-}
-"""ModelConfig's field -> name and type in config.json."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +86,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _model(content: dict[str, Any], path: Path) -> ModelConfig:
     rope = content.get("rope_parameters") or {}  # where transformers 5 writes rope_theta
     flat = {"rope_theta": rope["rope_theta"], **content} if "rope_theta" in rope else content
-    values = {field: _field(flat, *entry, path=path) for field, entry in _FIELDS.items()}
+    fields = HF_FIELDS | HF_EVE_FIELDS
+    values = {field: _field(flat, *entry, path=path) for field, entry in fields.items()}
     is_split = _field(content, "add_moe", bool, path=path)
     part = _field(content, "moe_part", str, path=path) if is_split else None
     return ModelConfig(**values, split=split_from_moe_part(part))

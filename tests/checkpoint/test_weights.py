@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_eve.checkpoint.weights import check_folder, load_weights, save_weights, weights_folder
+from megatron_eve.checkpoint.manifest import check_folder
+from megatron_eve.checkpoint.weights import load_weights, save_weights, weights_folder
 from megatron_eve.config.schema import ModelConfig, ParallelConfig
 from megatron_eve.errors import CheckpointError
 from tests.support.fresh import save_fresh

@@ -32,7 +32,7 @@ def local_shards(
     """This rank's shards of `of(parameter)`, a tensor of the parameter's shape, or None to leave the parameter out."""
     from megatron.core.dist_checkpointing.mapping import apply_factories
 
-    from megatron_eve.checkpoint.weights import sharded_weights
+    from megatron_eve.checkpoint.sharding import sharded_weights
 
     found = []
     for chunk in sharded_weights(chunks).values():

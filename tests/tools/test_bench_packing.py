@@ -14,19 +14,22 @@ from tools.bench.size_mixes import REALISTIC, STRESS, draw
 def test_a_small_run_writes_every_figure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["--out", str(tmp_path / "new"), "--samples", "12000", "--repeats", "2"])
+    command = ["--out", str(tmp_path / "new"), "--samples", "12000", "--repeats", "2"]
+    assert main(command) == 0
     record = json.loads((tmp_path / "new" / "packing.json").read_text())
-    assert "CPU cores" in record["hardware"]
-    assert set(record["mixes"]) == {*REALISTIC, *STRESS}
-    for one in record["mixes"].values():
+    assert record["hardware"]["cores"] and record["settings"]["samples"] == 12_000
+    assert [one["sizes"] for one in record["rows"]] == [*REALISTIC, *STRESS]
+    for one in record["rows"]:
         assert len(one["plan_s"]) == 2
         assert 0.9 < one["fill"] < 1
         assert 0.9 < one["balance"]["decoder"]["1"]["mean"] <= 1
         recipe = one["as_the_recipe_is"]
         assert recipe["fill"] <= recipe["fill_of_packs"]
     printed = capsys.readouterr().out
-    assert printed.count("\n| ") == 2 * (len(record["mixes"]) + 1)
+    assert ("\n" + printed).count("\n| ") == 2 * (len(record["rows"]) + 1)
     assert "| conversations, 1600^2 | 16,384 |" in printed
+    assert main(command) == 1  # the older result stays
+    assert "add --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [("--repeats", "0"), ("--samples", "11999")])

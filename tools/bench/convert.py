@@ -37,15 +37,14 @@ from checkpoints_convert.tensors import EveView
 from checkpoints_convert.verify import compare_tensors
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import ModelConfig
-from megatron_eve.errors import EveError
 from megatron_eve.parallel.groups import init_distributed
 from tools.bench.report import (
     BenchmarkError,
     Seconds,
+    add_output_options,
     markdown_table,
     median_ratio,
-    result_path,
-    write_result,
+    run_benchmark,
 )
 from tools.bench.resident import anonymous_bytes, peak_anonymous_bytes
 
@@ -255,8 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Speed and memory of conversion beside a plain safetensors copy.",
         epilog="example: python -m tools.bench.convert --out runs/bench",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for convert.json")
-    parser.add_argument("--overwrite", action="store_true", help="replace convert.json")
+    add_output_options(parser, name="convert")
     parser.add_argument("--hidden", type=int, default=1792, help="hidden size (1792)")
     parser.add_argument("--layers", type=int, default=3, help="decoder layers (3)")
     parser.add_argument("--vocab", type=int, default=32000, help="rows of the embedding (32000)")
@@ -265,22 +263,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = bench_model(
         hidden_size=options.hidden, num_layers=options.layers, vocab_size=options.vocab
     )
-    try:
-        path = result_path(options.out, name="convert", overwrite=options.overwrite)
-        if (options.out / _SCRATCH).exists():
-            raise BenchmarkError(
-                f"{options.out / _SCRATCH} exists, of a run that was stopped; remove it."
-            )
+    folder = options.out / _SCRATCH
+
+    def measure_both() -> list[dict[str, Any]]:
+        if folder.exists():
+            raise BenchmarkError(f"{folder} exists, of a run that was stopped; remove it.")
         init_distributed(timeout_s=600)
-        rows = measure(options.out / _SCRATCH, model, rounds=options.rounds)
-    except EveError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    settings = {k: v for k, v in vars(options).items() if k not in ("out", "overwrite")}
-    write_result(path, settings=settings, rows=rows)
-    print(_table(rows))
-    print(f"\nconversion benchmark written to {path}")
-    return 0
+        return measure(folder, model, rounds=options.rounds)
+
+    return run_benchmark(options, name="convert", measure=measure_both, table=_table)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,18 +24,17 @@ from megatron_eve import device as devices
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.config.variants import VARIANTS
 from megatron_eve.data.assemble import image_layout
-from megatron_eve.errors import EveError
 from megatron_eve.inference.cache import KeyValueCache
 from megatron_eve.inference.decoder import EveForInference, rotary_table
 from megatron_eve.inference.ragged import TEXT, Prompt, ragged
 from tools.bench.report import (
     BenchmarkError,
     Seconds,
+    add_output_options,
     interleaved_seconds,
     markdown_table,
     median_ratio,
-    result_path,
-    write_result,
+    run_benchmark,
 )
 from tools.bench.setting import Scale, scaled_model
 
@@ -214,8 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Time to the first token and tokens per second of each variant.",
         epilog="example: python -m tools.bench.inference --out runs/bench",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder (runs/bench)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an older result")
+    add_output_options(parser, name="inference")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size (1024; 7B: 3584)")
     parser.add_argument("--layers", type=int, default=8, help="decoder layers (8; 7B: 28)")
@@ -228,28 +225,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (5)")
     parser.add_argument("--dtype", choices=OUTPUT_TOLERANCE, help="bfloat16 on a GPU, else float32")
     options = parser.parse_args(arguments)
-    dtype = options.dtype or ("bfloat16" if devices.has_gpu() else "float32")
-    scale = Scale(hidden_size=options.hidden, num_layers=options.layers, token_share=1.0)
-    try:
-        path = result_path(options.out, name="inference", overwrite=options.overwrite)
-        setting = Setting(
-            scale=scale,
-            image_edge=options.image_edge,
-            text_tokens=options.text_tokens,
-            new_tokens=options.new_tokens,
-            batch_size=options.batch_size,
-            dtype=getattr(torch, dtype),
-            device=devices.local_device(0),
-        )
-        rows = measure(setting, options.variants, rounds=options.rounds)
-    except EveError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    settings = {k: v for k, v in vars(options).items() if k not in ("out", "overwrite")}
-    write_result(path, settings=settings | {"dtype": dtype}, rows=rows)
-    print(_table(rows))
-    print(f"\ninference times written to {path}")
-    return 0
+    options.dtype = options.dtype or ("bfloat16" if devices.has_gpu() else "float32")
+    setting = Setting(
+        scale=Scale(hidden_size=options.hidden, num_layers=options.layers, token_share=1.0),
+        image_edge=options.image_edge,
+        text_tokens=options.text_tokens,
+        new_tokens=options.new_tokens,
+        batch_size=options.batch_size,
+        dtype=getattr(torch, options.dtype),
+        device=devices.local_device(0),
+    )
+    return run_benchmark(
+        options,
+        name="inference",
+        measure=lambda: measure(setting, options.variants, rounds=options.rounds),
+        table=_table,
+    )
 
 
 if __name__ == "__main__":

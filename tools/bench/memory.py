@@ -17,18 +17,16 @@ import socket
 import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.sizes import memory_estimate
-from megatron_eve.errors import EveError
 from megatron_eve.parallel.groups import init_distributed, init_model_parallel
 from tools.bench.contenders import OurStep
 from tools.bench.counting import CollectiveTraffic, held_bytes
-from tools.bench.report import BenchmarkError, markdown_table, result_path, write_result
+from tools.bench.report import BenchmarkError, add_output_options, markdown_table, run_benchmark
 from tools.bench.samples import as_pack, steps_of_packs, stream
 from tools.bench.setting import STAGES, Scale, scaled_config
 
@@ -159,6 +157,18 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _measure_stages(options: argparse.Namespace) -> list[dict[str, Any]]:
+    scale = Scale(
+        hidden_size=options.hidden, num_layers=options.layers, token_share=options.token_share
+    )
+    rows = []
+    for stage in options.stages:
+        config = scaled_config(stage, scale=scale, data_parallel=DATA_PARALLEL)
+        ranks = in_fresh_processes(config, token_share=options.token_share)
+        rows.append(_row(config, ranks))
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 measured and written, 1 not."""
     parser = argparse.ArgumentParser(
@@ -166,31 +176,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Bytes held and sent by each stage, per process of two (data parallel).",
         epilog="example: python -m tools.bench.memory --out runs/bench",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for memory.json")
-    parser.add_argument("--overwrite", action="store_true", help="replace memory.json")
+    add_output_options(parser, name="memory")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--hidden", type=int, default=512, help="hidden size (512)")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers (4)")
     parser.add_argument("--token-share", type=float, default=0.125, help="of 7B's tokens (0.125)")
     options = parser.parse_args(arguments)
-    scale = Scale(
-        hidden_size=options.hidden, num_layers=options.layers, token_share=options.token_share
+    return run_benchmark(
+        options, name="memory", measure=lambda: _measure_stages(options), table=_table
     )
-    try:
-        path = result_path(options.out, name="memory", overwrite=options.overwrite)
-        rows = []
-        for stage in options.stages:
-            config = scaled_config(stage, scale=scale, data_parallel=DATA_PARALLEL)
-            ranks = in_fresh_processes(config, token_share=options.token_share)
-            rows.append(_row(config, ranks))
-    except EveError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    settings = {k: v for k, v in vars(options).items() if k not in ("out", "overwrite")}
-    write_result(path, settings=settings | {"data_parallel": DATA_PARALLEL}, rows=rows)
-    print(_table(rows))
-    print(f"\nmemory by stage written to {path}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ from megatron_eve.data.lengths import SampleLengths
 from megatron_eve.data.packing import PackCost, PackShape, PlannedPack, deal
 from megatron_eve.data.plan import PackPlan, SampleOrder
 from megatron_eve.data.shards import ShardTable
+from tools.bench.report import add_output_options, run_benchmark
 from tools.bench.size_mixes import REALISTIC, STRESS, SizeMix, draw
 
 RANKS = 128
@@ -198,20 +198,20 @@ def as_the_recipe_is(mix: SizeMix, *, lengths: SampleLengths) -> dict[str, Any]:
     }
 
 
-def markdown(results: Mapping[str, dict[str, Any]]) -> str:
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The figures as tables."""
     lines = [
         f"| sizes | pack | fill | samples/s | with dealing | state, bytes | look-ahead | mean/max over {RANKS} ranks, "
         "training cost: 1, 2, 4 packs each (p5 of 1) | the same, decoder cost |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, one in results.items():
+    for one in rows:
         ratios = []
         for cost in ("training", "decoder"):
             means = ", ".join(f"{one['balance'][cost][str(n)]['mean']:.4f}" for n in PACKS_PER_RANK)
             ratios.append(f"{means} ({one['balance'][cost]['1']['p5']:.4f})")
         lines.append(
-            f"| {name} | {one['pack_tokens']:,} | {one['fill']:.4f} | {one['samples_per_s']:,.0f} | "
+            f"| {one['sizes']} | {one['pack_tokens']:,} | {one['fill']:.4f} | {one['samples_per_s']:,.0f} | "
             f"{one['samples_per_s_with_deal']:,.0f} | {one['state_bytes']:,} | {one['look_ahead']:,} | "
             + " | ".join(ratios)
             + " |"
@@ -222,25 +222,14 @@ def markdown(results: Mapping[str, dict[str, Any]]) -> str:
         "fill with padding packs |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, one in results.items():
+    for one in rows:
         recipe = one["as_the_recipe_is"]
         lines.append(
-            f"| {recipe['recipe']} | {name} | {recipe['samples_per_step']:,} | {recipe['ranks']} | "
+            f"| {recipe['recipe']} | {one['sizes']} | {recipe['samples_per_step']:,} | {recipe['ranks']} | "
             f"{recipe['packs_per_step']:.1f} | {recipe['packs_per_rank']:.2f} | {recipe['fill_of_packs']:.4f} | "
             f"{recipe['fill']:.4f} |"
         )
     return "\n".join(lines)
-
-
-def hardware() -> str:
-    """CPU model and number of cores this process may use."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0))
-    return (
-        f"{cores} CPU cores, {models[0] if models else platform.processor() or 'unknown'}; one used"
-    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -249,7 +238,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Measure the pack plan on made-up sizes. Writes DIR/packing.json, prints Markdown.",
         epilog="Example: python -m tools.bench.packing --out runs/bench",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    add_output_options(parser, name="packing")
     parser.add_argument("--samples", type=int, default=150_000, help="samples of each mix's epoch")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
@@ -262,8 +251,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parse(argv)
+def _measure_mixes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     mixes = {**REALISTIC, **STRESS}
     lengths = {
         name: SampleLengths(*draw(mix, count=arguments.samples, seed=arguments.seed), unfit={})
@@ -275,29 +263,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             config = load_recipe(mix.recipe)
             epoch = plan_epoch(config, lengths=lengths[name], cost=training_cost(config))
             epochs[name].append(epoch)
-    results = {
-        name: describe(mix, lengths=lengths[name], epochs=epochs[name])
+    return [
+        {"sizes": name}
+        | describe(mix, lengths=lengths[name], epochs=epochs[name])
         | {"as_the_recipe_is": as_the_recipe_is(mix, lengths=lengths[name])}
         for name, mix in mixes.items()
-    }
-    record = {
-        "hardware": hardware(),
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "samples": arguments.samples,
-        "repeats": arguments.repeats,
-        "seed": arguments.seed,
-        "ranks": RANKS,
-        "mixes": results,
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "packing.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{record['hardware']}; {arguments.samples:,} samples, {arguments.repeats} repeats\n")
-    print(markdown(results))
-    print(f"\nwritten: {path}")
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 measured and written, 1 not."""
+    arguments = parse(argv)
+    return run_benchmark(
+        arguments, name="packing", measure=lambda: _measure_mixes(arguments), table=markdown
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,11 +5,13 @@ Interleaved: in each round every contender runs once, in an order that turns fro
 slows down slows all of them. A ratio is taken inside each round; what is reported is the median over rounds. CPU time
 of the process stands beside wall time: on a machine that others use too it moves less."""
 
+import argparse
 import datetime
 import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ class BenchmarkError(EveError):
 
 
 def hardware() -> dict[str, Any]:
-    """The machine and what it was doing when the benchmark started."""
+    """The machine, and how busy it was when the benchmark ended."""
     found: dict[str, Any] = {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -97,17 +99,49 @@ def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def result_path(out: Path, *, name: str, overwrite: bool) -> Path:
-    """Where the result goes. Raises BenchmarkError, before anything is measured, if there is one already."""
-    path = out / f"{name}.json"
-    if path.exists() and not overwrite:
-        raise BenchmarkError(
-            f"{path} exists; add --overwrite to replace it or choose another --out."
-        )
-    return path
+def add_output_options(parser: argparse.ArgumentParser, *, name: str) -> None:
+    """--out and --overwrite, which say where `run_benchmark` writes."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/bench"),
+        metavar="DIR",
+        help=f"for {name}.json (runs/bench)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help=f"replace {name}.json if it exists"
+    )
 
 
-def write_result(path: Path, *, settings: Mapping[str, Any], rows: Sequence[Any]) -> None:
+def run_benchmark(
+    options: argparse.Namespace,
+    *,
+    name: str,
+    measure: Callable[[], Sequence[Any]],
+    table: Callable[[Sequence[Any]], str],
+) -> int:
+    """Measure, keep the rows with their settings in DIR/name.json, print the table.
+
+    An older result is refused before anything is measured, unless --overwrite was given. Exit status: 0 measured and
+    written, 1 not."""
+    path = options.out / f"{name}.json"
+    try:
+        if path.exists() and not options.overwrite:
+            raise BenchmarkError(
+                f"{path} exists; add --overwrite to replace it or choose another --out."
+            )
+        rows = measure()
+    except EveError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    settings = {k: v for k, v in vars(options).items() if k not in ("out", "overwrite")}
+    _write_result(path, settings=settings, rows=rows)
+    print(table(rows))
+    print(f"\n{name} benchmark written to {path}")
+    return 0
+
+
+def _write_result(path: Path, *, settings: Mapping[str, Any], rows: Sequence[Any]) -> None:
     """One JSON file: benchmark, date, hardware, settings, rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from megatron_eve.config.megatron import transformer_config
 from megatron_eve.config.schema import SplitConfig
-from megatron_eve.errors import EveError
 from megatron_eve.model.attention import EveSelfAttention, rotate_half
 from megatron_eve.model.layer_specs import backend, layer_spec
 from megatron_eve.model.modality import KeptRows, ModalityPackedSeqParams
@@ -29,11 +27,11 @@ from megatron_eve.parallel.groups import ParallelState, init_distributed, init_m
 from tools.bench.report import (
     BenchmarkError,
     Seconds,
+    add_output_options,
     interleaved_seconds,
     markdown_table,
     median_ratio,
-    result_path,
-    write_result,
+    run_benchmark,
 )
 from tools.bench.setting import Scale, scaled_config
 
@@ -241,6 +239,19 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _measure_fractions(options: argparse.Namespace) -> list[dict[str, Any]]:
+    if options.tokens < SAMPLE_TOKENS or options.tokens % SAMPLE_TOKENS:
+        raise BenchmarkError(
+            f"--tokens {options.tokens} is not a multiple of {SAMPLE_TOKENS}, the sample length."
+        )
+    init_distributed(timeout_s=600)
+    pair = LayerPair(hidden_size=options.hidden, dtype=options.dtype)
+    return [
+        measure(pair, fraction, num_tokens=options.tokens, rounds=options.rounds)
+        for fraction in options.fractions
+    ]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 measured and written, 1 not."""
     parser = argparse.ArgumentParser(
@@ -248,34 +259,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Time of a partitioned decoder layer over a dense one, by share of vision tokens.",
         epilog="example: python -m tools.bench.split_tax --out runs/bench",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for split_tax.json")
-    parser.add_argument("--overwrite", action="store_true", help="replace split_tax.json")
+    add_output_options(parser, name="split_tax")
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size (1024)")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens, a multiple of 512 (4096)")
     parser.add_argument("--rounds", type=int, default=7, help="runs of each, interleaved (7)")
     parser.add_argument("--fractions", nargs="+", type=float, default=list(FRACTIONS))
     parser.add_argument("--dtype", choices=OUTPUT_TOLERANCE, default="fp32")
     options = parser.parse_args(arguments)
-    try:
-        path = result_path(options.out, name="split_tax", overwrite=options.overwrite)
-        if options.tokens < SAMPLE_TOKENS or options.tokens % SAMPLE_TOKENS:
-            raise BenchmarkError(
-                f"--tokens {options.tokens} is not a multiple of {SAMPLE_TOKENS}, the sample length."
-            )
-        init_distributed(timeout_s=600)
-        pair = LayerPair(hidden_size=options.hidden, dtype=options.dtype)
-        rows = [
-            measure(pair, fraction, num_tokens=options.tokens, rounds=options.rounds)
-            for fraction in options.fractions
-        ]
-    except EveError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    settings = {k: v for k, v in vars(options).items() if k not in ("out", "overwrite")}
-    write_result(path, settings=settings, rows=rows)
-    print(_table(rows))
-    print(f"\nsplit tax written to {path}")
-    return 0
+    return run_benchmark(
+        options, name="split_tax", measure=lambda: _measure_fractions(options), table=_table
+    )
 
 
 if __name__ == "__main__":

@@ -15,23 +15,21 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.data.sample import Pack
-from megatron_eve.errors import EveError
 from megatron_eve.parallel.groups import ParallelState, init_distributed, init_model_parallel
 from tools.bench.contenders import OfficialStep, OurStep
 from tools.bench.official_form import PaddedBatch, padded_batch
 from tools.bench.report import (
     BenchmarkError,
     Seconds,
+    add_output_options,
     interleaved_seconds,
     markdown_table,
     median_ratio,
-    result_path,
-    write_result,
+    run_benchmark,
 )
 from tools.bench.samples import StepSamples, as_pack, steps_of_packs, stream
 from tools.bench.setting import OFFICIAL_MICRO_BATCH, STAGES, Scale, scaled_config
@@ -173,6 +171,27 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _measure_stages(options: argparse.Namespace) -> list[dict[str, Any]]:
+    scale = Scale(
+        hidden_size=options.hidden, num_layers=options.layers, token_share=options.token_share
+    )
+    init_distributed(timeout_s=600)
+    rows = []
+    for stage in options.stages:
+        config = scaled_config(stage, scale=scale, dtype=options.dtype)
+        state = init_model_parallel(config.parallel, seed=config.train.seed)
+        row = measure(
+            config,
+            state=state,
+            token_share=options.token_share,
+            packs_per_step=options.packs,
+            rounds=options.rounds,
+            official_recompute=not options.official_without_recompute,
+        )
+        rows.append(row)
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 measured and written, 1 not."""
     parser = argparse.ArgumentParser(
@@ -180,8 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Useful tokens per second of a training step, ours and the official form's.",
         epilog="example: python -m tools.bench.step --out runs/bench",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for step.json")
-    parser.add_argument("--overwrite", action="store_true", help="replace step.json if it exists")
+    add_output_options(parser, name="step")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--hidden", type=int, default=512, help="hidden size (512)")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers (4)")
@@ -195,34 +213,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--official-without-recompute", action="store_true", help="to tell the causes apart"
     )
     options = parser.parse_args(arguments)
-    scale = Scale(
-        hidden_size=options.hidden, num_layers=options.layers, token_share=options.token_share
+    return run_benchmark(
+        options, name="step", measure=lambda: _measure_stages(options), table=_table
     )
-    try:
-        path = result_path(options.out, name="step", overwrite=options.overwrite)
-        init_distributed(timeout_s=600)
-        rows = []
-        for stage in options.stages:
-            config = scaled_config(stage, scale=scale, dtype=options.dtype)
-            state = init_model_parallel(config.parallel, seed=config.train.seed)
-            rows.append(
-                measure(
-                    config,
-                    state=state,
-                    token_share=options.token_share,
-                    packs_per_step=options.packs,
-                    rounds=options.rounds,
-                    official_recompute=not options.official_without_recompute,
-                )
-            )
-    except EveError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    settings = {k: v for k, v in vars(options).items() if k not in ("out", "overwrite")}
-    write_result(path, settings=settings, rows=rows)
-    print(_table(rows))
-    print(f"\nstep benchmark written to {path}")
-    return 0
 
 
 if __name__ == "__main__":
