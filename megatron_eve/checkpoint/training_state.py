@@ -38,7 +38,10 @@ class TrainingState:
 def saved_state(training: TrainingState) -> dict[str, Any]:
     """What a checkpoint holds of these objects: sharded tensors and objects, and what is the same on every rank."""
     _gather_parameters(training.model)
-    return {**_sharded(training, is_loading=False), "schedule": training.schedule.state_dict()}
+    _agree_on_step(training.optimizer)
+    state = _sharded(training, is_loading=False)
+    _leave_out_empty_state(state["optimizer"])
+    return {**state, "schedule": training.schedule.state_dict()}
 
 
 def layout_of(training: TrainingState) -> dict[str, int | None]:
@@ -105,6 +108,33 @@ def _keep_bucket_padding(optimizer: MegatronOptimizer) -> None:
                 buffer.numel_unpadded = buffer.numel
                 for bucket in buffer.buckets:
                     bucket.numel_unpadded = bucket.grad_data.numel()
+
+
+def _agree_on_step(optimizer: MegatronOptimizer) -> None:
+    """Give every rank the number of updates, which rank 0 saves for all and compares with theirs. Collective.
+
+    Adam counts none where a group has no parameter on this rank, as the patch embedding's behind the first pipeline
+    stage."""
+    taken = max((group.get("step", 0) for group in optimizer.param_groups), default=0)
+    step = torch.tensor(taken, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(step, op=torch.distributed.ReduceOp.MAX)
+    for group in optimizer.param_groups:
+        if not group["params"] and step > 0:
+            group["step"] = int(step)
+
+
+def _leave_out_empty_state(optimizer: dict[str, Any]) -> None:
+    """The other half of `_restore_empty_state`, so that a rank that trains nothing saves what the others save."""
+    for part in (optimizer, optimizer.get("optimizer", {})):
+        for key in ("state", "param_state", "fp32_from_fp16_params"):
+            if key in part and _holds_nothing(part[key]):
+                del part[key]
+
+
+def _holds_nothing(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, list) and all(_holds_nothing(one) for one in value)
 
 
 def _restore_empty_state(optimizer: dict[str, Any]) -> None:

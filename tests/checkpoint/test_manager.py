@@ -147,8 +147,23 @@ def test_too_many_skipped_steps_end_the_run() -> None:
         guard.count(skipped=True)
 
 
-def train_stage_1(parallel: ParallelConfig, dtype: str, run_dir: Path) -> list[dict[str, float]]:
-    """Two more steps of a run of stage 1; the first call takes and saves two steps before."""
+def train_stage_1(
+    parallel: ParallelConfig, dtype: str, run_dir: Path
+) -> tuple[list[dict[str, float]], list[str]]:
+    """Two more steps of a run of stage 1; the first call takes and saves two steps before. Returns their metrics and
+    what megatron-core's checkpoints warned of."""
+    warned: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megatron.core.dist_checkpointing.validation")
+    logger.addHandler(handler)
+    try:
+        return stage_1_metrics(parallel, dtype, run_dir), warned
+    finally:
+        logger.removeHandler(handler)
+
+
+def stage_1_metrics(parallel: ParallelConfig, dtype: str, run_dir: Path) -> list[dict[str, float]]:
     config, training, state = assemble(
         parallel,
         steps=10,
@@ -180,9 +195,11 @@ def train_stage_1(parallel: ParallelConfig, dtype: str, run_dir: Path) -> list[d
 def test_a_pipeline_stage_that_trains_nothing(gloo_pools, tmp_path, parallel, dtype):  # type: ignore[no-untyped-def]
     """In stage 1 only the first pipeline stage has something to train; all take steps, save, and resume to the bit."""
     pool = gloo_pools[parallel.world_size]
-    on = pool.run(train_stage_1, parallel, dtype, tmp_path)
-    resumed = pool.run(train_stage_1, parallel, dtype, tmp_path)
+    first = pool.run(train_stage_1, parallel, dtype, tmp_path)
+    second = pool.run(train_stage_1, parallel, dtype, tmp_path)
+    on, resumed = ([metrics for metrics, _ in ranks] for ranks in (first, second))
     assert resumed == on
+    assert [warned for _, warned in first + second if warned] == []
     assert all(ranks == on[0] for ranks in on), "metrics are the same on every process"
     assert on[0][0]["loss"] != on[0][1]["loss"]
     assert on[0][0]["grad_norm"] > 0
