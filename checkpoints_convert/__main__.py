@@ -8,8 +8,8 @@
 
 Tensors are converted one at a time: a model of any size needs little more memory than its largest tensor.
 
-Exit codes: 0 done, 1 a check failed or a checkpoint is bad, 2 wrong usage. The last line of output says what was
-written where.
+Exit codes: 0 done, 1 a check failed or a checkpoint is bad, 2 wrong usage, 130 interrupted. The last line of output
+says what was written where.
 """
 
 import argparse
@@ -36,9 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except EveError as error:
+    except (EveError, OSError) as error:  # a file that must not be read, a folder that is gone
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
