@@ -117,6 +117,7 @@ def hash_of_boxes(
     for offset, values in boxes:
         part = _Part("", 0, tuple(values.shape), offset, whole, ())
         value = (value + hash_box(values.reshape(-1), part, begin=0)) % _MODULUS
+        del values  # before the next one is read
     return TensorHash(value, whole, str(dtype).removeprefix("torch."))
 
 

@@ -25,7 +25,7 @@ PHASES = {
     "start": 1,  # groups, data, model, weights of the stage before
     "load weights": 1,  # stage switch: the weights of the stage before
     "resume": 1,  # of a run that was killed before
-    "step": STEPS,
+    "step": STEPS,  # the first one is the warm-up's
     "save": 3,  # hashes, planning, copies
     "write": 3,  # the writing process, while training goes on
     "finish": 3,  # index and manifest
@@ -150,8 +150,6 @@ def kill_point(number: int, folder: Path) -> KillPoint:
 
 def _draw_kill(draw: random.Random, phase: str, *, processes: int, reached: Path) -> Kill:
     occurrence = draw.randint(1, PHASES[phase])
-    if phase == "step":
-        occurrence = draw.randint(2, PHASES[phase])  # a first step has nothing to lose
     return Kill(
         phase=phase,
         occurrence=occurrence,
