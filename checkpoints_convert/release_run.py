@@ -19,7 +19,7 @@ from checkpoints_convert.megatron_to_hf import ExportOptions, export_hf
 from checkpoints_convert.model_card import CardFacts, last_template, model_card
 from checkpoints_convert.model_text import model_from_text, run_from_text
 from checkpoints_convert.new_folder import new_folder
-from checkpoints_convert.run_record import read_history
+from checkpoints_convert.run_record import read_history, step_of
 from megatron_eve.checkpoint.manifest import CONFIG
 from megatron_eve.checkpoint.weights import read_config_text, weights_folder
 from megatron_eve.errors import CheckpointError
@@ -61,24 +61,18 @@ def _facts(
     checkpoint: Path, staged: Path, *, figures: tuple[Figure, ...], license_id: str | None
 ) -> CardFacts:
     text = read_config_text(checkpoint)
-    step = _step_of(checkpoint)
+    step = step_of(checkpoint)
     return CardFacts(
         model=model_from_text(text, where=str(checkpoint / CONFIG)),
         dtype=_json(staged / "config.json")["torch_dtype"],
         image_edge=_json(staged / "preprocessor_config.json")["max_size"],
         origin=f"{checkpoint.parent.parent.name}, step {step}" if step else checkpoint.name,
         template=last_template(run_from_text(text)),
-        history=read_history(checkpoint, up_to_step=step),
+        history=read_history(checkpoint),
         figures=figures,
         license=license_id,
         versions=tuple(_installed()),
     )
-
-
-def _step_of(checkpoint: Path) -> int | None:
-    """The step in a run's checkpoint's name, `step_00000600`."""
-    number = checkpoint.name.removeprefix("step_")
-    return int(number) if checkpoint.parent.name == "checkpoints" and number.isdigit() else None
 
 
 def _installed() -> list[str]:

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints_convert import release_run
+from checkpoints_convert.__main__ import main
 from checkpoints_convert.megatron_folder import canonical_hash, read_megatron
 from megatron_eve.checkpoint.manifest import read_manifest
 from megatron_eve.config.recipes import load_recipe
@@ -192,6 +193,24 @@ def test_a_disk_that_refuses_leaves_everything_as_it_was(
     assert "Traceback" not in errors
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (dest / "precious").read_text() == "as it was"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("hf-to-megatron", "run", "run"),
+        ("release", "run", "run/../run"),
+        ("megatron-to-hf", "run/checkpoints/step_00000005", "run"),
+    ],
+)
+def test_overwrite_does_not_delete_the_source(
+    arguments: tuple[str, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "checkpoints" / "step_00000005").mkdir(parents=True)
+    command, source, dest = arguments
+    assert main([command, str(tmp_path / source), str(tmp_path / dest), "--overwrite"]) == 2
+    assert "which would be deleted; choose another name" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "step_00000005").is_dir()
 
 
 def release_while_the_run_goes_on(run_dir: Path, dest: Path) -> tuple[int, str]:
