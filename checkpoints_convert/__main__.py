@@ -8,8 +8,8 @@
 
 Tensors are converted one at a time: a model of any size needs little more memory than its largest tensor.
 
-Exit codes: 0 done, 1 a check failed or a checkpoint is bad, 2 wrong usage. The last line of output says what was
-written where.
+Exit codes: 0 done, 1 a check failed or a checkpoint is bad, 2 wrong usage, 130 interrupted. The last line of output
+says what was written where.
 """
 
 import argparse
@@ -36,9 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except EveError as error:
+    except (EveError, OSError) as error:  # a file that must not be read, a folder that is gone
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -213,6 +215,7 @@ def _split(text: str) -> SplitConfig:
 def _import(arguments: argparse.Namespace) -> int:
     from checkpoints_convert.hf_to_megatron import ImportOptions, import_hf, planned_mapping
 
+    _keep_source(arguments)
     options = ImportOptions(
         dtype=arguments.dtype,
         split=arguments.split,
@@ -232,6 +235,7 @@ def _import(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from checkpoints_convert.megatron_to_hf import ExportOptions, export_hf, planned_mapping
 
+    _keep_source(arguments)
     options = ExportOptions(
         tokenizer=arguments.tokenizer,
         image_edge=arguments.image_edge,
@@ -247,6 +251,15 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _keep_source(arguments: argparse.Namespace) -> None:
+    """Raises: ConfigError if --overwrite would delete what is converted."""
+    source, dest = arguments.source.resolve(), arguments.dest.resolve()
+    if arguments.overwrite and source.is_relative_to(dest):
+        raise ConfigError(
+            f"{dest} holds the source {source}, which would be deleted; choose another name."
+        )
+
+
 def _list_mapping(lines: Sequence[str], dest: Path) -> int:
     for line in lines:
         print(line)
@@ -260,6 +273,7 @@ def _release(arguments: argparse.Namespace) -> int:
     from checkpoints_convert.megatron_to_hf import ExportOptions
     from checkpoints_convert.release_run import ReleaseOptions, release_run
 
+    _keep_source(arguments)
     options = ReleaseOptions(
         export=ExportOptions(
             tokenizer=arguments.tokenizer,

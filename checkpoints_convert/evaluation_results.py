@@ -29,12 +29,17 @@ def read_results(path: Path) -> list[Figure]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path} not found; give a results file of an evaluation.") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); give a results file.") from error
-    if isinstance(content, dict) and isinstance(content.get("rows"), list):
-        return [_demo_figure(row) for row in content["rows"]]
-    if isinstance(content, dict) and isinstance(content.get("results"), dict):
-        return _lmms_figures(content)
+    try:
+        if isinstance(content, dict) and isinstance(content.get("rows"), list):
+            return [_demo_figure(row) for row in content["rows"]]
+        if isinstance(content, dict) and isinstance(content.get("results"), dict):
+            return _lmms_figures(content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{path} is no results file: {type(error).__name__}: {error}; give one as the evaluation wrote it."
+        ) from error
     raise DataError(
         f"{path} holds neither `rows` (tools.demo.evaluate) nor `results` (lmms-eval); give a results file of one "
         "of them."

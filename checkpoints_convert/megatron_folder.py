@@ -5,7 +5,6 @@ The tensors that this file hands out and takes are EveModel's unsharded state di
 layout (tensor, pipeline, context, data parallel) are put together tensor by tensor.
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,17 @@ from torch import Tensor
 
 from checkpoints_convert.model_text import model_from_text, run_from_text
 from checkpoints_convert.names import tensor_rules
+from checkpoints_convert.new_folder import new_folder
 from checkpoints_convert.tensors import EveView
-from checkpoints_convert.torch_dist import Chunk, StoredTensors, write_tensors
+from checkpoints_convert.torch_dist import SHARD_SUFFIX, Chunk, StoredTensors, write_tensors
+from megatron_eve.checkpoint.canonical import TensorHash, hash_of_boxes
 from megatron_eve.checkpoint.manifest import (
     CONFIG,
     Manifest,
+    check_bytes,
     check_folder,
     file_entry,
+    read_manifest,
     sync_folder,
     write_atomically,
     write_manifest,
@@ -41,6 +44,7 @@ TIMEOUT_S = 600
 class MegatronWeights:
     """What a checkpoint folder holds. No tensor is read before it is asked for."""
 
+    folder: Path
     model: ModelConfig
     run: RunConfig | None  # None: a converter wrote it
     dtype: Dtype
@@ -65,23 +69,17 @@ def write_megatron(
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
     from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 
-    if folder.exists() and not overwrite:
-        raise CheckpointError(f"{folder} exists; choose another name or pass --overwrite.")
-    init_distributed(timeout_s=TIMEOUT_S)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    TorchCommonSaveStrategy("torch", 1).save_common({}, partial)
-    write_tensors(
-        partial,
-        {name: header.to(TORCH_DTYPES[dtype]) for name, header in headers.items()},
-        _chunks(tensors, model, TORCH_DTYPES[dtype]),
-        num_layers=model.num_layers,
-    )
-    save_config(CheckpointingConfig("torch_dist", 1), str(partial))
-    _complete(partial, config_text=config_text)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with new_folder(folder, overwrite=overwrite) as partial:
+        init_distributed(timeout_s=TIMEOUT_S)
+        TorchCommonSaveStrategy("torch", 1).save_common({}, partial)
+        write_tensors(
+            partial,
+            {name: header.to(TORCH_DTYPES[dtype]) for name, header in headers.items()},
+            _chunks(tensors, model, TORCH_DTYPES[dtype]),
+            num_layers=model.num_layers,
+        )
+        save_config(CheckpointingConfig("torch_dist", 1), str(partial))
+        _complete(partial, config_text=config_text)
 
 
 def _complete(folder: Path, *, config_text: str) -> None:
@@ -127,7 +125,8 @@ class _Part:
 
 
 def read_megatron(folder: Path) -> MegatronWeights:
-    """The model weights of a checkpoint of a run (or of the newest one in its folder) or of a converter.
+    """The model weights of a checkpoint of a run (or of the newest one in its folder) or of a converter. Of its bytes
+    only the number is checked here: see refuse_damaged.
 
     Raises: CheckpointError if the folder is incomplete or the dtype none of ours."""
     folder = weights_folder(folder)
@@ -136,11 +135,50 @@ def read_megatron(folder: Path) -> MegatronWeights:
     model = model_from_text(text, where=str(folder / CONFIG))
     tensors = StoredTensors(folder, vocab_size=model.vocab_size)
     return MegatronWeights(
+        folder=folder,
         model=model,
         run=run_from_text(text),
         dtype=_dtype(tensors.headers, folder),
         tensors=tensors,
     )
+
+
+def refuse_damaged(weights: MegatronWeights) -> None:
+    """Compare the weights with what the run had in memory when it saved them: their canonical hashes, computed from the
+    tensors as they are put together here. A converter's folder has no such hashes: its files' are compared.
+
+    Raises: CheckpointError naming the file or tensor that is not what was written."""
+    folder, manifest = weights.folder, read_manifest(weights.folder)
+    if not manifest.tensors:
+        check_bytes(folder, manifest.files, manifest)
+        return
+    small = [name for name in manifest.files if not name.endswith(SHARD_SUFFIX)]
+    check_bytes(folder, small, manifest)  # the model's configuration, the index
+    for name, expected in manifest.tensors.items():
+        if name.startswith("optimizer."):
+            continue
+        found = canonical_hash(weights.tensors, name, expected.shape)
+        if found != expected:
+            raise CheckpointError(
+                f"{folder}: {name} is not what was saved; use another checkpoint of the run"
+            )
+
+
+def canonical_hash(tensors: StoredTensors, name: str, shape: tuple[int, ...]) -> TensorHash | None:
+    """Of a canonical tensor, whose layers are stacked; None if a part of it is not there or has another shape."""
+    parts = tensors.parts_of(name)
+    headers = [tensors.headers.get(part) for part in parts]
+    is_stacked = parts != [name]
+    own = shape[1:] if is_stacked else shape
+    if not parts or any(header is None or tuple(header.shape) != own for header in headers):
+        return None
+    rest = (0,) * len(own)
+    boxes = (
+        ((layer, *rest), tensors[part][None]) if is_stacked else (rest, tensors[part])
+        for layer, part in enumerate(parts)
+    )
+    assert headers[0] is not None
+    return hash_of_boxes(boxes, whole=shape, dtype=headers[0].dtype)
 
 
 def _dtype(headers: Mapping[str, Tensor], folder: Path) -> Dtype:

@@ -12,13 +12,12 @@ from typing import Literal
 
 from checkpoints_convert.hf_folder import TensorStream
 from checkpoints_convert.hf_to_megatron import described
-from checkpoints_convert.megatron_folder import MegatronWeights, read_megatron
+from checkpoints_convert.megatron_folder import MegatronWeights, read_megatron, refuse_damaged
 from checkpoints_convert.names import tensor_rules
 from checkpoints_convert.official_layout import write_official
 from checkpoints_convert.release import Release, write_release
 from checkpoints_convert.run_record import read_history
 from checkpoints_convert.tensors import HfView
-from megatron_eve.checkpoint.weights import weights_folder
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.errors import CheckpointError, ConfigError
 
@@ -38,9 +37,11 @@ class ExportOptions:
 
 
 def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
-    """Convert the checkpoint folder `source` to the Hugging Face folder `dest`; returns the bytes of its weights."""
+    """Convert the checkpoint folder `source` to the Hugging Face folder `dest`; returns the bytes of its weights.
+
+    Raises: CheckpointError if the weights are not what was saved, or `dest` cannot be written."""
     weights = read_megatron(source)
-    folder = weights_folder(source)
+    folder = weights.folder  # a run that goes on has a newer one by now
     release = Release(
         model=weights.model,
         dtype=_TORCH_NAMES[weights.dtype],
@@ -50,6 +51,7 @@ def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
         origin=_origin(folder),
         history=None if weights.run is None else read_history(folder),
     )
+    refuse_damaged(weights)
     write = write_release if options.layout == "automodel" else write_official
     return write(
         dest,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from checkpoints_convert.hf_config import generation_json, model_json, preprocessor_json
 from checkpoints_convert.hf_folder import MAX_SHARD_BYTES, write_safetensors
-from checkpoints_convert.release import Release, claim, copy_tokenizer, publish, write_json
+from checkpoints_convert.new_folder import new_folder
+from checkpoints_convert.release import Release, copy_tokenizer, write_json
 from megatron_eve.data.tokenizer import load_tokenizer
 from megatron_eve.errors import CheckpointError
 
@@ -42,8 +43,6 @@ def write_official(
             f"{model.num_attention_heads} for the size of a head, this model has {model.head_dim}; use "
             "--layout automodel."
         )
-    partial = claim(folder, overwrite=overwrite)
-    total = write_safetensors(partial, tensors, max_shard_bytes=max_shard_bytes)
     config = model_json(
         model,
         dtype=release.dtype,
@@ -53,18 +52,20 @@ def write_official(
         run=release.run,
     )
     processor = preprocessor_json(model, image_edge=release.image_edge)
-    processor_folder = partial / config["mm_vision_tower"]
-    processor_folder.mkdir(parents=True)
-    write_json(partial / "config.json", _without(config, _OUR_FIELDS))
-    write_json(
-        partial / "generation_config.json",
-        generation_json(eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id),
-    )
-    write_json(
-        processor_folder / "preprocessor_config.json", _without(processor, _OUR_PROCESSOR_FIELDS)
-    )
-    copy_tokenizer(release.tokenizer, partial)
-    publish(partial, folder)
+    with new_folder(folder, overwrite=overwrite) as partial:
+        total = write_safetensors(partial, tensors, max_shard_bytes=max_shard_bytes)
+        processor_folder = partial / config["mm_vision_tower"]
+        processor_folder.mkdir(parents=True)
+        write_json(partial / "config.json", _without(config, _OUR_FIELDS))
+        write_json(
+            partial / "generation_config.json",
+            generation_json(eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id),
+        )
+        write_json(
+            processor_folder / "preprocessor_config.json",
+            _without(processor, _OUR_PROCESSOR_FIELDS),
+        )
+        copy_tokenizer(release.tokenizer, partial)
     return total
 
 

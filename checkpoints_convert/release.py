@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A complete Hugging Face folder: weights, configuration, tokenizer, our modelling files, model card.
 
-The folder is written under a temporary name beside its place and renamed when it is whole. Nothing in it points
-outside: it loads offline with `AutoModelForCausalLM`, `AutoProcessor` and `AutoTokenizer`, `trust_remote_code=True`.
+Nothing in it points outside: it loads offline with `AutoModelForCausalLM`, `AutoProcessor` and `AutoTokenizer`,
+`trust_remote_code=True`.
 """
 
 import json
@@ -18,9 +18,10 @@ from torch import Tensor
 from checkpoints_convert.hf_config import generation_json, model_json, preprocessor_json
 from checkpoints_convert.hf_folder import MAX_SHARD_BYTES, write_safetensors
 from checkpoints_convert.model_card import CardFacts, last_template, model_card
+from checkpoints_convert.new_folder import new_folder
 from checkpoints_convert.run_record import History
 from megatron_eve.config.schema import ModelConfig, RunConfig
-from megatron_eve.data.tokenizer import load_tokenizer
+from megatron_eve.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_eve.errors import CheckpointError
 
 CODE_FILES = (
@@ -68,29 +69,39 @@ def write_release(
             f"The tokenizer {release.tokenizer} has ids up to {tokenizer.vocab_size - 1}, the model "
             f"{release.model.vocab_size} rows; give the tokenizer that the model was trained with (--tokenizer)."
         )
-    partial = claim(folder, overwrite=overwrite)
-    total = write_safetensors(partial, tensors, max_shard_bytes=max_shard_bytes)
-    files = {
+    with new_folder(folder, overwrite=overwrite) as partial:
+        total = write_safetensors(partial, tensors, max_shard_bytes=max_shard_bytes)
+        for name, content in _json_files(release, tokenizer).items():
+            write_json(partial / name, content)
+        copy_tokenizer(release.tokenizer, partial)
+        for path in partial.glob("*.safetensors"):  # safetensors writes for the owner alone
+            path.chmod((partial / "config.json").stat().st_mode)
+        code = resources.files("checkpoints_convert.hf")
+        for name in CODE_FILES:
+            (partial / name).write_text(code.joinpath(name).read_text(encoding="utf-8"))
+        (partial / "README.md").write_text(model_card(_facts(release)), encoding="utf-8")
+    return total
+
+
+def _json_files(release: Release, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """By name."""
+    eos_id, pad_id = tokenizer.eos_id, tokenizer.pad_id
+    return {
         "config.json": model_json(
             release.model,
             dtype=release.dtype,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
+            eos_id=eos_id,
+            pad_id=pad_id,
             image_edge=release.image_edge,
             run=release.run,
         ),
-        "generation_config.json": generation_json(eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id),
+        "generation_config.json": generation_json(eos_id=eos_id, pad_id=pad_id),
         "preprocessor_config.json": preprocessor_json(release.model, image_edge=release.image_edge),
     }
-    for name, content in files.items():
-        write_json(partial / name, content)
-    copy_tokenizer(release.tokenizer, partial)
-    for path in partial.glob("*.safetensors"):  # safetensors writes for the owner alone
-        path.chmod((partial / "config.json").stat().st_mode)
-    code = resources.files("checkpoints_convert.hf")
-    for name in CODE_FILES:
-        (partial / name).write_text(code.joinpath(name).read_text(encoding="utf-8"))
-    facts = CardFacts(
+
+
+def _facts(release: Release) -> CardFacts:
+    return CardFacts(
         model=release.model,
         dtype=release.dtype,
         image_edge=release.image_edge,
@@ -98,29 +109,6 @@ def write_release(
         template=last_template(release.run),
         history=release.history,
     )
-    (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
-    publish(partial, folder)
-    return total
-
-
-def claim(folder: Path, *, overwrite: bool) -> Path:
-    """A new empty folder beside `folder`, to be renamed to it by `publish`."""
-    if folder.exists() and not overwrite:
-        raise CheckpointError(f"{folder} exists; choose another name or pass --overwrite.")
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
-
-
-def publish(partial: Path, folder: Path) -> None:
-    """Put the finished folder in its place, instead of an older one, which is deleted last."""
-    replaced = folder.with_name(f"{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    partial.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def copy_tokenizer(source: Path, dest: Path) -> None:

@@ -6,9 +6,9 @@ SHA256SUMS, then loads the folder as a user would, offline, and answers a prompt
 Only a folder that passed all of it gets its name.
 """
 
+import dataclasses
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +18,8 @@ from checkpoints_convert.evaluation_results import Figure, read_results
 from checkpoints_convert.megatron_to_hf import ExportOptions, export_hf
 from checkpoints_convert.model_card import CardFacts, last_template, model_card
 from checkpoints_convert.model_text import model_from_text, run_from_text
-from checkpoints_convert.release import publish
-from checkpoints_convert.run_record import read_history
+from checkpoints_convert.new_folder import new_folder
+from checkpoints_convert.run_record import read_history, step_of
 from megatron_eve.checkpoint.manifest import CONFIG
 from megatron_eve.checkpoint.weights import read_config_text, weights_folder
 from megatron_eve.errors import CheckpointError
@@ -44,18 +44,16 @@ def release_run(source: Path, dest: Path, options: ReleaseOptions) -> int:
 
     Raises: CheckpointError if `dest` exists and is not to be replaced, or if the written folder does not load;
     DataError if a results file cannot be read."""
-    if dest.exists() and not options.export.overwrite:
-        raise CheckpointError(f"{dest} exists; choose another name or pass --overwrite.")
+    checkpoint = weights_folder(source)  # once: a run that goes on publishes newer ones
     figures = tuple(figure for path in options.results for figure in read_results(path))
-    staged = dest.with_name(f"{dest.name}.staged")
-    shutil.rmtree(staged, ignore_errors=True)
-    num_bytes = export_hf(source, staged, options.export)
-    facts = _facts(weights_folder(source), staged, figures=figures, license_id=options.license)
-    (staged / "README.md").write_text(model_card(facts), encoding="utf-8")
-    if options.check:
-        check_release(staged)
-    (staged / CHECKSUMS).write_text(checksums(staged), encoding="utf-8")
-    publish(staged, dest)
+    export = dataclasses.replace(options.export, overwrite=True)
+    with new_folder(dest, overwrite=options.export.overwrite) as staged:
+        num_bytes = export_hf(checkpoint, staged, export)
+        facts = _facts(checkpoint, staged, figures=figures, license_id=options.license)
+        (staged / "README.md").write_text(model_card(facts), encoding="utf-8")
+        if options.check:
+            check_release(staged)
+        (staged / CHECKSUMS).write_text(checksums(staged), encoding="utf-8")
     return num_bytes
 
 
@@ -63,24 +61,18 @@ def _facts(
     checkpoint: Path, staged: Path, *, figures: tuple[Figure, ...], license_id: str | None
 ) -> CardFacts:
     text = read_config_text(checkpoint)
-    step = _step_of(checkpoint)
+    step = step_of(checkpoint)
     return CardFacts(
         model=model_from_text(text, where=str(checkpoint / CONFIG)),
         dtype=_json(staged / "config.json")["torch_dtype"],
         image_edge=_json(staged / "preprocessor_config.json")["max_size"],
         origin=f"{checkpoint.parent.parent.name}, step {step}" if step else checkpoint.name,
         template=last_template(run_from_text(text)),
-        history=read_history(checkpoint, up_to_step=step),
+        history=read_history(checkpoint),
         figures=figures,
         license=license_id,
         versions=tuple(_installed()),
     )
-
-
-def _step_of(checkpoint: Path) -> int | None:
-    """The step in a run's checkpoint's name, `step_00000600`."""
-    number = checkpoint.name.removeprefix("step_")
-    return int(number) if checkpoint.parent.name == "checkpoints" and number.isdigit() else None
 
 
 def _installed() -> list[str]:

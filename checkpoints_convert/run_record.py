@@ -42,16 +42,20 @@ class History:
     start: str | None  # None: from random weights
 
 
-def read_history(folder: Path, *, up_to_step: int | None = None) -> History:
+def step_of(checkpoint: Path) -> int | None:
+    """The step in the name of a run's checkpoint, `step_00000600`; None for any other folder."""
+    number = checkpoint.name.removeprefix("step_")
+    return int(number) if checkpoint.parent.name == "checkpoints" and number.isdigit() else None
+
+
+def read_history(folder: Path) -> History:
     """Follow a checkpoint's run back to the first one.
 
-    Args:
-        folder: run directory; what is no run directory gives an empty history.
-        up_to_step: of the newest run, metrics of later steps are left out.
-    """
+    `folder`: a run directory, or a checkpoint of a run: metrics of later steps are not its own and are left out. What
+    is neither gives an empty history."""
     runs: list[RunRecord] = []
     seen: set[Path] = set()
-    step = up_to_step
+    step = step_of(folder)
     while True:
         folder = _run_directory(folder)
         config = _lines(folder / CONFIG)
@@ -62,7 +66,8 @@ def read_history(folder: Path, *, up_to_step: int | None = None) -> History:
         before = config.get("checkpoint.load_weights_from", "none")
         if before == "none":
             return History(runs=tuple(runs), start=None)
-        folder, step = Path(before), None
+        folder = Path(before)
+        step = step_of(folder)  # a run may have started from any checkpoint of the one before
     # A converter notes the folder it read, with its path on that machine.
     return History(runs=tuple(runs), start=Path(config.get("converted_from", folder.name)).name)
 
@@ -109,8 +114,11 @@ def _num_samples(shards: Path) -> int | None:
     index = shards / "index.json"
     if not index.is_file():
         return None
-    content = json.loads(index.read_text(encoding="utf-8"))
-    return sum(int(shard["samples"]) for shard in content["shards"])
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        return sum(int(shard["samples"]) for shard in content["shards"])
+    except (OSError, ValueError, KeyError, TypeError):  # being rebuilt, or damaged since
+        return None
 
 
 def _lines(path: Path) -> dict[str, str]:

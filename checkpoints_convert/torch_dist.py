@@ -49,7 +49,8 @@ _STACK = "decoder.layers."
 _NOT_WEIGHTS = ("optimizer.",)
 """What keys of a training checkpoint start with that hold no weights of the model."""
 
-_FILE = "__0_0.distcp"
+SHARD_SUFFIX = ".distcp"
+_FILE = f"__0_0{SHARD_SUFFIX}"
 
 Box = tuple[tuple[int, int], ...]
 """First row and one past the last of every dim."""
@@ -158,7 +159,7 @@ class StoredTensors(Mapping[str, Tensor]):
     def _headers(self, key: str, stored: TensorStorageMetadata) -> dict[str, Tensor]:
         shape, dtype = tuple(stored.size), stored.properties.dtype
         if key.startswith(_STACK):
-            names = [f"{_STACK}{i}.{key.removeprefix(_STACK)}" for i in range(shape[0])]
+            names = self.parts_of(key)
             return {name: torch.empty(shape[1:], dtype=dtype, device="meta") for name in names}
         if self._vocab_size is not None and key in VOCABULARY:
             shape = (_without_padding(shape[0], self._vocab_size), *shape[1:])
@@ -166,6 +167,15 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.rows(name, 0, self.headers[name].shape[0])
+
+    def parts_of(self, key: str) -> list[str]:
+        """Names of the tensors that lie in the stored tensor `key`: the layers of a stack in their order, or itself."""
+        stored = self._metadata.state_dict_metadata.get(key)
+        if not isinstance(stored, TensorStorageMetadata):
+            return []
+        if not key.startswith(_STACK):
+            return [key]
+        return [f"{_STACK}{i}.{key.removeprefix(_STACK)}" for i in range(stored.size[0])]
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """The rows from `first` to before `last` of a tensor.

@@ -233,6 +233,8 @@ class EVEProcessor(ProcessorMixin):
 
     def collate(self, prompts: Sequence[PromptTokens]) -> BatchFeature:
         """Expanded prompts -> padded tensors: tokens on the left, patches at the end."""
+        if empty := [row for row, prompt in enumerate(prompts) if len(prompt.ids) == 0]:
+            raise ValueError(f"Prompt {empty[0]} is empty; give a text, an image, or both.")
         length = max(len(prompt.ids) for prompt in prompts)
         most = max(len(prompt.patches) for prompt in prompts)
         shape = (len(prompts), length)
@@ -280,12 +282,17 @@ def assign_images(texts: Sequence[str], images: Any) -> list[list[Image.Image]]:
     else:
         given = [images] if isinstance(images, Image.Image) else list(images)
     if any(isinstance(entry, list | tuple) for entry in given):
-        groups = [list(group) for group in given]
+        groups = [list(group) if isinstance(group, list | tuple) else [group] for group in given]
     elif len(given) == sum(counts):
         queue = iter(given)
         groups = [[next(queue) for _ in range(count)] for count in counts]
     else:
         groups = [given]
+    for image in (image for group in groups for image in group):
+        if not isinstance(image, Image.Image):
+            raise TypeError(
+                f"Images must be PIL images, found {type(image).__name__}: open them first."
+            )
     if [len(group) for group in groups] != counts:
         raise ValueError(
             f"The prompts have {counts} {IMAGE_MARK} marks, but {[len(group) for group in groups]} images were "

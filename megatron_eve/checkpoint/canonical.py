@@ -109,6 +109,18 @@ def canonical_hashes(
     return _added_up(sums)
 
 
+def hash_of_boxes(
+    boxes: Iterable[tuple[tuple[int, ...], Tensor]], *, whole: tuple[int, ...], dtype: torch.dtype
+) -> TensorHash:
+    """Of a canonical tensor of shape `whole`, from (offset, values) of the boxes that make it up. Not collective."""
+    value = 0
+    for offset, values in boxes:
+        part = _Part("", 0, tuple(values.shape), offset, whole, ())
+        value = (value + hash_box(values.reshape(-1), part, begin=0)) % _MODULUS
+        del values  # before the next one is read
+    return TensorHash(value, whole, str(dtype).removeprefix("torch."))
+
+
 @dataclass(slots=True)
 class _Sum:
     value: int

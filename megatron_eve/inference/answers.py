@@ -5,6 +5,11 @@ Works on a released Hugging Face folder through transformers alone. What is the 
 prepared once however many questions there are about it, and the text that all prompts begin with is run through the
 model once and its keys and values are shared (exact up to rounding: attention is causal). Questions are sorted by
 length, so that little is padded. Refuses what is no released folder, and images that cannot be read.
+
+Why this stands beside the engine (engine.py): what an evaluation scores is then the folder as people load it, its own
+modelling and processing files, and no mistake of the engine can better or worsen a release's figures; and the engine
+shares no beginnings between prompts, which with short questions is most of the work. The two are held against each
+other: tests/inference/test_engine.py::test_transformers_answers_the_same.
 """
 
 from collections.abc import Iterator, Sequence

@@ -197,7 +197,10 @@ def _number(body: Mapping[str, Any], name: str) -> float | None:
     value = body.get(name)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise ApiError(f"{name} is {_kind(value)}, expected a number.", param=name)
-    return None if value is None else float(value)
+    try:
+        return None if value is None else float(value)
+    except OverflowError:  # an integer of hundreds of digits is good JSON
+        raise ApiError(f"{name} is too large a number.", param=name) from None
 
 
 def _integer(body: Mapping[str, Any], name: str) -> int | None:

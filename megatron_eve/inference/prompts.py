@@ -3,7 +3,8 @@
 
 So a prompt is the training sample up to the answer: same template, same tokens, same resize (the official rule of
 training, or of evaluation, by choice). Refused as DataError: an image that cannot be decoded or has more pixels than
-allowed, text that spells a special token or an `<image>` mark, turns that do not alternate.
+allowed, text that spells a special token or an `<image>` mark, a question without text and images, turns that do not
+alternate.
 """
 
 import io
@@ -118,6 +119,12 @@ def build_prompt(
             )
         if turn.role == "assistant" and turn.images:
             raise DataError(f"turn {number}, the assistant's, has an image; only the user's may.")
+        if turn.role == "user" and not turn.text.strip() and not turn.images:
+            raise DataError(f"turn {number} is empty; give a question, an image, or both.")
+        if not _is_unicode(turn.text):
+            raise DataError(
+                f"turn {number} holds half of a surrogate pair, which is no text; send it as UTF-8."
+            )
     if template == "plain" and (len(turns) != 1 or turns[0].text or not turns[0].images):
         raise DataError(
             "template plain writes a caption: it takes images and no text; use template qwen2 to ask."
@@ -134,6 +141,15 @@ def build_prompt(
     shape = (0, model.dense_stride**2, 3 * model.patch_stride**2)
     patches = [np.empty(shape, np.uint8), *(image.patches for image in images)]
     return Prompt(np.maximum(tokens.ids, 0), tokens.kinds, np.concatenate(patches))
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON and command lines can hold lone surrogates, tokenizers cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _turn(turn: ChatTurn) -> Turn:

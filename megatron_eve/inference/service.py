@@ -120,6 +120,8 @@ class Service:
     def _options(self, chat: ChatRequest, *, num_prompt: int) -> SamplingOptions:
         room = self.worker.tokens - num_prompt
         wanted = chat.max_new_tokens
+        if wanted is not None and wanted < 1:
+            raise ApiError(f"max_tokens is {wanted}, expected at least 1.", param="max_tokens")
         if wanted is not None and wanted > self.limits.new_tokens:
             raise ApiError(
                 f"max_tokens is {wanted}, the limit is {self.limits.new_tokens}.",

@@ -40,21 +40,35 @@ def _files(folder: Path) -> dict[Path, list[str]]:
     """File -> names of the tensors in it, from the files' own headers."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        paths = [folder / name for name in sorted(set(weight_map.values()))]
+        file_of = _file_of(index)
+        paths = [folder / name for name in sorted(set(file_of.values()))]
     elif single.is_file():
-        weight_map, paths = None, [single]
+        file_of, paths = None, [single]
     else:
         raise CheckpointError(f"{folder} has neither {single.name} nor {index.name}.")
     files = {}
     for path in paths:
         with _open(path) as file:
             files[path] = list(file.keys())
-    found = {name for names in files.values() for name in names}
-    if weight_map is not None and found != set(weight_map):
-        name = sorted(found ^ set(weight_map))[0]
-        raise CheckpointError(f"{index} and the files disagree about {name!r}; copy them again.")
+    if file_of is not None:
+        found = {(name, path.name) for path, names in files.items() for name in names}
+        if wrong := sorted(found ^ set(file_of.items())):
+            name, file = wrong[0]
+            raise CheckpointError(
+                f"{index} and {file} disagree about {name!r}; copy the folder again."
+            )
     return files
+
+
+def _file_of(index: Path) -> dict[str, str]:
+    """Name of the file of each tensor."""
+    try:
+        weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index} is no index of safetensors files ({type(error).__name__}: {error}); copy it again."
+        ) from error
 
 
 def _check(folder: Path, files: dict[Path, list[str]], model: nn.Module) -> None:

@@ -2,12 +2,14 @@
 """Evaluation beside the training: a command on published checkpoints, under a time budget, that no step waits for.
 
     RUN_DIR/evaluations/step_00000400/     the command's folder: log.txt, and metrics.json, a flat object of numbers
+    RUN_DIR/evaluations/step_00000400.2/   the same step once more: the first was interrupted, and may still be running
     RUN_DIR/evaluations.jsonl              one record an evaluation: step, outcome, seconds, metrics
 
-One process of a run (rank 0) starts it; between two steps it only looks whether the checkpoint is there and whether the
-command has ended (a stat and a waitpid). The budget is kept by coreutils' `timeout`, also if the trainer dies. There is
-one at a time: what is due while one runs is skipped and counted. The numbers go into the next logged record as
-`evaluation/NAME`, with `evaluated_step`; those that come after the last record stand in evaluations.jsonl alone."""
+One process of a run (rank 0) starts it; between two steps it only looks whether the checkpoint is there and whether
+the command has ended (a stat and a waitpid). The budget is kept by coreutils' `timeout`, also if the trainer dies.
+There is one at a time: what is due while one runs is skipped and counted. What a kill or a stop interrupted is due
+again when the run goes on. The numbers go into the next logged record as `evaluation/NAME`, with `evaluated_step`;
+those that come after the last record stand in evaluations.jsonl alone."""
 
 import json
 import logging
@@ -25,6 +27,7 @@ from typing import Literal
 
 from megatron_eve.config.schema import EvaluationConfig
 from megatron_eve.metrics.definitions import EVALUATION_PREFIX
+from megatron_eve.metrics.sinks import read_metrics
 
 RECORDS_FILE, FOLDER, METRICS_JSON, LOG_FILE = (
     "evaluations.jsonl",
@@ -32,6 +35,7 @@ RECORDS_FILE, FOLDER, METRICS_JSON, LOG_FILE = (
     "metrics.json",
     "log.txt",
 )
+CHECKPOINTS = "checkpoints"
 # Exit codes of `timeout`: ended at its limit; killed after it, when the signal takes `timeout` itself along.
 TIMED_OUT = (124, 137, -signal.SIGKILL)
 KILL_AFTER_S = 5
@@ -63,10 +67,20 @@ class Evaluations:
         self._news: dict[str, float] = {}
         self._unfinished = 0  # of this process: over budget, failed, stopped or skipped
 
+    def resumed(self, step: int) -> None:
+        """The run goes on after `step` steps: its newest checkpoint that was to be evaluated still is, if nothing
+        was recorded of it but a stop."""
+        if not self._is_on:
+            return
+        folders = (self._run_dir / CHECKPOINTS).glob("step_" + "[0-9]" * 8)
+        steps = (int(folder.name.removeprefix("step_")) for folder in folders)
+        newest = max((one for one in steps if one <= step and self._is_chosen(one)), default=None)
+        if newest is not None and newest not in self._settled():
+            self._due = newest
+
     def saved(self, step: int) -> None:
         """A checkpoint of this step is written, or being written."""
-        every = self._config.every_steps
-        if self._is_on and (every is None or step % every == 0):
+        if self._is_on and self._is_chosen(step):
             if self._due is not None:
                 self._record(self._due, "skipped", seconds=0.0)
             self._due = step
@@ -108,29 +122,37 @@ class Evaluations:
         running.process.wait()
         self._record(running.step, "stopped", seconds=time.monotonic() - running.started)
 
+    def _is_chosen(self, step: int) -> bool:
+        every = self._config.every_steps
+        return every is None or step % every == 0
+
+    def _settled(self) -> set[int]:
+        """Steps whose evaluation came to an end, whatever end; a stop is none."""
+        path = self._run_dir / RECORDS_FILE
+        records = read_metrics(path) if path.is_file() else []
+        return {int(r["step"] or 0) for r in records if r.get("outcome") not in (None, "stopped")}
+
     def _checkpoint(self, step: int) -> Path:
         """Exists under this name only when it is whole (checkpoint/manager.py)."""
-        return self._run_dir / "checkpoints" / f"step_{step:08d}"
+        return self._run_dir / CHECKPOINTS / f"step_{step:08d}"
 
     def _start(self, step: int) -> None:
         assert self._config.command is not None
-        folder = self._run_dir / FOLDER / f"step_{step:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / METRICS_JSON).unlink(missing_ok=True)
-        places = {"checkpoint": self._checkpoint(step), "out": folder, "step": step}
-        words = [word.format(**places) for word in shlex.split(self._config.command)]
         limit = ["timeout", f"--kill-after={KILL_AFTER_S}", str(self._config.timeout_s)]
         environment = {k: v for k, v in os.environ.items() if k not in _OF_THE_RUN}
         environment["CUDA_VISIBLE_DEVICES"] = (
             ""  # the run's GPUs are full; a command may set its own
         )
         try:
+            folder = _new_folder(self._run_dir / FOLDER / f"step_{step:08d}")
+            places = {"checkpoint": self._checkpoint(step), "out": folder, "step": step}
+            words = [word.format(**places) for word in shlex.split(self._config.command)]
             with (folder / LOG_FILE).open("wb") as log:
                 process = subprocess.Popen(
                     [*limit, *words], stdin=subprocess.DEVNULL, stdout=log,
                     stderr=subprocess.STDOUT, env=environment, start_new_session=True,
                 )  # fmt: skip
-        except OSError as error:  # no such program, no more processes: no reason to end a run
+        except OSError as error:  # no program, no room on the disk: no reason to end a run
             _LOG.warning("evaluation of step %d did not start: %s", step, error)
             self._record(step, "failed", seconds=0.0)
             return
@@ -168,6 +190,18 @@ class Evaluations:
         if metrics is not None:
             self._news["evaluated_step"] = float(step)
             self._news |= {EVALUATION_PREFIX + name: value for name, value in metrics.items()}
+
+
+def _new_folder(path: Path) -> Path:
+    """`path`, or `path`.2, ...: a command of a run that was killed may still be writing to the one before."""
+    folder, number = path, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = path.with_name(f"{path.name}.{number}")
 
 
 def read_result(path: Path) -> dict[str, float] | None:

@@ -209,6 +209,7 @@ def _train(run: Run, *, stop: StopFlag) -> None:
     is_first = run.state.rank == 0
     evaluations = Evaluations(run.config.evaluation, run_dir=run.run_dir, is_starter=is_first)
     with closing(sinks), closing(capture), closing(evaluations):
+        evaluations.resumed(done)
         stopping = False
         meter, guard = StepMeter(), SkipGuard()
         peak = peak_flops(device.device_name(), dtype=run.config.train.dtype)

@@ -99,7 +99,7 @@ def main(folder: Path) -> None:
     """In the process that is watched."""
     from checkpoints_convert.hf_folder import SafetensorsFolder, write_safetensors
     from checkpoints_convert.hf_to_megatron import ImportOptions, import_hf
-    from checkpoints_convert.megatron_folder import read_megatron
+    from checkpoints_convert.megatron_folder import canonical_hash, read_megatron
     from checkpoints_convert.megatron_to_hf import hf_stream
     from checkpoints_convert.torch_dist import Chunk, write_tensors
     from checkpoints_convert.verify import compare_tensors
@@ -146,6 +146,15 @@ def main(folder: Path) -> None:
         stream = hf_stream(read_megatron(halves))
         write_safetensors(folder / "shards", stream, max_shard_bytes=50_000_000)
 
+    def hashes() -> None:
+        """As before a release: of the largest table and of a stack of layers, put together from halves."""
+        tensors = read_megatron(folder / "megatron-halves").tensors
+        for name in ("output_layer.weight", "decoder.layers.mlp.linear_fc1.vision.weight"):
+            parts = tensors.parts_of(name)
+            own = tuple(tensors.headers[parts[0]].shape)
+            shape = (len(parts), *own) if parts != [name] else own
+            assert canonical_hash(tensors, name, shape) is not None
+
     def compare() -> None:
         for found in (megatron, folder / "back", folder / "shards"):
             assert compare_tensors(hf, found).differences == ()
@@ -158,7 +167,8 @@ def main(folder: Path) -> None:
 
     init_distributed(timeout_s=60)
     torch.set_num_threads(1)
-    for phase in (convert, convert_and_pad, release, release_shards, compare, everything_at_once):
+    phases = (convert, convert_and_pad, release, release_shards, hashes, compare)
+    for phase in (*phases, everything_at_once):
         print(f"phase {phase.__name__}", flush=True)
         sys.stdin.readline()
         phase()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from checkpoints_convert.hf_config import model_json
 from checkpoints_convert.hf_folder import write_safetensors
-from checkpoints_convert.megatron_folder import read_megatron
+from checkpoints_convert.megatron_folder import read_megatron, refuse_damaged
 from checkpoints_convert.megatron_to_hf import hf_stream
 from checkpoints_convert.tensors import eve_to_hf
 from megatron_eve.checkpoint.manager import CheckpointManager, TrainingState
@@ -85,9 +85,11 @@ def train_and_save(
 
 
 def export_weights(run_dir: Path, dest: Path) -> None:
-    """In a worker: only the weights; a release's other files need a tokenizer."""
+    """In a worker: only the weights, compared as before a release, whose other files need a tokenizer."""
     dest.mkdir()
-    write_safetensors(dest, hf_stream(read_megatron(run_dir)))
+    weights = read_megatron(run_dir)
+    refuse_damaged(weights)
+    write_safetensors(dest, hf_stream(weights))
 
 
 @pytest.fixture(scope="module")

@@ -212,6 +212,11 @@ def test_processor_refuses_misuse(processor: EVEProcessor) -> None:
         processor(text="<image>", images=picture(4, 4), resize_rule="square")
     with pytest.raises(ValueError, match="no place for a question, found 'what"):
         processor.prompt("what?", template="plain")
+    with pytest.raises(ValueError, match="Prompt 1 is empty; give a text, an image, or both"):
+        processor(text=["what?", ""])
+    for images in ("image.jpg", [["image.jpg"]], [picture(4, 4), "image.jpg"]):
+        with pytest.raises(TypeError, match="must be PIL images, found str: open them first"):
+            processor(text="<image>", images=images)
     with pytest.raises(ValueError, match="return_tensors='np' is not supported"):
         processor(text="what?", return_tensors="np")
 

@@ -121,6 +121,9 @@ def test_without_evaluation_the_card_says_so(gloo1: Any, trained: Path, tmp_path
     assert gloo1.run(run_main, "release", trained, out, "--skip-check")[0][0] == 0
     card = (out / "README.md").read_text()
     assert "No evaluation was given" in card
+    assert gloo1.run(run_main, "megatron-to-hf", trained, tmp_path / "converted")[0][0] == 0
+    converted = (tmp_path / "converted" / "README.md").read_text()
+    assert "| 5 | 1.2500 nats/token at step 5 |" in converted, "not of steps that came later"
     assert "license:" not in card
     code, _, errors = gloo1.run(run_main, "release", trained, out)[0]
     assert code == 1
@@ -151,6 +154,7 @@ def test_history_ends_where_the_records_end(trained: Path, tmp_path: Path) -> No
     history = read_history(trained)
     assert [run.name for run in history.runs] == ["stage2_2", "stage3"]
     assert history.runs[1].last_step == 7
+    assert read_history(trained / "checkpoints" / "step_00000005").runs[1].last_step == 5
     shutil.rmtree(tmp_path / "imported")
     assert read_history(trained).start == "imported"
     shutil.rmtree(tmp_path / "stage2_2")
@@ -166,6 +170,13 @@ def test_results_of_another_form_are_refused(tmp_path: Path) -> None:
         read_results(tmp_path / "results.json")
     path = tmp_path / "results.json"
     path.write_text("{")
+    with pytest.raises(DataError, match="is not JSON"):
+        read_results(path)
+    for text in ('{"rows": [{"name": "shape"}]}', '{"rows": [1]}', '{"results": {"pope": 1}}'):
+        path.write_text(text)
+        with pytest.raises(DataError, match="is no results file"):
+            read_results(path)
+    path.write_bytes(b"\xff")
     with pytest.raises(DataError, match="is not JSON"):
         read_results(path)
     path.write_text('{"accuracy": 1.0}')

@@ -208,7 +208,7 @@ def test_concurrent_clients_get_their_own_answers(server: Server, engine: Engine
         ({"model": "gpt"}, "NotFoundError", "model 'gpt' is not here; this server has 'eve'"),
         ({"messages": []}, "BadRequestError", "messages is a list, expected a list that is not"),
         ({"max_tokens": 101}, "BadRequestError", "max_tokens is 101, the limit is 100"),
-        ({"max_tokens": 0}, "BadRequestError", "max_new_tokens is 0, expected at least 1"),
+        ({"max_tokens": 0}, "BadRequestError", "max_tokens is 0, expected at least 1"),
         ({"top_p": 2.0}, "BadRequestError", r"top_p is 2.0, expected above 0"),
         ({"n": 3}, "BadRequestError", "n=3 is not supported"),
         ({"messages": [user("a" * 300)]}, "BadRequestError", r"\d+ tokens, images included"),
@@ -216,6 +216,7 @@ def test_concurrent_clients_get_their_own_answers(server: Server, engine: Engine
         ({"messages": [user("a", 0, 0, 0, 0)]}, "BadRequestError", "4 images, the limit is 3"),
         ({"messages": [user("a <image>")]}, "BadRequestError", "turn 0 spells <image>"),
         ({"messages": [user("a <|im_end|>")]}, "BadRequestError", "contains the special token"),
+        ({"messages": [user(" ")]}, "BadRequestError", "turn 0 is empty; give a question, an image"),
     ],
 )  # fmt: skip
 def test_refusals_reach_the_official_client(
@@ -249,12 +250,36 @@ def test_bad_images_are_refused(server: Server, url: str, message: str) -> None:
     assert (caught.value.code, caught.value.param) == ("bad_image", "messages")
 
 
+def test_stop_texts_end_a_stream_too(server: Server, engine: Engine) -> None:
+    """Nothing of a stop text is streamed, and the pieces are the answer that is not streamed."""
+    whole = expected(engine, turn(engine, "What?", 0))
+    stop = whole[len(whole) // 2 :][:2]
+    body: dict[str, Any] = {
+        "model": "eve",
+        "messages": [user("What?", 0)],
+        "max_tokens": NEW_TOKENS,
+        "stop": [stop],
+    }
+    create = server.client.chat.completions.create
+    choice = create(**body).choices[0]
+    chunks = [chunk.choices[0] for chunk in create(**body, stream=True)]
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == choice.message.content
+    assert choice.message.content == whole[: whole.index(stop)].rstrip()
+    assert (chunks[-1].finish_reason, choice.finish_reason) == ("stop", "stop")
+
+
 def test_wrong_http_is_answered_in_the_same_shape(server: Server) -> None:
     whole = {"messages": [{"role": "user", "content": "x"}]}
     cases: list[tuple[int, str, tuple[int, Any]]] = [
         (400, "the body is not JSON", server.send(b"{")),
         (400, "the body is not JSON", server.send(b"\xff")),
         (400, "the body is not JSON", server.send(b"[" * 50_000)),
+        (400, "temperature is too large", server.send(whole | {"temperature": 10**400})),
+        (
+            400,
+            "half of a surrogate pair",
+            server.send(b'{"messages": [{"role": "user", "content": "a\\ud800"}]}'),
+        ),
         (413, "more than 60,000 bytes", server.send(b" " * (BODY_BYTES + 1))),
         (415, "Content-Type is 'text/plain'", server.send(whole, Content_Type="text/plain")),
         (404, "POST /v1/completions: Not Found", server.send(whole, path="/v1/completions")),

@@ -152,6 +152,59 @@ def test_end_of_a_run_waits_unless_asked_to_stop(tmp_path: Path) -> None:
     assert records(tmp_path)[-1]["outcome"] == "stopped"
 
 
+def killed_while_it_evaluates(run_dir: Path) -> Path:
+    """What SIGKILL leaves: the command's folder, no record. The command may still be writing to the folder."""
+    found = evaluations(run_dir, "import time; time.sleep(1000)")
+    publish(run_dir, 4)
+    found.saved(4)
+    found.poll()
+    assert found._running is not None
+    found._running.process.kill()
+    found._running.process.wait()
+    return run_dir / "evaluations/step_00000004"
+
+
+def test_what_a_kill_interrupted_is_evaluated_when_the_run_goes_on(tmp_path: Path) -> None:
+    interrupted = killed_while_it_evaluates(tmp_path)
+    found = evaluations(tmp_path, WRITE + "(out / 'metrics.json').write_text('{\"right\": 0.5}')")
+    publish(tmp_path, 6)  # not what the run goes on from
+    found.resumed(5)
+    assert until_news(found)["evaluated_step"] == 4.0
+    assert not (interrupted / "metrics.json").exists(), "nobody else's folder is written to"
+    assert (tmp_path / "evaluations/step_00000004.2/metrics.json").exists()
+    (tmp_path / "evaluations.jsonl").open("a").write('{"step": 6, "outc')  # cut off by a kill
+    found.resumed(5)
+    found.finish(give_up=lambda: False)
+    assert [(r["step"], r["outcome"]) for r in records_but_the_last(tmp_path)] == [(4, "done")]
+
+
+def records_but_the_last(run_dir: Path) -> list[dict[str, Any]]:
+    lines = (run_dir / "evaluations.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "again"),
+    [("done", False), ("failed", False), ("over budget", False), ("stopped", True)],
+)
+def test_only_what_was_stopped_is_due_again(tmp_path: Path, outcome: str, again: bool) -> None:
+    publish(tmp_path, 4)
+    (tmp_path / "evaluations.jsonl").write_text(json.dumps({"step": 4, "outcome": outcome}) + "\n")
+    found = evaluations(tmp_path, WRITE + "(out / 'metrics.json').write_text('{\"right\": 1}')")
+    found.resumed(4)
+    found.finish(give_up=lambda: False)
+    assert ("evaluation/right" in found.news()) == again
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    (tmp_path / "evaluations").write_text("no folder can be made here")
+    found = evaluations(tmp_path, "pass")
+    found.saved(1)
+    assert until_news(found) == {"evaluations_unfinished": 1.0}
+    assert records(tmp_path)[0]["outcome"] == "failed"
+
+
 def test_steps_and_ranks_that_evaluate(tmp_path: Path) -> None:
     found = evaluations(tmp_path, "pass", every_steps=4)
     other = Evaluations(EvaluationConfig(command="x"), run_dir=tmp_path, is_starter=False)
@@ -159,6 +212,7 @@ def test_steps_and_ranks_that_evaluate(tmp_path: Path) -> None:
     publish(tmp_path, 2)
     for one in (found, other, off):
         one.saved(2)
+        one.resumed(2)
         one.poll()
         one.finish(give_up=lambda: False)
         assert one.news() == {}

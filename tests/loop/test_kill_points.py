@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,12 +20,25 @@ import pytest
 
 from megatron_eve.checkpoint.manifest import Manifest, check_folder, read_manifest
 from tests.loop.test_run import records
-from tests.support.kill_points import SAVE_EVERY, STEPS, Kill, KillPoint, kill_point
+from tests.support.kill_points import (
+    EVALUATED,
+    PHASES,
+    SAVE_EVERY,
+    STEPS,
+    Kill,
+    KillPoint,
+    kill_point,
+)
 from tests.support.zygote import Start, Zygote
 
-FEW = (7, 14, 20)  # two processes; a killed writer in the second stage; killed again while resuming
+FEW = (
+    13,
+    16,
+    19,
+)  # killed again while resuming the second stage; a writer; two processes, while one evaluates
 ALL = range(int(os.environ.get("KILL_POINTS", "0")))
 MAX_STARTS = 6
+EVALUATION = Path(__file__).parents[1] / "support" / "manifest_metric.py"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +107,10 @@ class Curriculum:
             "parallel.sequence_parallel=false",
             f"checkpoint.load_weights_from={'none' if first else self.stage_dir('first')}",
             f"checkpoint.save_every_steps={SAVE_EVERY}",
-            "checkpoint.keep_last=1",
+            "checkpoint.keep_last=2",  # an evaluation may begin when the next checkpoint is there already
+            f"evaluation.command={sys.executable} -I -S {EVALUATION} {{checkpoint}} {{out}}",
+            f"evaluation.every_steps={EVALUATED}",
+            "evaluation.timeout_s=60",
             "logging.every_steps=1",
             f"train.steps={STEPS}",
         ]
@@ -131,6 +148,23 @@ def shards(manifest: Manifest) -> dict[str, Any]:
     return {name: entry for name, entry in manifest.files.items() if name.endswith(".distcp")}
 
 
+def trained(run_dir: Path) -> list[dict[str, float]]:
+    """Records without the evaluation's, which come into whichever record is next."""
+    return [
+        {name: value for name, value in record.items() if not name.startswith("evaluat")}
+        for record in records(run_dir)
+    ]
+
+
+def evaluated(run_dir: Path) -> dict[int, dict[str, float]]:
+    """Metrics of each step whose evaluation was done."""
+    path = run_dir / "evaluations.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    found = [json.loads(line) for line in lines]
+    assert {record["outcome"] for record in found} <= {"done", "stopped"}
+    return {record["step"]: record["metrics"] for record in found if record["outcome"] == "done"}
+
+
 def survive(point: KillPoint, run: Curriculum, undisturbed: Undisturbed) -> dict[str, Any]:
     """Kill, start again until done, compare. What to write into the log."""
     if point.stage == "second":
@@ -140,6 +174,8 @@ def survive(point: KillPoint, run: Curriculum, undisturbed: Undisturbed) -> dict
     for kill in point.kills:
         codes.append(run.start(point.stage, before=kill))
         assert kill.reached.exists(), f"{kill} was not reached:\n{run.log.read_text()[-4000:]}"
+        # A run that is done is not started again, also if it was killed as it waited for its evaluation.
+        was_done = (run.stage_dir(point.stage) / "DONE").exists()
         latest = run.stage_dir(point.stage) / "checkpoints" / "latest"
         if latest.exists():
             check_folder(latest.parent / latest.read_text().strip())
@@ -150,7 +186,9 @@ def survive(point: KillPoint, run: Curriculum, undisturbed: Undisturbed) -> dict
     for stage in stages:
         whole = undisturbed.stage_dir(stage, processes=point.processes)
         found, expected = last_manifest(run.stage_dir(stage)), last_manifest(whole)
-        assert records(run.stage_dir(stage)) == records(whole)
+        assert trained(run.stage_dir(stage)) == trained(whole)
+        assert was_done or evaluated(run.stage_dir(stage)) == evaluated(whole)
+        assert list(evaluated(whole)) == [EVALUATED]
         assert found.tensors == expected.tensors
         assert found.facts == expected.facts
         assert shards(found) == shards(expected)
@@ -210,8 +248,8 @@ def test_another_layout_and_number_of_workers_go_on(zygote, small_data, undistur
     assert 2 <= stopped < STEPS
     two = Curriculum(zygote, small_data, tmp_path, 2, num_workers=3)
     assert two.start("first") == [0, 0], two.log.read_text()[-4000:]
-    found = records(tmp_path / "first")
-    expected = records(undisturbed.stage_dir("first", processes=1))
+    found = trained(tmp_path / "first")
+    expected = trained(undisturbed.stage_dir("first", processes=1))
     for now, before in zip(found, expected, strict=True):
         assert now["loss"] == pytest.approx(before["loss"], rel=1e-6), now["step"]
         assert now["samples_checksum"] == before["samples_checksum"], now["step"]
@@ -223,7 +261,7 @@ def test_every_phase_comes_round(tmp_path: Path) -> None:
     points = [kill_point(number, tmp_path) for number in range(100)]
     for processes in (1, 2):
         phases = {kill.phase for p in points if p.processes == processes for kill in p.kills}
-        assert len(phases) == 9
+        assert phases == set(PHASES)
     assert {(p.stage, k.signal) for p in points for k in p.kills} == {
         (stage, name) for stage in ("first", "second") for name in ("SIGKILL", "SIGTERM")
     }

@@ -21,16 +21,28 @@ def rows(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def first_cells() -> set[str]:
-    """Every name in backticks in the first cells of the section on flags."""
-    return {name for row in rows("Flags") for name in re.findall(r"`([^`]+)`", row[0])}
+def first_cells(heading: str) -> list[str]:
+    """Every name in backticks in the first cells of a section."""
+    return [name for row in rows(heading) for name in re.findall(r"`([^`]+)`", row[0])]
 
 
 def test_every_official_flag_has_a_row() -> None:
     expected = {f"--{flag}" for flag in OFFICIAL["training_flags"] + OFFICIAL["launcher_flags"]}
     expected |= set(OFFICIAL["fields_without_a_flag"]) | set(OFFICIAL["environment"])
     assert len(OFFICIAL["training_flags"]) == 39
-    assert first_cells() == expected
+    assert set(first_cells("Flags")) == expected
+
+
+def test_every_flag_of_the_official_evaluation_has_a_row() -> None:
+    """And what a row offers instead is an option of our command, or said to be none."""
+    named = first_cells("Flags of the evaluation")
+    assert sorted(named) == sorted(OFFICIAL["evaluation_flags"] + OFFICIAL["evaluation_options"])
+    assert len(OFFICIAL["evaluation_flags"]) == 34
+    ours = text_of("tools/lmms_eval/__main__.py") + text_of("megatron_eve/generate.py")
+    for row in (row for row in rows("Flags of the evaluation") if row[0].startswith("`")):
+        assert row[2], row[0]
+        for option in re.findall(r"`(?:-- )?(--[\w-]+)`", row[1]):
+            assert option in (*re.findall(r"\"(--[\w-]+)\"", ours), "--gen_kwargs"), row[0]
 
 
 def test_every_key_of_a_row_exists_or_its_absence_is_explained() -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from tests.support.zygote import KILLER
 
 STEPS, SAVE_EVERY = 5, 2  # of each stage: saves after steps 2, 4 and 5
+EVALUATED = 4  # the step whose checkpoint is evaluated
 Victim = Literal["group", "process"]  # with or without the process that writes its checkpoint
 
 # phase: how often it happens in an undisturbed stage
@@ -24,13 +25,16 @@ PHASES = {
     "start": 1,  # groups, data, model, weights of the stage before
     "load weights": 1,  # stage switch: the weights of the stage before
     "resume": 1,  # of a run that was killed before
-    "step": STEPS,
+    "step": STEPS,  # the first one is the warm-up's
     "save": 3,  # hashes, planning, copies
     "write": 3,  # the writing process, while training goes on
     "finish": 3,  # index and manifest
     "publish": 3,  # rename, latest, old ones removed
+    "evaluation": 1,  # its command starts and runs, while training goes on or a run that is done waits for it
+    "evaluation result": 1,  # the command has ended, its numbers are taken in
     "end": 1,  # last step done and saved, DONE not yet written
 }
+_OF_RANK_0 = ("publish", "evaluation", "evaluation result", "end")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +105,7 @@ def _place(phase: str) -> tuple[Any, str]:
     from megatron_eve.checkpoint.manager import CheckpointManager
     from megatron_eve.checkpoint.writer import FolderWrite, _ShardWriter
     from megatron_eve.loop import run
+    from megatron_eve.loop.evaluation import Evaluations
 
     places: dict[str, tuple[Any, str]] = {
         "start": (run, "_assemble"),
@@ -111,6 +116,8 @@ def _place(phase: str) -> tuple[Any, str]:
         "write": (_ShardWriter, "write"),
         "finish": (FolderWrite, "finish"),
         "publish": (CheckpointManager, "_publish"),
+        "evaluation": (Evaluations, "_start"),
+        "evaluation result": (Evaluations, "_take_in"),
         "end": (run, "_finish"),
     }
     return places[phase]
@@ -143,15 +150,13 @@ def kill_point(number: int, folder: Path) -> KillPoint:
 
 def _draw_kill(draw: random.Random, phase: str, *, processes: int, reached: Path) -> Kill:
     occurrence = draw.randint(1, PHASES[phase])
-    if phase == "step":
-        occurrence = draw.randint(2, PHASES[phase])  # a first step has nothing to lose
     return Kill(
         phase=phase,
         occurrence=occurrence,
         delay_s=draw.choice((0.0, draw.uniform(0, 0.02), draw.uniform(0, 0.2))),
         signal=draw.choice(("SIGKILL", "SIGKILL", "SIGTERM")),
         victim=draw.choice(("group", "group", "process")),
-        rank=0 if phase in ("publish", "end") else draw.randrange(processes),
+        rank=0 if phase in _OF_RANK_0 else draw.randrange(processes),
         reached=reached,
     )
 
