@@ -356,7 +356,7 @@ def run_program(name: str, arguments: list[str]) -> int:
     [
         (
             "step",
-            [*SMALL, *"--rounds 1 --warm-up 1 --step-tokens 1 --stages 1 3".split()],
+            [*SMALL, "--rounds", "1", "--warm-up", "1", "--step-tokens", "1", "--stages", "1", "3"],
             2,
         ),
         ("split_tax", ["--hidden", "256", "--tokens", "512", "--rounds", "1"], 6),

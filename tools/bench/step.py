@@ -327,7 +327,7 @@ def _measure_stages(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The options; by default every stage, in less than a quarter of an hour on 2 CPU cores."""
+    """The options; by default every stage is measured."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench.step",
         description="Useful tokens per second of a training step, ours and the official form's.",
