@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes that a training process holds and sends, by counting tensors: no allocator, no estimate.
+"""What a training process holds, sends and multiplies, by counting: no allocator, no estimate.
 
-For a model wrapped for data parallelism and its megatron-core optimizer; traffic is counted where collectives pass
-torch's dispatcher."""
+Bytes are those of tensors of a model wrapped for data parallelism and its megatron-core optimizer. Traffic and FLOPs
+are counted where collectives and matrix products pass torch's dispatcher."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 SCALAR_BYTES = 256
 """Collectives up to this size carry losses, counts and norms, not weights or gradients."""
@@ -81,3 +82,57 @@ class CollectiveTraffic(TorchDispatchMode):
             if call.nbytes > SCALAR_BYTES:
                 total[call.name] = total.get(call.name, 0) + call.nbytes
         return total
+
+
+Shape = tuple[int, ...]
+
+
+def executed_flops_of(work: Callable[[], object]) -> int:
+    """FLOPs of the matrix products and convolutions that `work` runs on the CPU, backward and recomputation included.
+
+    By torch's FlopCounterMode, a product [m, k] x [k, n] as 2 m k n. torch has no formula for the CPU's attention
+    kernel and would count zero, so that is counted here: what it multiplies, not what a mask lets through. Under
+    `is_causal` it leaves out the keys behind a query, with a mask it does not; its backward computes the scores again.
+    Not for a GPU, whose kernels torch counts without regard to `is_causal`."""
+    aten = torch.ops.aten
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def _attention(
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    *,
+    products: int = 2,  # scores, and their product with v
+    out_shape: object = None,
+    **_: object,
+) -> int:
+    """Shapes: query [B, N, n, D]; key, value [B, K, m, D]."""
+    (batch, heads, num_queries, dim), num_keys = query, key[2]
+    pairs = num_queries * num_keys
+    if is_causal:
+        pairs = sum(min(number + 1, num_keys) for number in range(num_queries))
+    return products * 2 * batch * heads * dim * pairs
+
+
+def _attention_backward(
+    grad: Shape,
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    out: Shape,
+    log_sum_exp: Shape,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    **_: object,
+) -> int:
+    """Scores once more, and the gradients of q, k, v and of the probabilities."""
+    return _attention(query, key, value, dropout, is_causal, products=5)

@@ -6,7 +6,8 @@ micro-batch; every norm and linear that is split computes both branches on all t
 [B, S, 1] blends them; key/value heads are repeated for the queries; scaled_dot_product_attention gets a dense additive
 [B, 1, S, S] mask as soon as one sample is padded, `is_causal` otherwise; each layer is recomputed in the backward;
 images go through two convolutions one by one; logits and float32 cross entropy cover all positions. Frozen weights get
-no weight gradient. In stage 1 the official model is dense, and so is this one.
+no weight gradient. In stage 1 the official model is dense, and so is this one. Left out: the 32 x 32 pixel dummy image
+of a sample without one, whose features are thrown away.
 
 Parameter names are the official ones, so that checkpoints_convert loads our weights into it. The loss comes as a sum;
 who steps divides.
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_eve.config.schema import ModelConfig, TrainableGroup
 from megatron_eve.data.sample import IGNORE
+from megatron_eve.metrics.flops import DECODER, Work, matrix_products
 from megatron_eve.model.patch_embedding import CLIP_MEAN, CLIP_STD
 from tools.bench.samples import BenchSample
 
@@ -37,6 +39,7 @@ class PaddedBatch:
     is_vision: Tensor  # [B, S] bool
     lengths: Tensor  # [B] int64
     images: tuple[Tensor, ...]  # [3, H, W] float, normalised, in the order of their tokens
+    num_patches: int  # vision tokens without CLS and SPL
 
 
 def padded_batch(
@@ -61,6 +64,7 @@ def padded_batch(
         is_vision=is_vision.to(device),
         lengths=torch.tensor([one.ids.size for one in expanded], device=device),
         images=tuple(((image.float() / 255 - mean) / std).to(device) for image in pixels),
+        num_patches=sum(image[0].numel() for image in pixels) // model.pixels_per_token**2,
     )
 
 
@@ -255,3 +259,42 @@ def freeze_official(form: OfficialForm, *, trainable: tuple[TrainableGroup, ...]
     for name, param in form.named_parameters():
         group: TrainableGroup = "vision" if "moe_" in name else "text"
         param.requires_grad_(("patch_embedding" if "vision_tower" in name else group) in trainable)
+
+
+def official_flops(
+    batch: PaddedBatch,
+    *,
+    model: ModelConfig,
+    trainable: tuple[TrainableGroup, ...],
+    recompute: bool = True,
+) -> int:
+    """FLOPs that this form executes in forward and backward of a micro-batch; conventions of docs/flops.md.
+
+    Every row goes through both branches, to the end of the last layer and through the output layer; a dense mask saves
+    attention nothing. Of a model that is split in all its parts or in none. tests/tools/test_bench.py counts the same.
+    """
+    split = model.split
+    assert split.norm == split.attention == split.ffn, f"official training has no {split}"
+    rows, size = batch.ids.numel(), batch.ids.shape[1]
+    pairs = rows * (size + 1) // 2 if bool((batch.lengths == size).all()) else rows * size
+    vision = rows if split.ffn else 0
+    products = matrix_products(
+        model,
+        Work(
+            patches=batch.num_patches,
+            vision=vision,
+            text=rows,
+            pairs=pairs,
+            last_vision=vision,
+            last_text=rows,
+            query_vision=vision,
+            query_text=rows,
+            last_pairs=pairs,
+            labels=rows,
+        ),
+        trainable=trainable,
+        input_requires_grad={"vision": True, "text": True},  # one tensor
+    )
+    flops = sum(one.total for one in products.values())
+    flops += products["attention"].forward // 2  # the kernel's backward computes the scores again
+    return flops + recompute * sum(products[name].forward for name in DECODER)

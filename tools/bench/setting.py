@@ -16,11 +16,54 @@ from megatron_eve.config.recipes.shapes import qwen2_5_7b
 from megatron_eve.config.schema import ModelConfig, ParallelConfig, RunConfig, SplitConfig
 from tools.bench.report import BenchmarkError
 
-STAGES = {"1": "eve7b_stage1", "2.1": "eve7b_stage2_1_ld", "2.2": "eve7b_stage2_2"}
-"""Stage -> recipe. Not stage 3, which computes what 2.2 does: its official batches are of samples of like length."""
+CURRICULUM = {
+    "1": "eve7b_stage1",
+    "2.1-ld": "eve7b_stage2_1_ld",
+    "2.1-hd": "eve7b_stage2_1_hd",
+    "2.2": "eve7b_stage2_2",
+    "3": "eve7b_stage3",
+}
+"""Every run of the 7B curriculum -> recipe. Stage 2.1 is two runs, at 800^2 (LD) and at 1600^2 pixels (HD)."""
 
-OFFICIAL_MICRO_BATCH = {"1": 8, "2.1": 4, "2.2": 2}
-"""Samples that the official scripts put on one GPU at a time (0, 1.0 and 2: 8x1, 4x2, 2x2 for 1024, 1024, 512)."""
+STAGES = {"1": "eve7b_stage1", "2.1": "eve7b_stage2_1_ld", "2.2": "eve7b_stage2_2"}
+"""One recipe for each set of trained weights, where only that matters (2.1-hd trains what LD does, 3 what 2.2 does)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OfficialBatch:
+    """What one official training script sets about batches. All run on `OFFICIAL_GPUS` GPUs."""
+
+    script: str  # baaivision/EVE, EVEv2/scripts/eve
+    micro_batch: int  # samples on one GPU at a time, --per_device_train_batch_size
+    accumulation: int  # --gradient_accumulation_steps
+    grouped_by_length: bool = False  # --group_by_modality_length; else in random order
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of an optimizer step, and of the sampler's megabatch."""
+        return self.micro_batch * self.accumulation * OFFICIAL_GPUS
+
+
+OFFICIAL_GPUS = 128
+"""NNODES=16 of 8 GPUs, in every script."""
+
+OFFICIAL = {
+    "1": OfficialBatch(script="0_eve7b_prealign_anyratio_ve.sh", micro_batch=8, accumulation=1),
+    "2.1-ld": OfficialBatch(
+        script="1.0_eve7b_prealign_anyratio_ve_moe.sh", micro_batch=4, accumulation=2
+    ),
+    "2.1-hd": OfficialBatch(
+        script="1.1_eve7b_prealign_anyratio_ve_moe_hd.sh", micro_batch=2, accumulation=4
+    ),
+    "2.2": OfficialBatch(script="2_eve7b_fullalign_anyratio_hd.sh", micro_batch=2, accumulation=2),
+    "3": OfficialBatch(
+        script="3_eve7b_finetune_anyratio_hd.sh",
+        micro_batch=2,
+        accumulation=2,
+        grouped_by_length=True,
+    ),
+}
+"""Stage of CURRICULUM -> the script that runs it."""
 
 _HEAD_DIM = 64
 
@@ -69,8 +112,8 @@ def scaled_config(
     data_parallel: int = 1,
     dtype: Literal["bf16", "fp32"] = "fp32",
 ) -> RunConfig:
-    """The stage's recipe with a scaled model and packs, on `data_parallel` processes."""
-    recipe = RECIPES[STAGES[stage]]()
+    """The recipe of a stage of CURRICULUM or STAGES with a scaled model and packs, on `data_parallel` processes."""
+    recipe = RECIPES[(CURRICULUM | STAGES)[stage]]()
     align = max(8, _multiple(recipe.data.align * scale.token_share, of=8))
     pack_tokens = _multiple(recipe.data.pack_tokens * scale.token_share, of=align)
     return dataclasses.replace(
