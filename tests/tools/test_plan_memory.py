@@ -113,6 +113,18 @@ def test_activations_under_context_parallelism(gloo2, stage, recompute) -> None:
 
 
 @pytest.mark.parametrize("stage", RECIPE_OF_STAGE)
+def test_activations_of_a_pipelines_first_stage(gloo2, stage) -> None:  # type: ignore[no-untyped-def]
+    """The patch embedding and half of the layers, none of them the last; two micro-batches of them at once."""
+    config = config_of(stage, layout(pipeline=2), layers=4)
+    pack = padded_pack(config.model, stage=stage)
+    rows = rows_of(pack, config)
+    one = kept(config, rows)
+    counted, _ = gloo2.run(kept_bytes, config, pack, only_rank=0)
+    assert counted == one.embedding + 2 * one.layer
+    assert memory(config, rows).activations == 2 * counted
+
+
+@pytest.mark.parametrize("stage", RECIPE_OF_STAGE)
 def test_full_recomputation_keeps_the_inputs_of_layers(gloo1, stage) -> None:  # type: ignore[no-untyped-def]
     config = config_of(stage, layout(), recompute="full")
     pack = padded_pack(config.model, stage=stage)

@@ -14,11 +14,10 @@ row-parallel linears (never divided), h, a = heads x head dim / TP, k = KV heads
     output           labelled rows: norm, and softmax in fp32 (4 V / TP a row) with its gradient
 
 A frozen branch keeps what its input's gradient needs. Recomputation keeps the input of each layer (full) or q, k and v
-(selective), and the backward makes one layer's activations again. Under context parallelism a rank's rows are an even share here, one data.align less
-than they may be. A pipeline's first stage holds as many micro-batches
-as there are stages. Exact for `local` (tests/tools/test_plan_memory.py counts); for `te` from the sources of
-Transformer Engine, never compared with a GPU. Workspace is a guess: CUDA context, NCCL's and cuBLAS' buffers,
-fragmentation."""
+(selective), and the backward makes one layer's activations again. Under context parallelism a rank's rows are an even
+share here, one data.align less than they may be. A pipeline's first stage holds as many micro-batches as there are
+stages. Exact for `local` (tests/tools/test_plan_memory.py counts); for `te` from the sources of Transformer Engine,
+never compared with a GPU. Workspace is a guess: CUDA context, NCCL's and cuBLAS' buffers, fragmentation."""
 
 from dataclasses import dataclass, fields
 
