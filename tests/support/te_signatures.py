@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,10 @@ class Sources:
         self._folder = place
 
     def tree(self, path: str) -> ast.Module:
-        if self._archive is not None:
-            return ast.parse(self._archive.read(path))
-        return ast.parse((self._folder / path).read_text())
+        text = self._archive.read(path) if self._archive else (self._folder / path).read_bytes()
+        with warnings.catch_warnings():  # of escapes in their docstrings
+            warnings.simplefilter("ignore")
+            return ast.parse(text)
 
     def has(self, path: str) -> bool:
         if self._archive is not None:
