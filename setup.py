@@ -53,6 +53,9 @@ CPU = [
 SERVE = ["fastapi", "uvicorn"]
 # What its tests add: the client that it must please, and a driver for Debian's chromium (any Chromium will do).
 SERVE_TEST = [*SERVE, "openai", "playwright"]
+# What the tests of our own GPU kernels add: interpreter and compiler, neither needs a GPU. The demo needs neither, and
+# torch's CUDA build brings it.
+KERNEL_TEST = ["triton"]
 # What lmms-eval imports; itself it comes with --no-deps (`make install-eval`): its metadata pins another wandb and asks
 # for torchvision, video and API packages, none of which a run of our plugin imports.
 EVAL = [
@@ -89,6 +92,7 @@ setup(
         "cpu": CPU,
         "serve": SERVE,
         "serve-test": SERVE_TEST,
+        "kernel-test": KERNEL_TEST,
         "eval": EVAL,
         "gpu": GPU,
         "dev": DEV,

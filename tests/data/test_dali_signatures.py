@@ -1,80 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every keyword of every DALI call in the product against the signatures that the installed release ships (.pyi), the
-options of GPU decoding included, which no CPU runs."""
+"""Every call of DALI in our files against the signatures that the installed release ships as text (.pyi and .py), the
+options of GPU decoding included, which no CPU runs. Nothing of DALI is imported."""
 
 import ast
 import importlib.util
-import inspect
-import warnings
 from pathlib import Path
 
 import pytest
 
 from tests.repo.tree import python_files, text_of
+from tests.support.call_sites import CallSite, call_sites
+from tests.support.signatures import misfit, signature_text
+from tests.support.te_signatures import Sources
 
 SPEC = importlib.util.find_spec("nvidia.dali")
 assert SPEC is not None and SPEC.origin is not None
 DALI = Path(SPEC.origin).parent
+INSTALLED = Sources(DALI.parents[1])
 
 
-def dali_calls() -> list[tuple[str, str, set[str]]]:
-    """(file, operator such as decoders.image, its keywords), dicts of options spread by ** resolved by hand below."""
-    found = []
-    for path in python_files(tests=False):
-        if "nvidia.dali" not in text_of(path):
-            continue
-        for node in ast.walk(ast.parse(text_of(path))):
-            if isinstance(node, ast.Call) and (name := ast.unparse(node.func)).startswith("fn."):
-                found.append(
-                    (path, name.removeprefix("fn."), {k.arg for k in node.keywords if k.arg})
-                )
-    return found
+def sites_in(text: str, path: str) -> list[CallSite]:
+    return call_sites(text, path=path, library="nvidia.dali") if "nvidia" in text else []
 
 
-def keywords_of(operator: str) -> set[str]:
-    if operator == "external_source":  # written in Python, not in the stubs
-        from nvidia.dali import fn
-
-        return set(inspect.signature(fn.external_source).parameters) - {"kwargs"}
-    *module, name = operator.split(".")
-    stub = DALI.joinpath("fn", *module, "__init__.pyi")
-    with warnings.catch_warnings():  # of escapes in the stubs' docstrings
-        warnings.simplefilter("ignore")
-        tree = ast.parse(stub.read_text())
-    functions = [
-        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name
-    ]
-    assert functions, operator
-    return {arg.arg for node in functions for arg in (*node.args.args, *node.args.kwonlyargs)}
+SITES = [site for path in python_files(tests=True) for site in sites_in(text_of(path), path)]
 
 
-def test_dali_is_called_with_keywords_that_it_has() -> None:
-    calls = dali_calls()
-    assert {operator for _, operator, _ in calls} >= {"external_source", "decoders.image", "resize"}
-    wrong = {
-        f"{path}: fn.{operator}": unknown
-        for path, operator, keywords in calls
-        if (unknown := keywords - keywords_of(operator))
-    }
-    assert wrong == {}
+def signature_of(site: CallSite) -> str | None:
+    """Of what is called; pipeline_def hands its options on to Pipeline."""
+    is_pipeline = site.callee.endswith(".pipeline_def")
+    return signature_text(INSTALLED, "nvidia.dali.Pipeline" if is_pipeline else site.callee)
 
 
-def test_gpu_decoding_options_are_options_of_the_decoder() -> None:
+@pytest.mark.parametrize("site", SITES, ids=str)
+def test_dali_is_called_as_it_is_defined(site: CallSite) -> None:
+    signature = signature_of(site)
+    assert signature is not None, "DALI has no such name"
+    assert site.unknown == () and misfit(site, signature) is None
+
+
+def test_the_graph_is_among_them() -> None:
+    """So that a parser that finds nothing does not pass; the decoder with the options that only a GPU gets."""
     from megatron_eve.data.image import GPU_DECODER_OPTIONS
 
-    assert GPU_DECODER_OPTIONS.keys() <= keywords_of("decoders.image")
+    ours = {s.callee.removeprefix("nvidia.dali."): s for s in SITES if "data/image.py" in s.path}
+    assert ours.keys() == {"fn.external_source", "fn.decoders.image", "fn.resize", "pipeline_def"}
+    assert set(ours["fn.decoders.image"].spread) == set(GPU_DECODER_OPTIONS)
+    assert "device_id" in ours["pipeline_def"].keywords
 
 
-def test_the_pipeline_is_defined_with_keywords_that_it_has() -> None:
-    from nvidia.dali import Pipeline
-
-    has = set(inspect.signature(Pipeline.__init__).parameters)
-    for path in python_files(tests=False):
-        for node in ast.walk(ast.parse(text_of(path))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pipeline_def":
-                assert {k.arg for k in node.keywords if k.arg} <= has, path
+def test_images_come_back_from_the_gpu_by_a_method_that_is_there() -> None:
+    """`as_cpu`, on what a pipeline whose last operator runs on the GPU returns."""
+    text = text_of("megatron_eve/data/image.py")
+    assert "images.as_cpu()" in text
+    assert signature_text(INSTALLED, "nvidia.dali.tensors.TensorListGPU.as_cpu") == "()"
 
 
-@pytest.mark.parametrize("operator", ["decoders.image"])
-def test_a_wrong_keyword_would_be_seen(operator: str) -> None:
-    assert "jpeg_fancy_upsample" not in keywords_of(operator)
+WRONG = """
+from nvidia import dali
+from nvidia.dali import fn as f, pipeline_def
+from nvidia.dali.fn import decoders as dec
+MORE = {"jpeg_fancy_upsample": True}
+def build(options):
+    f.resize(1, sizes=2)
+    dec.image(1, **MORE)
+    dali.fn.decoders.image_crop_random(1)
+    pipeline_def(batchsize=3)
+    f.resize(1, **options)
+"""
+
+
+def test_what_is_wrong_would_be_seen() -> None:
+    """Under other names, behind **, in the pipeline's own options, and an operator that does not exist."""
+    resize, image, operator, pipeline, unknown = sorted(
+        sites_in(WRONG, "wrong.py"), key=lambda site: site.line
+    )
+    for site, word in ((resize, "sizes"), (image, "jpeg_fancy_upsample"), (pipeline, "batchsize")):
+        signature = signature_of(site)
+        assert signature is not None
+        assert misfit(site, signature) == f"got an unexpected keyword argument '{word}'"
+    assert signature_of(operator) is None
+    assert unknown.unknown == ("**options",)
+
+
+def test_no_pipeline_is_built_elsewhere() -> None:
+    """By a module found by its name, which no import shows."""
+    named = {
+        path
+        for path in python_files(tests=False)
+        for node in ast.walk(ast.parse(text_of(path)))
+        if isinstance(node, ast.Constant) and str(node.value).startswith("nvidia.dali")
+    }
+    assert named == {"tools/bench/gpu_full.py"}  # asks whether it is there

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests that compute on a GPU: `make gpu`, or `python -m pytest -m gpu tests/gpu`. Elsewhere each is skipped."""
+"""Tests that compute on a GPU: `make gpu`, or `python -m pytest -m gpu tests/gpu`. Elsewhere each is skipped, and so
+are those of other folders that are named beside this one."""
 
 import pytest
 import torch
@@ -7,5 +8,5 @@ import torch
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "gpu" in item.path.parts and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -38,8 +38,8 @@ DISTRIBUTION = {
     "streaming": "mosaicml-streaming",
     "transformer_engine": "transformer-engine",
 }
-# Come with Python's environment or with torch itself, and are only imported where those are there.
-UNPINNED = {"setuptools", "triton"}
+# Comes with Python's environment, and is only imported where that is there.
+UNPINNED = {"setuptools"}
 
 
 def imported(path: str) -> set[str]:

@@ -48,7 +48,8 @@ def test_every_pin_has_its_reason() -> None:
 
 def test_setup_names_pinned_packages_without_versions() -> None:
     lists = setup_lists()
-    assert set(lists) == {"RUNTIME", "CPU", "SERVE", "SERVE_TEST", "EVAL", "GPU", "DEV"}
+    sets = "RUNTIME CPU SERVE SERVE_TEST KERNEL_TEST EVAL GPU DEV"
+    assert set(lists) == set(sets.split())
     for name in (n for names in lists.values() for n in names):
         assert name in pins(), f"setup.py names {name}, constraints.txt does not pin it"
     assert not re.search(r'"[a-z0-9-]+(==|>=|<)', text_of("setup.py").split("python_requires")[0])
@@ -73,6 +74,15 @@ def test_packages_without_their_dependencies_are_installed_so() -> None:
     for name in WITHOUT_DEPENDENCIES:
         assert f"install -c constraints.txt --no-deps {name}" in makefile
         assert name not in {n for names in setup_lists().values() for n in names}
+
+
+def test_the_test_suite_runs_with_triton(tmp_path: Path) -> None:
+    """Without it tests/kernels would skip; the demo does not pay for it."""
+    for target, needed in (("test", True), ("demo", False)):
+        command = ["make", "--dry-run", target, f"VENV={tmp_path}"]
+        printed = subprocess.run(command, cwd=REPO, capture_output=True, text=True).stdout
+        assert ("install -c constraints.txt -e '.[kernel-test]'" in printed) is needed
+    assert setup_lists()["KERNEL_TEST"] == ["triton"]
 
 
 def test_every_package_folder_is_packaged() -> None:

@@ -5,15 +5,23 @@ r"""The table of Transformer Engine's signatures, read from its sources without 
         > tests/golden/transformer_engine.json
 
 The wheel is pure Python and loads nowhere without a GPU's libraries; its syntax tree says all that is needed: the
-parameters of what is called, and the few facts of its insides that the product relies on."""
+parameters of what is called, and the few facts of its insides that the product relies on. What is called is found in
+our own files and in those of megatron-core that stand between us and Transformer Engine."""
 
 import ast
+import functools
 import hashlib
+import importlib.util
 import json
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
+
+from tests.repo.tree import python_files, text_of
+from tests.support.call_sites import CallSite, call_sites
+from tests.support.signatures import signature_text
 
 _PYTORCH = "transformer_engine/pytorch"
 _ATTENTION = f"{_PYTORCH}/attention/dot_product_attention/dot_product_attention.py"
@@ -33,6 +41,18 @@ CALLABLES = {
     "get_cublas_workspace": (f"{_PYTORCH}/cpp_extensions/gemm.py", "get_cublas_workspace"),
     "FusedAdam": (f"{_PYTORCH}/optimizers/fused_adam.py", "FusedAdam.__init__"),
 }
+MEGATRON_FILES = (
+    "extensions/transformer_engine.py",
+    "fp8_utils.py",
+    "optimizer/__init__.py",
+    "optimizer/clip_grads.py",
+    "optimizer/distrib_optimizer.py",
+    "optimizer/optimizer.py",
+    "tensor_parallel/layers.py",
+    "tensor_parallel/random.py",
+    "transformer/transformer_block.py",
+)
+"""Of megatron.core: what a step of backend `te` runs through."""
 RECIPES = ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling")
 _RECIPE_FILE = "transformer_engine/common/recipe/__init__.py"
 
@@ -45,9 +65,36 @@ class Sources:
         self._folder = place
 
     def tree(self, path: str) -> ast.Module:
+        text = self._archive.read(path) if self._archive else (self._folder / path).read_bytes()
+        with warnings.catch_warnings():  # of escapes in their docstrings
+            warnings.simplefilter("ignore")
+            return ast.parse(text)
+
+    def has(self, path: str) -> bool:
         if self._archive is not None:
-            return ast.parse(self._archive.read(path))
-        return ast.parse((self._folder / path).read_text())
+            return path in self._archive.namelist()
+        return (self._folder / path).is_file()
+
+
+@functools.cache
+def our_call_sites() -> list[CallSite]:
+    """Of Transformer Engine's names, in the packages and the tests that run on a GPU."""
+    paths = [p for p in python_files(tests=True) if not p.startswith("tests/support/stand_in_te")]
+    return [site for path in paths for site in _sites(text_of(path), path)]
+
+
+@functools.cache
+def megatron_call_sites() -> list[CallSite]:
+    spec = importlib.util.find_spec("megatron.core")
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent
+    return [site for name in MEGATRON_FILES for site in _sites((folder / name).read_text(), name)]
+
+
+def _sites(text: str, path: str) -> list[CallSite]:
+    if "transformer_engine" not in text:
+        return []
+    return call_sites(text, path=path, library="transformer_engine")
 
 
 def definition(tree: ast.Module, name: str) -> Any:
@@ -93,6 +140,10 @@ def table(place: Path) -> dict[str, Any]:
         "parameters": {
             name: parameters(definition(sources.tree(path), path_in_file))
             for name, (path, path_in_file) in CALLABLES.items()
+        },
+        "signatures": {
+            callee: signature_text(sources, callee)
+            for callee in sorted({s.callee for s in (*our_call_sites(), *megatron_call_sites())})
         },
         "recipes": {
             name: [

@@ -14,10 +14,13 @@ from tests.support.train_once import build
 from tools.bench.counting import held_bytes
 
 
-def kept_bytes(config: RunConfig, pack: Pack) -> int:
+def kept_bytes(config: RunConfig, pack: Pack, *, only_rank: int | None = None) -> int:
     """Of one forward up to the loss of each row: storages of floating-point tensors that autograd saved, each counted
-    once, without weights and without what the routing brings (RoPE tables)."""
+    once, without weights and without what the routing brings (RoPE tables). `only_rank`: 0 on all others, for a
+    pipeline's first stage, which waits for nobody."""
     _, wrapped, state, _ = build(config, weights=None)
+    if only_rank not in (None, torch.distributed.get_rank()):
+        return 0
     (batch,) = to_device([pack], config=config, state=state)
     weights = {_pointer(p) for chunk in wrapped for p in chunk.parameters()}
     weights |= {_pointer(buffer.grad_data) for chunk in wrapped for buffer in chunk.buffers}

@@ -10,6 +10,7 @@ Times in microseconds. The steps are [0, 1000] and [1100, 2100]; a kernel lies i
 
 import json
 import sqlite3
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def write_sidecar(folder: Path, *, rank: int = 0, step_s: float = 1e-3, **facts:
     (folder / f"rank{rank:04d}.steps.json").write_text(json.dumps(whole | facts))
 
 
-def write_sqlite(path: Path) -> None:
+def write_sqlite(
+    path: Path, *, kernels: Sequence[Kernel] = KERNELS, ranges: Sequence[Marked] = RANGES
+) -> None:
     """Nsight Systems' export, with the documented columns that the reader asks for and a few that it does not."""
     with sqlite3.connect(path) as db:
         db.executescript("""
@@ -119,7 +122,7 @@ def write_sqlite(path: Path) -> None:
                 deviceId INTEGER NOT NULL, contextId INTEGER NOT NULL, streamId INTEGER NOT NULL,
                 correlationId INTEGER, globalPid INTEGER, bytes INTEGER NOT NULL, copyKind INTEGER NOT NULL);
         """)
-        for number, marked in enumerate(RANGES):
+        for number, marked in enumerate(ranges):
             text, text_id = (marked.name, None) if number % 2 else (None, 1000 + number)
             db.execute("INSERT INTO StringIds VALUES (?, ?)", (1000 + number, marked.name))
             db.execute(
@@ -131,7 +134,7 @@ def write_sqlite(path: Path) -> None:
             "INSERT INTO NVTX_EVENTS VALUES (5, NULL, 34, NULL, NULL, NULL, 'eve/step=99', ?, NULL, NULL, 0)",
             (_tid(MAIN),),
         )
-        for number, kernel in enumerate(KERNELS):
+        for number, kernel in enumerate(kernels):
             _insert_kernel(db, number, kernel)
 
 
@@ -154,14 +157,16 @@ def _insert_kernel(db: sqlite3.Connection, number: int, kernel: Kernel) -> None:
     )
 
 
-def write_kineto(path: Path) -> None:
+def write_kineto(
+    path: Path, *, kernels: Sequence[Kernel] = KERNELS, ranges: Sequence[Marked] = RANGES
+) -> None:
     """The same as torch.profiler's trace."""
     events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name"}]
-    for marked in RANGES:
+    for marked in ranges:
         events.append(
             _event("user_annotation", marked.name, marked.start, marked.end, marked.thread)
         )
-    for number, kernel in enumerate(KERNELS):
+    for number, kernel in enumerate(kernels):
         launched = kernel.launched
         call = _event("cuda_runtime", "cudaLaunchKernel", launched, launched + 0.5, kernel.thread)
         is_copy = kernel.name == "memcpy"

@@ -4,13 +4,14 @@
 import dataclasses
 
 import pytest
+import torch
 
 from megatron_eve.config.overrides import apply_overrides
 from megatron_eve.config.recipes import RECIPES, load_recipe
 from megatron_eve.config.schema import ParallelConfig, RunConfig
 from megatron_eve.data.sample import VISION_PATCH, Pack
-from megatron_eve.parallel.batch import executed_rows
-from tests.metrics.batches import ALIGN, padded_pack
+from megatron_eve.parallel.batch import RankPlace, executed_rows, micro_batch
+from tests.metrics.batches import ALIGN, full_pack, padded_pack
 from tests.support.tiny import layout, tiny_model
 from tests.support.train_once import run_config
 from tests.tools.plan_runs import held, kept_bytes
@@ -81,6 +82,48 @@ def test_activations_under_sequence_parallelism(gloo2, stage) -> None:  # type: 
     assert abs(first - second) <= ALIGN * BYTES_PER_PATCH
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("stage", RECIPE_OF_STAGE)
+def test_activations_under_context_parallelism(gloo2, stage, recompute) -> None:  # type: ignore[no-untyped-def]
+    """Each rank from its own rows and patches; the first chunk of a sample, on the first rank, needs no mask."""
+    config = config_of(stage, layout(context=2), recompute=recompute)
+    pack = full_pack(config.model, stage=stage)  # 16 samples of 80 tokens in chunks of 20
+    ranks = gloo2.run(kept_bytes, config, pack)
+    executed = executed_rows(pack, cp_size=2, shards=1, align=ALIGN)
+    for number, (counted, rank) in enumerate(zip(ranks, executed, strict=True)):
+        batch = micro_batch(
+            pack,
+            place=RankPlace(cp_rank=number, cp_size=2),
+            split_attention=config.model.split.attention,
+            align=ALIGN,
+            device=torch.device("cpu"),
+        )
+        rows = PackRows(
+            vision=2 * rank.vision,
+            text=2 * rank.text,
+            kept_vision=2 * rank.kept_vision,
+            kept_text=2 * rank.kept_text,
+            labels=2 * rank.labels,
+            patches=2 * len(batch.patches),
+            samples=16,
+            pairs=0,
+        )
+        without_mask = 3 * 16 * 20 * 20 * 4 if number == 0 and recompute == "none" else 0
+        assert counted == whole(kept(config, rows), layers=3) - without_mask
+
+
+@pytest.mark.parametrize("stage", RECIPE_OF_STAGE)
+def test_activations_of_a_pipelines_first_stage(gloo2, stage) -> None:  # type: ignore[no-untyped-def]
+    """The patch embedding and half of the layers, none of them the last; two micro-batches of them at once."""
+    config = config_of(stage, layout(pipeline=2), layers=4)
+    pack = padded_pack(config.model, stage=stage)
+    rows = rows_of(pack, config)
+    one = kept(config, rows)
+    counted, _ = gloo2.run(kept_bytes, config, pack, only_rank=0)
+    assert counted == one.embedding + 2 * one.layer
+    assert memory(config, rows).activations == 2 * counted
+
+
 @pytest.mark.parametrize("stage", RECIPE_OF_STAGE)
 def test_full_recomputation_keeps_the_inputs_of_layers(gloo1, stage) -> None:  # type: ignore[no-untyped-def]
     config = config_of(stage, layout(), recompute="full")
@@ -101,15 +144,16 @@ def test_full_recomputation_keeps_the_inputs_of_layers(gloo1, stage) -> None:  #
         layout(data=2, distributed_optimizer=True),
         layout(tensor=2),
         layout(pipeline=2),
+        layout(context=2, distributed_optimizer=True),
     ],
-    ids=["dp2", "tp2", "pp2"],
+    ids=["dp2", "tp2", "pp2", "cp2"],
 )
 @pytest.mark.parametrize("stage", RECIPE_OF_STAGE)
 def test_weights_gradients_and_optimizer_are_what_a_rank_holds(gloo2, stage, parallel) -> None:  # type: ignore[no-untyped-def]
     """megatron-core pads gradient buffers for the distributed optimizer, by less than 1,024 values here. Of a pipeline
     the estimate puts the final norm on the fullest stage, too, where it is not: one vector too much."""
     config = config_of(stage, parallel, layers=4)
-    pack = padded_pack(config.model, stage=stage)
+    pack = full_pack(config.model, stage=stage)  # samples that two context-parallel ranks can share
     ranks = gloo2.run(held, config, pack)
     planned = memory(config, pack_rows(config, assumed_mix(config)))
     norm = 4 * config.model.hidden_size * (parallel.pipeline == 2)
@@ -119,7 +163,8 @@ def test_weights_gradients_and_optimizer_are_what_a_rank_holds(gloo2, stage, par
     fullest = max(rank["gradients"] for rank in ranks)
     assert 0 <= fullest - (planned.gradients - trained_norm) <= padding
     states = [rank["optimizer"] for rank in ranks]
-    held_state = sum(states) / 2 if parallel.data == 2 else max(states)
+    shares = parallel.data * parallel.context == 2
+    held_state = sum(states) / 2 if shares else max(states)
     assert held_state == pytest.approx(planned.optimizer - 2 * trained_norm, abs=padding)
 
 

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The planner's arithmetic: products against metrics/flops.py, packs, links, the parts of a step, layouts, calibration
-on made-up runs whose constants are known, refusals. No clock is asked."""
+"""The planner's arithmetic: products against metrics/flops.py, packs, links, the parts of a step, layouts, refusals. No
+clock is asked."""
 
 import dataclasses
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -14,22 +13,18 @@ from megatron_eve.config.overrides import apply_overrides
 from megatron_eve.config.recipes import RECIPES, load_recipe
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.sizes import padded_vocab_size
-from megatron_eve.config.text_form import config_text
-from megatron_eve.errors import ConfigError
 from megatron_eve.metrics.flops import matrix_products
 from tests.repo.tree import REPO
 from tools.plan.__main__ import main
-from tools.plan.calibration import CPU, CPU_RATES, MeasuredRun, fit, predict, read_run
 from tools.plan.cluster import GPUS, parse_cluster
 from tools.plan.gemms import attention_flops, gemms
 from tools.plan.layouts import SAMPLES, Setting, plan, plans
 from tools.plan.memory import WORKSPACE
 from tools.plan.mix import Mix, assumed_mix, pack_rows, parse_mix, work_of
-from tools.plan.rates import assumed, read_calibration
+from tools.plan.rates import assumed
 from tools.plan.timing import StepTime, amounts, micro_batches, step_time
 
 A100 = parse_cluster("16x8xA100-40G")
-TINY_MIX = Mix(vision=60, text=30, labels=15, fill=0.98)
 
 
 def setting_of(config: RunConfig, cluster=A100) -> Setting:  # type: ignore[no-untyped-def]
@@ -254,103 +249,6 @@ def test_every_gpu_has_a_peak() -> None:
     assert {name: round(gpu.peak_flops / 1e12) for name, gpu in GPUS.items()} == {
         "A100-40G": 312, "A100-80G": 312, "H100": 989, "H200": 989
     }  # fmt: skip
-
-
-def made_up_runs() -> tuple[list[MeasuredRun], MeasuredRun]:
-    """Runs of several widths, depths, packs and layouts whose steps are exactly those of known rates."""
-    truth = replace(CPU_RATES, gemm_flops_per_s=5e10, memory_bytes_per_s=8e9, layer_overhead_s=5e-3)
-    shapes = [(128, 4, 512, 1, 2), (256, 4, 512, 1, 2), (256, 8, 1024, 1, 1), (512, 2, 1024, 1, 2),
-              (384, 6, 512, 2, 2), (256, 4, 2048, 2, 1), (512, 8, 512, 1, 4)]  # fmt: skip
-    runs = []
-    for number, (hidden, layers, pack, tensor, packs) in enumerate(
-        [*shapes, (384, 10, 1024, 2, 3)]
-    ):
-        config = apply_overrides(
-            load_recipe("eve_tiny_stage3"),
-            [f"model.hidden_size={hidden}", f"model.num_layers={layers}", f"data.pack_tokens={pack}",
-             f"parallel.tensor={tensor}", f"parallel.gpus_per_node={tensor}", f"batch.size={packs}"],
-        )  # fmt: skip
-        run = MeasuredRun(
-            name=str(number), config=config, mix=TINY_MIX, micro_batches=packs, step_s=1.0
-        )
-        runs.append(replace(run, step_s=predict(run, rates=truth, gpu=CPU).total))
-    return runs[:-1], runs[-1]
-
-
-def test_a_fit_finds_the_constants_that_made_the_runs() -> None:
-    runs, other = made_up_runs()
-    rates = fit(runs, start=CPU_RATES, gpu=CPU)
-    for run in [*runs, other]:
-        assert predict(run, rates=rates, gpu=CPU).total == pytest.approx(run.step_s, rel=0.02)
-    before = predict(other, rates=CPU_RATES, gpu=CPU).total
-    assert abs(before / other.step_s - 1) > 0.1, "the fit had nothing to do"
-
-
-def test_one_run_scales_what_was_assumed() -> None:
-    runs, _ = made_up_runs()
-    rates = fit(runs[:1], start=CPU_RATES, gpu=CPU)
-    assert predict(runs[0], rates=rates, gpu=CPU).total == pytest.approx(runs[0].step_s, rel=0.01)
-    with pytest.raises(ConfigError, match="name at least one run"):
-        fit([], start=CPU_RATES, gpu=CPU)
-
-
-def write_run(folder: Path, run: MeasuredRun) -> str:
-    """As the trainer writes it; the first records are slow, and every step waits for data."""
-    folder.mkdir()
-    (folder / "config.txt").write_text(config_text(run.config))
-    tokens = run.config.batch.size * run.config.data.pack_tokens
-    samples = run.mix.fill * tokens / run.mix.tokens
-    lines = []
-    for step in range(1, 13):
-        lines.append(
-            {
-                "step": step,
-                "samples": samples,
-                "vision_tokens": samples * run.mix.vision,
-                "text_tokens": samples * run.mix.text,
-                "label_tokens": samples * run.mix.labels,
-                "computed_tokens": tokens,
-                "step_time_s": run.step_s * (10 if step < 4 else 1) + 0.5,
-                "data_wait_s": 0.5,
-            }
-        )
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(folder)
-
-
-def test_calibrate_reads_runs_checks_and_writes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs, other = made_up_runs()
-    folders = [write_run(tmp_path / f"run{run.name}", run) for run in runs]
-    held_out = write_run(tmp_path / "held-out", other)
-    out = tmp_path / "calibration.json"
-    read = read_run(tmp_path / "held-out")
-    assert read.step_s == pytest.approx(other.step_s)
-    assert (read.mix.vision, read.mix.fill) == pytest.approx((60, 0.98))
-    assert read.micro_batches == other.micro_batches
-    assert main(["calibrate", *folders, "--check", held_out, "--out", str(out)]) == 0
-    assert "predicted" in capsys.readouterr().out
-    assert read_calibration(out).gemm_flops_per_s > 0
-    facts = json.loads(out.read_text())
-    assert [row["run"] for row in facts["predicted"]] == ["held-out"]
-    assert main(["calibrate", *folders, "--out", str(out)]) == 2
-    assert "add --overwrite" in capsys.readouterr().err
-    wrong = write_run(tmp_path / "wrong", replace(other, step_s=2 * other.step_s))
-    assert main(["calibrate", *folders, "--check", wrong]) == 1
-    assert "a prediction is off by" in capsys.readouterr().err
-
-
-def test_a_calibration_moves_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rates = assumed(A100.gpu)
-    path = tmp_path / "half.json"
-    slower = replace(rates, gemm_flops_per_s=rates.gemm_flops_per_s / 2)
-    path.write_text(json.dumps({"rates": dataclasses.asdict(slower)}))
-    arguments = ["eve7b_stage1", "--cluster", "16x8xA100-40G", "--json"]
-    assert main(arguments) == 0
-    before = json.loads(capsys.readouterr().out)[0]["time"]["total"]
-    assert main([*arguments, "--calibration", str(path)]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["time"]["total"] > 1.3 * before
 
 
 def test_the_limit_is_the_largest_part_beside_the_products() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_eve.errors import ConfigError
 from tests.tools.profile_fixtures import FLASH, GEMM, write_kineto, write_sidecar, write_sqlite
 from tools.profile.__main__ import main
 from tools.profile.compare import parse_share
@@ -151,6 +152,35 @@ def test_compare_fails_over_its_limit_only(
     assert "note: recipe was eve7b_stage2_2, is eve7b_stage3" in captured.out
     assert main(["compare", *names, "--fail-over", "7%"]) == 0
     assert main(["compare", *reversed(names), "--fail-over", "0"]) == 0
+    assert main(["compare", *names, "--fail-over", "5"]) == 2
+    assert "write 5% or 0.05" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"rates": {}}', "0", "null"], ids=lambda text: text or "empty"
+)
+def test_what_is_no_report_cannot_pass(
+    folder: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, other = tmp_path / "whole.json", tmp_path / "other.json"
+    whole.write_text(json.dumps(report_of(folder)))
+    other.write_text(content)
+    for pair in ((whole, other), (other, whole), (whole, tmp_path / "missing.json")):
+        assert main(["compare", *map(str, pair)]) == 1
+        assert "is no report" in capsys.readouterr().err
+
+
+def test_a_report_without_tokens_cannot_pass(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, other = tmp_path / "whole.json", tmp_path / "other.json"
+    report = report_of(folder)
+    whole.write_text(json.dumps(report))
+    for rate in (0.0, float("nan"), None):
+        report["throughput"]["tokens_per_s_per_gpu"] = rate
+        other.write_text(json.dumps(report))
+        assert main(["compare", str(whole), str(other)]) == 1
+        assert "is no report with tokens per second" in capsys.readouterr().err
 
 
 def test_unreadable_captures_are_refused_by_name(
@@ -195,8 +225,8 @@ def test_a_trace_without_our_ranges_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "share"), [("5%", 0.05), ("0.05", 0.05), ("0", 0.0)])
 def test_shares_have_two_forms(text: str, share: float) -> None:
     assert parse_share(text) == pytest.approx(share)
-    for wrong in ("-5%", "five", "nan"):
-        with pytest.raises(ProfileError, match="is not a share"):
+    for wrong in ("-5%", "five", "nan", "5", "inf%"):
+        with pytest.raises(ConfigError, match="is not a share"):
             parse_share(wrong)
 
 

@@ -199,11 +199,22 @@ def _speed(
     total, waited = (sum(column) for column in zip(*times, strict=True))
     ideal = sum(ideal_flops(pack, model=model, trainable=trainable) for pack in packs)
     executed = sum(executed_flops(pack, config=config) for pack in packs)
-    useful = sum(pack.num_real_vision + pack.num_real_text for pack in packs)
+    vision = sum(pack.num_real_vision for pack in packs)
+    text = sum(pack.num_real_text for pack in packs)
+    useful = vision + text
     peak = peak_flops(device.device_name(), dtype=config.train.dtype)
     return {
+        "stage": config.stage.name,
+        "pack_tokens": config.data.pack_tokens,
+        "samples": sum(len(pack.sample_ids) for pack in packs),
+        "vision_tokens": vision,
+        "text_tokens": text,
+        "label_tokens": sum(int(pack.label_rows.numel()) for pack in packs),
         "steps": len(times),
         "median_step_s": round(step, 4),
+        "median_step_without_waiting_s": round(
+            statistics.median(seconds - waiting for seconds, waiting in times), 4
+        ),
         "waited_for_data": round(waited / total, 4),
         "useful_tokens_per_s": round(useful / total, 1),
         "images_per_s": round(sum(len(pack.sample_ids) for pack in packs) / total, 2),

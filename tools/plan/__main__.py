@@ -19,7 +19,16 @@ from megatron_eve.config.overrides import apply_overrides
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.errors import ConfigError
-from tools.plan.calibration import CPU, CPU_RATES, Fitted, fit, predict, read_run
+from tools.plan.bench_results import runs_of_benchmark
+from tools.plan.calibration import (
+    CPU,
+    CPU_RATES,
+    Fitted,
+    MeasuredRun,
+    fit,
+    predict,
+    read_run,
+)
 from tools.plan.cluster import GPUS, parse_cluster
 from tools.plan.layouts import SAMPLES, Plan, Setting, own_layout, plan, plans
 from tools.plan.memory import WORKSPACE
@@ -110,12 +119,13 @@ def _calibrate(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.out} exists; add --overwrite to replace it.")
     gpu = GPUS[options.gpu] if options.gpu else CPU
     start = assumed(gpu) if options.gpu else CPU_RATES
-    runs = [read_run(path) for path in options.runs]
+    runs = _measured(options.runs)
     rates = fit(runs, start=start, gpu=gpu)
     fitted = [Fitted(run=run, time=predict(run, rates=rates, gpu=gpu)) for run in runs]
     print("fitted\n\n" + fitted_table(fitted))
-    checked = [read_run(path) for path in options.check]
-    foretold = [Fitted(run=run, time=predict(run, rates=rates, gpu=gpu)) for run in checked]
+    foretold = [
+        Fitted(run=run, time=predict(run, rates=rates, gpu=gpu)) for run in _measured(options.check)
+    ]
     if foretold:
         print("\npredicted\n\n" + fitted_table(foretold))
     if options.out is not None:
@@ -135,6 +145,15 @@ def _calibrate(options: argparse.Namespace) -> int:
         )
         return 1
     return 0
+
+
+def _measured(paths: Sequence[Path]) -> list[MeasuredRun]:
+    """A folder is a run, a file the result of a benchmark."""
+    return [
+        run
+        for path in paths
+        for run in (runs_of_benchmark(path) if path.is_file() else [read_run(path)])
+    ]
 
 
 def _error(one: Fitted) -> dict[str, Any]:
@@ -169,10 +188,14 @@ def _calibrate_parser() -> argparse.ArgumentParser:
         epilog="example: python -m tools.plan calibrate runs/a runs/b --check runs/c --out calibration.json",
     )
     parser.add_argument(
-        "runs", metavar="RUN_DIR", nargs="+", type=Path, help="config.txt, metrics.jsonl"
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        type=Path,
+        help="folder with config.txt and metrics.jsonl, or JSON of tools.bench.step or tools.bench.gpu",
     )
     parser.add_argument(
-        "--check", nargs="*", default=[], type=Path, metavar="RUN_DIR", help="to predict"
+        "--check", nargs="*", default=[], type=Path, metavar="RUN", help="to predict"
     )
     parser.add_argument("--within", type=float, default=10.0, metavar="PERCENT", help="default: 10")
     parser.add_argument("--gpu", metavar="GPU", help="that the runs had; default: a CPU")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Constants of the time model from measured runs: their config.txt and metrics.jsonl.
+"""Constants of the time model from measured runs: their config.txt and metrics.jsonl, or a benchmark's result
+(bench_results.py).
 
 A run's step is a sum of amounts over rates (timing.py), so the inverses of the rates are found by least squares on the
 relative errors of the runs' median steps, none below zero, with a light pull to what was assumed: one run gives little
@@ -71,6 +72,7 @@ class MeasuredRun:
     mix: Mix
     micro_batches: int
     step_s: float
+    with_optimizer: bool = True  # whether step_s holds the optimizer's part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +132,8 @@ def predict(run: MeasuredRun, *, rates: Rates, gpu: Gpu) -> StepTime:
         network_bytes_per_s=gpu.nvlink_bytes_per_s,
     )
     done = replace(amounts(run.config, run.mix), micro_batches=run.micro_batches)
+    if not run.with_optimizer:
+        done = replace(done, optimizer_bytes=0.0)
     return step_time(run.config, done, rates=rates, cluster=cluster)
 
 

@@ -7,16 +7,17 @@ row-parallel linears (never divided), h, a = heads x head dim / TP, k = KV heads
 
     norm, twice      its input n h (in fp32), its output n h if the next linear is trained, `local`: once more before
                      the weight if the weight is trained
-    attention        q and k behind RoPE, q, k, v before it (v is a view of them), the output
+    attention        q and k behind RoPE, q, k, v before it (v is a view of them), the output; `local` under context
+                     parallelism: q behind RoPE, k and v of all ranks, a mask for each chunk of a sample, the output
     projection       its input m a, if trained
     FFN              gate and up 2 m f, silu(gate) m f, their product m f if trained, a copy of up if not split
     output           labelled rows: norm, and softmax in fp32 (4 V / TP a row) with its gradient
 
 A frozen branch keeps what its input's gradient needs. Recomputation keeps the input of each layer (full) or q, k and v
-(selective), and the backward makes one layer's activations again. A pipeline's first stage holds as many micro-batches
-as there are stages. Exact for `local` (tests/tools/test_plan_memory.py counts); for `te` from the sources of
-Transformer Engine, never compared with a GPU. Workspace is a guess: CUDA context, NCCL's and cuBLAS' buffers,
-fragmentation."""
+(selective), and the backward makes one layer's activations again. Under context parallelism a rank's rows are an even
+share here, one data.align less than they may be. A pipeline's first stage holds as many micro-batches as there are
+stages. Exact for `local` (tests/tools/test_plan_memory.py counts); for `te` from the sources of Transformer Engine,
+never compared with a GPU. Workspace is a guess: CUDA context, NCCL's and cuBLAS' buffers, fragmentation."""
 
 from dataclasses import dataclass, fields
 
@@ -120,8 +121,8 @@ def kept(config: RunConfig, rows: PackRows) -> Kept:
     last = _Rows(whole=few, sharded={name: count // shards for name, count in few.items()})
     return Kept(
         embedding=_embedding(config, patches=rows.patches // cp // shards),
-        layer=_before_ffn(config, every, every) + _ffn(config, every),
-        last_layer=_before_ffn(config, every, last) + _ffn(config, last),
+        layer=_before_ffn(config, every, every, rows.samples) + _ffn(config, every),
+        last_layer=_before_ffn(config, every, last, rows.samples) + _ffn(config, last),
         output=_output(config, labels),
         logits=labels
         * padded_vocab_size(config.model, tensor=config.parallel.tensor)
@@ -160,21 +161,42 @@ def _norm(config: RunConfig, rows: _Rows, *, next_is_trained: bool) -> int:
     )
 
 
-def _before_ffn(config: RunConfig, rows: _Rows, kept_rows: _Rows) -> int:
+def _before_ffn(config: RunConfig, rows: _Rows, kept_rows: _Rows, samples: float) -> int:
     """The first norm, attention, and its projection on the rows that go on."""
     model, tensor = config.model, config.parallel.tensor
-    value = BYTES_PER_VALUE[config.train.dtype]
+    attention = model.num_attention_heads * model.head_dim // tensor
+    trained = any(_trains(config, split=model.split.attention).values())
+    projected = trained * sum(kept_rows.whole.values()) * attention
+    projected *= BYTES_PER_VALUE[config.train.dtype]
+    core = _core_attention(config, samples)
+    return _norm(config, rows, next_is_trained=trained) + core + projected
+
+
+def _core_attention(config: RunConfig, samples: float) -> int:
+    """Of this rank's tokens, which rows without a token are not among."""
+    model, tensor, cp = config.model, config.parallel.tensor, config.parallel.context
+    value, tokens = BYTES_PER_VALUE[config.train.dtype], config.data.pack_tokens // cp
     attention = model.num_attention_heads * model.head_dim // tensor
     key = model.num_kv_heads * model.head_dim // tensor
-    tokens = sum(rows.whole.values())
-    trained = any(_trains(config, split=model.split.attention).values())
     # RoPE makes new tensors of q and k; v is a view, which keeps all of q, k, v in sequence order.
-    core = tokens * (2 * attention + 3 * key) * value
-    if config.train.recompute != "selective":
-        sums = tokens * model.num_attention_heads // tensor * _FP32
-        core += tokens * attention * value + sums
-    projected = trained * sum(kept_rows.whole.values()) * attention * value
-    return _norm(config, rows, next_is_trained=trained) + core + projected
+    inputs = tokens * (2 * attention + 3 * key) * value
+    if config.train.recompute == "selective":
+        return inputs
+    output = tokens * attention * value + tokens * model.num_attention_heads // tensor * _FP32
+    if config.train.backend == "local" and cp > 1:
+        inputs = tokens * (attention + 2 * key * cp) * value
+        inputs += _chunk_masks(config, samples) * value
+    return inputs + output
+
+
+def _chunk_masks(config: RunConfig, samples: float) -> int:
+    """Values in the masks of VarlenSdpa on the ranks that have most: a chunk's queries times the keys up to its end. Of
+    a sample's 2 cp chunks rank r > 0 has those that end with the (r + 1)-th and the (2 cp - r)-th."""
+    if samples <= 0:
+        return 0
+    chunks = 2 * config.parallel.context
+    chunk = config.data.pack_tokens / samples / chunks
+    return round(samples * chunk * chunk * (chunks + 1))
 
 
 def _ffn(config: RunConfig, rows: _Rows) -> int:

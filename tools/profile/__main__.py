@@ -21,6 +21,7 @@ from tools.profile.compare import (
     changes,
     comparison_table,
     differences,
+    is_report,
     parse_share,
     slower_by,
 )
@@ -130,6 +131,10 @@ def _read_report(path: Path) -> dict[str, Any]:
         raise ProfileError(
             f"{file} is no report ({error}); make one: python -m tools.profile report {path}"
         ) from error
+    if not is_report(report):
+        raise ProfileError(
+            f"{file} is no report with tokens per second; make one: python -m tools.profile report {path}"
+        )
     return report
 
 

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two reports side by side, and whether the second is slower than allowed."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tools.profile.trace import ProfileError
+from megatron_eve.errors import ConfigError
 
 _SAME = ("recipe", "device", "dtype", "world_size", "parallel")
 
@@ -74,15 +76,27 @@ def _modules(report: dict[str, Any]) -> dict[str, float]:
 
 
 def parse_share(text: str) -> float:
-    """`5%` or `0.05` -> 0.05. Raises: ProfileError for anything else, and below 0."""
+    """`5%` or `0.05` -> 0.05. Raises: ConfigError for anything else, below 0, and for a bare number from 1 on: `5`,
+    meant as 5%, would allow six times the time."""
     number, percent = text.removesuffix("%"), text.endswith("%")
     try:
         share = float(number) / (100 if percent else 1)
     except ValueError:
         share = -1.0
-    if not 0 <= share < float("inf"):
-        raise ProfileError(f"--fail-over {text} is not a share; write 5% or 0.05.")
+    if not 0 <= share < (math.inf if percent else 1):
+        raise ConfigError(f"--fail-over {text} is not a share; write 5% or 0.05.")
     return share
+
+
+def is_report(value: Any) -> bool:
+    """Whether a file's content can be compared: the fields read here, and tokens per second above zero."""
+    if not isinstance(value, Mapping):
+        return False
+    sections = ("throughput", "time", "kinds", "modules", "step_time_s", *_SAME)
+    if any(name not in value for name in sections) or not isinstance(value["throughput"], Mapping):
+        return False
+    rate = value["throughput"].get("tokens_per_s_per_gpu")
+    return isinstance(rate, float | int) and math.isfinite(rate) and rate > 0
 
 
 def slower_by(before: dict[str, Any], after: dict[str, Any]) -> float:

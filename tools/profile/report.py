@@ -32,7 +32,7 @@ class Captured:
 def load(folder: Path) -> list[Captured]:
     """Every captured rank of a profile folder.
 
-    Raises: ProfileError if there is none, or a rank's sidecar has no trace beside it.
+    Raises: ProfileError if there is none, or a rank's sidecar is broken, has no trace beside it, or one of other steps.
     """
     sidecars = sorted(folder.glob("rank*.steps.json"))
     if not sidecars:
@@ -41,10 +41,28 @@ def load(folder: Path) -> list[Captured]:
         )
     captured = []
     for sidecar in sidecars:
-        facts = json.loads(sidecar.read_text())
-        trace = _trace(folder, rank=facts["rank"])
-        captured.append(Captured(figures=RankFigures(trace), facts=facts))
+        facts = _facts(sidecar)
+        figures = RankFigures(_trace(folder, rank=facts["rank"]))
+        in_trace = [step.number for step in figures.steps]
+        in_sidecar = [step["step"] for step in facts["steps"]]
+        if in_trace != in_sidecar:
+            raise ProfileError(
+                f"rank {facts['rank']}: the trace holds steps {in_trace}, {sidecar} tells of {in_sidecar}; they are of "
+                "two captures, or one broke off: capture again."
+            )
+        captured.append(Captured(figures=figures, facts=facts))
     return captured
+
+
+def _facts(sidecar: Path) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads(sidecar.read_text())
+        _ = facts["rank"], [step["step"] for step in facts["steps"]]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ProfileError(
+            f"{sidecar} is no record of captured steps ({type(error).__name__}: {error}); capture again."
+        ) from error
+    return facts
 
 
 def _trace(folder: Path, *, rank: int) -> Trace:
