@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 TASK_TIMEOUT_S = 120
-MANY_THREADS = 100
+MANY_THREADS = 200
 
 
 class WorkerError(AssertionError):
@@ -39,6 +39,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=TASK_TIMEOUT_S)
     store = TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, timeout=timeout)
+    threads = 0
     for number in itertools.count():
         task = pipe.recv()
         if task is None:
@@ -53,6 +54,10 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         )
         pipe.send(_answer(*task))
         _leave_groups()
+        if _num_threads() > threads + MANY_THREADS:
+            # A model's cycles keep its fifty groups, and with them their threads, until a full collection comes round.
+            gc.collect()
+            threads = _num_threads()
 
 
 def _answer(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[bool, Any]:
@@ -73,11 +78,10 @@ def _leave_groups() -> None:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
-    # A model's cycles keep its fifty groups, and with them their threads, until a full collection comes round. What is
-    # alive now is mostly imports: later collections need not look at them.
-    if len(os.listdir("/proc/self/task")) > MANY_THREADS:
-        gc.collect()
-        gc.freeze()
+
+
+def _num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 class GlooPool:
