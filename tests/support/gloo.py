@@ -82,8 +82,8 @@ def _leave_groups() -> None:
 def _free_models() -> None:
     """Let go of the groups that dead models hold: each has a thread that wakes a hundred times a second.
 
-    With a distributed optimizer in fp32 no collection frees them by itself: its shards are views of the weights, so their
-    autograd graph holds the hooks of DistributedDataParallel, which hold everything, in C++ where Python cannot see."""
+    With a distributed optimizer in fp32 no collection frees them by itself: its shards are views of the weights, so
+    their autograd graph holds the hooks of DistributedDataParallel, which hold everything, where Python cannot see."""
     from megatron.core.distributed import DistributedDataParallel
 
     for one in gc.get_objects():

@@ -108,8 +108,9 @@ def eve7b_stage2_2() -> RunConfig:
 def eve7b_stage3() -> RunConfig:
     """Stage 3: supervised fine-tuning of all weights, 7.3M samples of Infinity-MM and LLaVA-OneVision.
 
-    Script 3_..._finetune_anyratio_hd.sh, about 14.3k steps. The script groups each batch by modality and pairs long texts
-    with short ones, so that its GPUs finish together; packs are planned to cost alike, so samples are only shuffled.
+    Script 3_..._finetune_anyratio_hd.sh, about 14.3k steps. The script groups each batch by modality and pairs long
+    texts with short ones, so that its GPUs finish together; packs are planned to cost alike, so samples are only
+    shuffled.
     """
     return _run(
         recipe="eve7b_stage3",
