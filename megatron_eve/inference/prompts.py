@@ -111,6 +111,10 @@ def build_prompt(
     """The prompt whose continuation is the assistant's next turn.
 
     `plain` (stages 1 and 2.1): images and nothing else, one user turn without text. Raises DataError."""
+    if template == "plain" and (len(turns) != 1 or turns[0].text or not turns[0].images):
+        raise DataError(
+            "template plain writes a caption: it takes images and no text; use template qwen2 to ask."
+        )
     for number, turn in enumerate(turns):
         if IMAGE_MARK in turn.text:
             raise DataError(
@@ -125,10 +129,6 @@ def build_prompt(
             raise DataError(
                 f"turn {number} holds half of a surrogate pair, which is no text; send it as UTF-8."
             )
-    if template == "plain" and (len(turns) != 1 or turns[0].text or not turns[0].images):
-        raise DataError(
-            "template plain writes a caption: it takes images and no text; use template qwen2 to ask."
-        )
     images = [image for turn in turns for image in turn.images]
     ids = encode_prompt(
         [_turn(turn) for turn in turns],
