@@ -6,18 +6,21 @@ each task gets a new process group and sets up the layout it needs. A failure on
 that rank's traceback, and a task that hangs is killed."""
 
 import datetime
+import faulthandler
 import gc
 import itertools
 import multiprocessing
 import os
+import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 TASK_TIMEOUT_S = 120
-MANY_THREADS = 100
+MANY_THREADS = 400
 
 
 class WorkerError(AssertionError):
@@ -37,6 +40,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     from torch.distributed import PrefixStore, TCPStore
 
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1)  # where a task hangs goes to stderr, which pytest shows
     timeout = datetime.timedelta(seconds=TASK_TIMEOUT_S)
     store = TCPStore("127.0.0.1", port, world_size, is_master=rank == 0, timeout=timeout)
     threads = 0
@@ -115,6 +119,8 @@ class GlooPool:
         for rank, (_, pipe) in enumerate(self._workers):
             if not pipe.poll(TASK_TIMEOUT_S if not failures else 5):
                 failures.append(f"rank {rank}: no answer from {function.__name__}")
+                os.kill(self._workers[rank][0].pid, signal.SIGUSR1)
+                time.sleep(1)
                 continue
             try:
                 ok, value = pipe.recv()
