@@ -120,14 +120,15 @@ def test_calibrate_reads_the_result_of_a_benchmark(
     settings, runs = result["settings"], runs_of_benchmark(path)
     assert [run.name for run in runs] == [f"step, stage {stage}" for stage in settings["stages"]]
     for run, row in zip(runs, result["rows"], strict=True):
-        assert run.config.stage.name == row["stage"]
+        assert run.config.stage.name == row["stage"].split("-")[0]
+        assert run.config.data.pack_tokens == row["pack_tokens"]
         assert run.config.model.hidden_size == settings["hidden"]
         assert run.config.model.num_layers == settings["layers"]
-        assert run.micro_batches == settings["packs"]
+        assert run.micro_batches * row["pack_tokens"] == settings["step_tokens"]
         seconds, tokens = row["seconds"]["ours"]["wall"], row["useful_tokens_per_step"]
         assert run.step_s == statistics.median(seconds)
         assert row["samples"] * run.mix.tokens == pytest.approx(sum(tokens))
-        whole = len(tokens) * settings["packs"] * run.config.data.pack_tokens
+        whole = len(tokens) * settings["step_tokens"]
         assert sum(tokens) / whole == pytest.approx(row["pack_fill"], rel=1e-3)
         assert run.mix.labels == run.mix.text / (2 if run.config.data.template == "qwen2" else 1)
     out = tmp_path / "calibration.json"
