@@ -8,13 +8,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from checkpoints_convert.safetensors_file import Header, SafetensorsFile, write_file
 from megatron_eve.errors import CheckpointError
+from megatron_eve.inference.weights import read_index
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -108,7 +108,7 @@ def _file_of_each_tensor(folder: Path, opened: dict[str, SafetensorsFile]) -> di
     """Tensor -> name of its file; the files are opened into `opened`."""
     index = folder / INDEX_FILE
     if index.is_file():
-        weight_map = _weight_map(index)
+        weight_map = read_index(index)
         for name in sorted(set(weight_map.values())):
             opened[name] = SafetensorsFile(folder / name)
             _check_index(index, weight_map, file=name, held=set(opened[name].headers))
@@ -120,19 +120,6 @@ def _file_of_each_tensor(folder: Path, opened: dict[str, SafetensorsFile]) -> di
         )
     opened[SINGLE_FILE] = SafetensorsFile(folder / SINGLE_FILE)
     return dict.fromkeys(opened[SINGLE_FILE].headers, SINGLE_FILE)
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        found = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index} is no index of safetensors files ({type(error).__name__}: {error}); download it again."
-        ) from error
-    if outside := next((file for file in found.values() if file != Path(file).name), None):
-        raise CheckpointError(f"{index} names {outside!r}, which is not in its folder.")
-    return found
 
 
 def _check_index(index: Path, weight_map: dict[str, str], *, file: str, held: set[str]) -> None:

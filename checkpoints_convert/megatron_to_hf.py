@@ -18,6 +18,7 @@ from checkpoints_convert.official_layout import write_official
 from checkpoints_convert.release import Release, write_release
 from checkpoints_convert.run_record import read_history
 from checkpoints_convert.tensors import HfView
+from megatron_eve.checkpoint.run_folder import step_of
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.errors import CheckpointError, ConfigError
 
@@ -90,7 +91,7 @@ def planned_mapping(source: Path, options: ExportOptions) -> list[str]:
 
 def _origin(folder: Path) -> str:
     """RUN/STEP of a run's checkpoint, else the folder's name; no path of this machine."""
-    is_step = folder.parent.name == "checkpoints"
+    is_step = step_of(folder) is not None
     return f"{folder.parent.parent.name}, {folder.name}" if is_step else folder.name
 
 

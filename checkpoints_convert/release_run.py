@@ -19,8 +19,9 @@ from checkpoints_convert.megatron_to_hf import ExportOptions, export_hf
 from checkpoints_convert.model_card import CardFacts, last_template, model_card
 from checkpoints_convert.model_text import model_from_text, run_from_text
 from checkpoints_convert.new_folder import new_folder
-from checkpoints_convert.run_record import read_history, step_of
+from checkpoints_convert.run_record import read_history
 from megatron_eve.checkpoint.manifest import CONFIG
+from megatron_eve.checkpoint.run_folder import step_of
 from megatron_eve.checkpoint.weights import read_config_text, weights_folder
 from megatron_eve.errors import CheckpointError
 

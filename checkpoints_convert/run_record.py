@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eve.checkpoint.manifest import CONFIG
+from megatron_eve.checkpoint.run_folder import CHECKPOINTS, step_of
 from megatron_eve.metrics.sinks import METRICS_FILE, read_metrics
 
 
@@ -42,12 +43,6 @@ class History:
     start: str | None  # None: from random weights
 
 
-def step_of(checkpoint: Path) -> int | None:
-    """The step in the name of a run's checkpoint, `step_00000600`; None for any other folder."""
-    number = checkpoint.name.removeprefix("step_")
-    return int(number) if checkpoint.parent.name == "checkpoints" and number.isdigit() else None
-
-
 def read_history(folder: Path) -> History:
     """Follow a checkpoint's run back to the first one.
 
@@ -74,7 +69,7 @@ def read_history(folder: Path) -> History:
 
 def _run_directory(folder: Path) -> Path:
     """A checkpoint inside a run stands for its run."""
-    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    return folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
 
 
 def _run_record(folder: Path, config: dict[str, str], *, up_to_step: int | None) -> RunRecord:

@@ -18,7 +18,6 @@ is not as it was written is named in the log, set aside as `step_00000100.broken
 
 import logging
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_eve.checkpoint.canonical import canonical_hashes
 from megatron_eve.checkpoint.manifest import Manifest, sync_folder, write_atomically
+from megatron_eve.checkpoint.run_folder import CHECKPOINTS, LATEST, checkpoints_of, step_name
 from megatron_eve.checkpoint.training_state import (
     TrainingState,
     layout_of,
@@ -49,8 +49,6 @@ from megatron_eve.errors import CheckpointError
 __all__ = ["LATEST_STEP_FILE", "CheckpointManager", "Resumed", "TrainingState"]
 _LOG = logging.getLogger(__name__)
 LATEST_STEP_FILE = "latest_step"
-LATEST = "latest"
-_STEP_FOLDER = re.compile(r"step_(\d{8})")
 _LEFT_OVER = (".tmp-*", ".old-*")  # of a run that was killed
 
 
@@ -84,7 +82,7 @@ class CheckpointManager:
     ) -> None:
         """`keep_every_steps`: checkpoints of its multiples are never removed. `in_background`: save() returns when the
         tensors are copied; poll() after each step, wait() at the end."""
-        self.folder = run_dir / "checkpoints"
+        self.folder = run_dir / CHECKPOINTS
         self._run_dir, self._config_text, self._stage = run_dir, config_text, stage
         self._keep_last, self._keep_every = keep_last, keep_every_steps
         self._in_background = in_background
@@ -98,7 +96,7 @@ class CheckpointManager:
 
         Raises: CheckpointError if it cannot be written; older checkpoints stay as they are."""
         self.wait()
-        final = self.folder / f"step_{step:08d}"
+        final = self.folder / step_name(step)
         # A writer of a run that was killed may still be alive: no two attempts share a folder.
         attempt = [uuid.uuid4().hex[:8]]
         torch.distributed.broadcast_object_list(attempt, src=0)
@@ -134,7 +132,7 @@ class CheckpointManager:
             return None
         pending, self._pending = self._pending, None
         pending.write.finish()
-        final = self.folder / f"step_{pending.step:08d}"
+        final = self.folder / step_name(pending.step)
         problem = None
         if self._is_main:
             try:
@@ -156,7 +154,7 @@ class CheckpointManager:
         steps = self.complete_steps()
         for old in steps[: -self._keep_last]:
             if self._keep_every is None or old % self._keep_every:
-                _discard(self.folder / f"step_{old:08d}")
+                _discard(self.folder / step_name(old))
 
     def _point_to(self, final: Path, *, step: int) -> None:
         write_atomically(self.folder / LATEST, final.name + "\n")
@@ -164,10 +162,7 @@ class CheckpointManager:
 
     def complete_steps(self) -> list[int]:
         """Steps that have a folder with a final name, ascending."""
-        if not self.folder.is_dir():
-            return []
-        names = [_STEP_FOLDER.fullmatch(path.name) for path in self.folder.iterdir()]
-        return sorted(int(match.group(1)) for match in names if match)
+        return list(checkpoints_of(self._run_dir))
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose bytes are those that were written. Broken ones are named in the log.
@@ -185,7 +180,7 @@ class CheckpointManager:
         """Rank 0's view, the newest first: ranks must not differ in what they try."""
         box: list[Any] = [self.complete_steps() if self._is_main else None]
         torch.distributed.broadcast_object_list(box, src=0)
-        return [self.folder / f"step_{step:08d}" for step in reversed(box[0])]
+        return [self.folder / step_name(step) for step in reversed(box[0])]
 
     def _is_whole(self, path: Path, problems: list[str]) -> bool:
         if path not in self._verified:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_eve.checkpoint.canonical import TensorHash, canonical_hashes
 from megatron_eve.checkpoint.manifest import CONFIG, Manifest, check_folder
+from megatron_eve.checkpoint.run_folder import checkpoints_of
 from megatron_eve.checkpoint.sharding import chunk_key, sharded_weights
 from megatron_eve.checkpoint.verify import refuse_differences, verify_folder
 from megatron_eve.checkpoint.writer import Contents, FolderWrite
@@ -57,7 +58,7 @@ def save_weights(chunks: Sequence[EveModel], folder: str | Path, *, config_text:
 def weights_folder(path: str | Path) -> Path:
     """The checkpoint folder that `path` means: itself, or the newest whole checkpoint if it is a run directory."""
     path = Path(path)
-    for candidate in _run_checkpoints(path):
+    for candidate in reversed(checkpoints_of(path).values()):
         try:
             check_folder(candidate)
         except CheckpointError as error:
@@ -125,7 +126,7 @@ def _refuse_other_weights(
 
 def _verified(path: Path) -> tuple[Path, Manifest]:
     """The folder that `path` means (see weights_folder), every byte checked. Collective."""
-    box = [_run_checkpoints(path) or [path]]
+    box = [[*reversed(checkpoints_of(path).values())] or [path]]
     torch.distributed.broadcast_object_list(box, src=0)  # ranks must not differ in what they try
     (candidates,) = box
     for candidate in candidates[:-1]:
@@ -135,11 +136,6 @@ def _verified(path: Path) -> tuple[Path, Manifest]:
             if torch.distributed.get_rank() == 0:
                 _LOG.error("skipping a broken checkpoint: %s", error)
     return candidates[-1], verify_folder(candidates[-1])
-
-
-def _run_checkpoints(path: Path) -> list[Path]:
-    """Of a run directory, the newest first."""
-    return sorted((path / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
 
 
 def load_chunks(chunks: Sequence[EveModel], loaded: Mapping[str, Any]) -> None:

@@ -40,7 +40,7 @@ def _files(folder: Path) -> dict[Path, list[str]]:
     """File -> names of the tensors in it, from the files' own headers."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        file_of = _file_of(index)
+        file_of = read_index(index)
         paths = [folder / name for name in sorted(set(file_of.values()))]
     elif single.is_file():
         file_of, paths = None, [single]
@@ -60,15 +60,18 @@ def _files(folder: Path) -> dict[Path, list[str]]:
     return files
 
 
-def _file_of(index: Path) -> dict[str, str]:
-    """Name of the file of each tensor."""
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor -> name of its file, of a model.safetensors.index.json. Raises CheckpointError."""
     try:
         weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
+        found = {str(name): str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{index} is no index of safetensors files ({type(error).__name__}: {error}); copy it again."
         ) from error
+    if outside := next((file for file in found.values() if file != Path(file).name), None):
+        raise CheckpointError(f"{index} names {outside!r}, which is not in its folder.")
+    return found
 
 
 def _check(folder: Path, files: dict[Path, list[str]], model: nn.Module) -> None:

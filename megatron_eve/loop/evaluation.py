@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_eve.checkpoint.run_folder import CHECKPOINTS, checkpoints_of, step_name
 from megatron_eve.config.schema import EvaluationConfig
 from megatron_eve.metrics.definitions import EVALUATION_PREFIX
 from megatron_eve.metrics.sinks import read_metrics
@@ -35,7 +36,6 @@ RECORDS_FILE, FOLDER, METRICS_JSON, LOG_FILE = (
     "metrics.json",
     "log.txt",
 )
-CHECKPOINTS = "checkpoints"
 # Exit codes of `timeout`: ended at its limit; killed after it, when the signal takes `timeout` itself along.
 TIMED_OUT = (124, 137, -signal.SIGKILL)
 KILL_AFTER_S = 5
@@ -72,9 +72,10 @@ class Evaluations:
         was recorded of it but a stop."""
         if not self._is_on:
             return
-        folders = (self._run_dir / CHECKPOINTS).glob("step_" + "[0-9]" * 8)
-        steps = (int(folder.name.removeprefix("step_")) for folder in folders)
-        newest = max((one for one in steps if one <= step and self._is_chosen(one)), default=None)
+        steps = [
+            one for one in checkpoints_of(self._run_dir) if one <= step and self._is_chosen(one)
+        ]
+        newest = max(steps, default=None)
         if newest is not None and newest not in self._settled():
             self._due = newest
 
@@ -134,7 +135,7 @@ class Evaluations:
 
     def _checkpoint(self, step: int) -> Path:
         """Exists under this name only when it is whole (checkpoint/manager.py)."""
-        return self._run_dir / CHECKPOINTS / f"step_{step:08d}"
+        return self._run_dir / CHECKPOINTS / step_name(step)
 
     def _start(self, step: int) -> None:
         assert self._config.command is not None
@@ -144,7 +145,7 @@ class Evaluations:
             ""  # the run's GPUs are full; a command may set its own
         )
         try:
-            folder = _new_folder(self._run_dir / FOLDER / f"step_{step:08d}")
+            folder = _new_folder(self._run_dir / FOLDER / step_name(step))
             places = {"checkpoint": self._checkpoint(step), "out": folder, "step": step}
             words = [word.format(**places) for word in shlex.split(self._config.command)]
             with (folder / LOG_FILE).open("wb") as log:

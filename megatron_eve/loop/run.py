@@ -21,6 +21,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_eve import device
 from megatron_eve.checkpoint.manager import CheckpointManager, TrainingState
+from megatron_eve.checkpoint.run_folder import CHECKPOINTS, LATEST
 from megatron_eve.checkpoint.weights import load_weights
 from megatron_eve.config.plan import plan_text, rounding_advice
 from megatron_eve.config.schema import RunConfig
@@ -91,7 +92,7 @@ def refuse_other_run(config: RunConfig, *, run_dir: Path) -> None:
 
     Raises: ConfigError naming the fields that differ from those of the run that is there."""
     written = run_dir / "config.txt"
-    if not (run_dir / "checkpoints" / "latest").exists() or not written.exists():
+    if not (run_dir / CHECKPOINTS / LATEST).exists() or not written.exists():
         return
     before = dict(line.split(": ", 1) for line in written.read_text().splitlines())
     now = flatten(config)

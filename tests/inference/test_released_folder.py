@@ -129,3 +129,10 @@ def test_wrong_weight_files_are_named(copy: Path) -> None:
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"shard.safetensors disagree about 'lm_head.weight'"):
         Engine.load(copy, device=CPU)
+    for content, message in (
+        ({"weight_map": {"model.norm.weight": "../shard.safetensors"}}, "is not in its folder"),
+        ({"weights": {}}, r"is no index of safetensors files \(KeyError: 'weight_map'\)"),
+    ):
+        (copy / "model.safetensors.index.json").write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=message):
+            Engine.load(copy, device=CPU)

@@ -31,11 +31,8 @@ from tests.support.kill_points import (
 )
 from tests.support.zygote import Start, Zygote
 
-FEW = (
-    13,
-    16,
-    19,
-)  # killed again while resuming the second stage; a writer; two processes, while one evaluates
+# Killed again while resuming the second stage; a writer; two processes, while one evaluates.
+FEW = (13, 16, 19)
 ALL = range(int(os.environ.get("KILL_POINTS", "0")))
 MAX_STARTS = 6
 EVALUATION = Path(__file__).parents[1] / "support" / "manifest_metric.py"

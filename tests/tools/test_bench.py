@@ -380,7 +380,9 @@ def test_memory_of_a_stage_in_fresh_processes(
     from tools.bench.memory import main
 
     assert main(["--out", str(tmp_path), *SMALL, "--stages", "2.1"]) == 0
-    (row,) = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    result = json.loads((tmp_path / "memory.json").read_text())
+    assert result["settings"]["data_parallel"] == 2
+    (row,) = result["rows"]
     first, second = row["ranks"]
     # this width needs no padding in the buffers, so the count is exact; tests/optim/test_frozen_memory.py
     assert first["gradient_buffers"] == 4 * first["trained_parameters"]

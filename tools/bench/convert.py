@@ -260,15 +260,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab", type=int, default=32000, help="rows of the embedding (32000)")
     parser.add_argument("--rounds", type=int, default=7, help="of each, in turns (7)")
     options = parser.parse_args(arguments)
-    model = bench_model(
-        hidden_size=options.hidden, num_layers=options.layers, vocab_size=options.vocab
-    )
     folder = options.out / _SCRATCH
 
     def measure_both() -> list[dict[str, Any]]:
         if folder.exists():
             raise BenchmarkError(f"{folder} exists, of a run that was stopped; remove it.")
         init_distributed(timeout_s=600)
+        model = bench_model(
+            hidden_size=options.hidden, num_layers=options.layers, vocab_size=options.vocab
+        )
         return measure(folder, model, rounds=options.rounds)
 
     return run_benchmark(options, name="convert", measure=measure_both, table=_table)

@@ -182,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=4, help="decoder layers (4)")
     parser.add_argument("--token-share", type=float, default=0.125, help="of 7B's tokens (0.125)")
     options = parser.parse_args(arguments)
+    options.data_parallel = DATA_PARALLEL  # kept with the settings
     return run_benchmark(
         options, name="memory", measure=lambda: _measure_stages(options), table=_table
     )

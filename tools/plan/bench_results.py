@@ -63,7 +63,7 @@ def _of_step(result: dict[str, Any]) -> Iterator[MeasuredRun]:
                 labels=(useful - vision) * _LABELLED[config.data.template],
                 fill=row["pack_fill"],
             ),
-            micro_batches=settings["step_tokens"] // row["pack_tokens"],
+            micro_batches=max(1, settings["step_tokens"] // row["pack_tokens"]),
             step_s=statistics.median(row["seconds"]["ours"]["wall"]),
         )
 
