@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoints_convert.disk import WriteBack
 from checkpoints_convert.safetensors_file import Header, SafetensorsFile, write_file
 from megatron_eve.errors import CheckpointError
 from megatron_eve.inference.weights import read_index
@@ -92,11 +93,13 @@ def write_safetensors(
         shards[-1][name] = header
         size += header.nbytes
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        file = SINGLE_FILE if len(shards) == 1 else name
-        write_file(folder / file, shard, tensors.read)
-        weight_map |= dict.fromkeys(shard, file)
+    with WriteBack() as disk:
+        for number, shard in enumerate(shards, start=1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            file = SINGLE_FILE if len(shards) == 1 else name
+            write_file(folder / file, shard, tensors.read)
+            disk.sync(folder / file)
+            weight_map |= dict.fromkeys(shard, file)
     total = sum(header.nbytes for shard in shards for header in shard.values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from checkpoints_convert.disk import WriteBack
 from checkpoints_convert.model_text import model_from_text, run_from_text
 from checkpoints_convert.names import tensor_rules
 from checkpoints_convert.new_folder import new_folder
@@ -26,7 +27,6 @@ from megatron_eve.checkpoint.manifest import (
     check_folder,
     file_entry,
     read_manifest,
-    sync_folder,
     write_atomically,
     write_manifest,
 )
@@ -85,9 +85,12 @@ def write_megatron(
 def _complete(folder: Path, *, config_text: str) -> None:
     """Bytes are hashed, tensors are not: what a converter writes is compared with its source by `verify`."""
     write_atomically(folder / CONFIG, config_text)
-    files = {path.name: file_entry(path) for path in sorted(folder.iterdir())}
+    with WriteBack() as disk:
+        paths = sorted(folder.iterdir())
+        for path in paths:
+            disk.sync(path)
+        files = {path.name: file_entry(path) for path in paths}
     write_manifest(folder, Manifest(facts={"kind": "weights"}, files=files))
-    sync_folder(folder)
 
 
 def _chunks(tensors: EveView, model: ModelConfig, dtype: torch.dtype) -> list[Chunk]:

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from checkpoints_convert.disk import sync_path
 from megatron_eve.errors import CheckpointError
 
 
 @contextmanager
 def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """An empty folder to write to in the block, at whose end it is renamed to `folder`; an older one goes last.
+    """An empty folder to write to in the block. At its end what is in it is brought to the disk and it is renamed to
+    `folder`; an older one goes last.
 
     Raises: CheckpointError if `folder` exists and not `overwrite`, or with what the file system refused."""
     folder = folder.absolute()
@@ -27,6 +29,8 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
+        for path in (*partial.rglob("*"), partial):
+            sync_path(path)
         _publish(partial, folder)
     except (OSError, RuntimeError) as error:
         refusal = _of_the_file_system(error)
@@ -43,6 +47,7 @@ def _publish(partial: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(replaced)
     partial.rename(folder)
+    sync_path(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

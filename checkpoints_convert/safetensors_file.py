@@ -9,7 +9,6 @@ Format: https://huggingface.co/docs/safetensors (8 bytes length of the header, J
 
 import json
 import mmap
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -127,8 +126,6 @@ def write_file(path: Path, headers: Header, read: Callable[[str], Tensor]) -> No
             file.seek(data_start + starts[name])
             _write(file, read(name), headers[name], name)
         file.truncate(data_start + total)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write(file: Any, tensor: Tensor, header: Tensor, name: str) -> None:

@@ -12,7 +12,6 @@ The tests load what is written with dist_checkpointing.load, in other layouts.
 
 import contextlib
 import io
-import os
 import pickle
 import re
 import zipfile
@@ -90,12 +89,10 @@ def write_tensors(
             start = file.tell()
             _save(item, chunk, file)
             metadata.storage_data[item.index] = _StorageInfo(_FILE, start, file.tell() - start)
-        _sync(file)
     metadata.storage_meta = StorageMeta()
     metadata.version = CURRENT_DCP_VERSION
     with (folder / ".metadata").open("wb") as file:
         pickle.dump(metadata, file)
-        _sync(file)
 
 
 def _save(item: WriteItem, chunk: Chunk, file: BinaryIO) -> None:
@@ -104,11 +101,6 @@ def _save(item: WriteItem, chunk: Chunk, file: BinaryIO) -> None:
     if value.untyped_storage().nbytes() != value.nbytes:  # torch.save writes whole storages
         value = value.clone()
     torch.save(value, file)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from tests.support.reference_eve import ReferenceEve
 from tests.support.tiny import layout
 
 FullRelease = tuple[Path, ReferenceEve]
-FULL_DISK, NO_PERMISSION = "full disk", "no permission"
+FULL_DISK, FULL_AT_SYNC, NO_PERMISSION = "full disk", "full at sync", "no permission"
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +141,17 @@ def test_a_converter_computes_the_hashes_of_any_layout(
 
 @contextlib.contextmanager
 def fault(kind: str | None, *, room: int = 30_000) -> Iterator[None]:
-    """A disk that takes files up to `room` bytes, or one that refuses a new folder."""
+    """A disk that takes files up to `room` bytes, that says only at fsync that it is full, or that refuses a new
+    folder."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if kind == FULL_DISK:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-    refuse = patch.object(Path, "mkdir", _forbidden) if kind == NO_PERMISSION else None
+    patches = {
+        NO_PERMISSION: patch.object(Path, "mkdir", _forbidden),
+        FULL_AT_SYNC: patch.object(os, "fsync", _full),
+    }
     try:
-        with refuse or contextlib.nullcontext():
+        with patches.get(kind or "", contextlib.nullcontext()):
             yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -157,6 +161,10 @@ def _forbidden(self: Path, *args: Any, **kwargs: Any) -> None:
     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
 
 
+def _full(descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def main_with_fault(kind: str, *arguments: object) -> tuple[int, list[str], str]:
     with fault(kind):
         return run_main(*arguments)
@@ -164,7 +172,11 @@ def main_with_fault(kind: str, *arguments: object) -> tuple[int, list[str], str]
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [(FULL_DISK, "File too large"), (NO_PERMISSION, "Permission denied")],
+    [
+        (FULL_DISK, "File too large"),
+        (FULL_AT_SYNC, "No space left on device"),
+        (NO_PERMISSION, "Permission denied"),
+    ],
 )
 @pytest.mark.parametrize("command", ["hf-to-megatron", "megatron-to-hf", "official", "release"])
 def test_a_disk_that_refuses_leaves_everything_as_it_was(
