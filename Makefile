@@ -34,9 +34,8 @@ DEV_SET := $(VENV)/.installed-dev
 TEST_SET := $(VENV)/.installed-test
 SMOLLM2_SET := $(VENV)/.installed-smollm2
 EVAL_SET := $(VENV)/.installed-eval
-SERVE_SET := $(VENV)/.installed-serve
 
-.PHONY: help demo demo-smollm2 test test-matrix test-serve test-slurm test-kill bench profile gpu lint install install-eval clean
+.PHONY: help demo demo-smollm2 test test-matrix test-slurm test-kill bench profile gpu lint install install-eval clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -48,14 +47,11 @@ demo: $(CPU_SET) ## all stages of a tiny EVE on easy-VQA: data, training, conver
 demo-smollm2: $(SMOLLM2_SET) ## the same with SmolLM2-135M-Instruct's real weights (about an hour)
 	$(PY) -m tools.demo smollm2 --out $(RUN)-smollm2 $(DEMO_ARGS)
 
-test: $(TEST_SET) ## the CPU test suite
+test: $(TEST_SET) ## the CPU test suite (the chat page's tests: Debian package chromium)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 test-matrix: $(CPU_SET) ## every parallel layout, split and frozen set against the plain reference
 	$(PY) -m pytest -m matrix tests/parallel $(PYTEST_ARGS)
-
-test-serve: $(SERVE_SET) ## inference with the HTTP server and its page (the page: Debian package chromium)
-	$(PY) -m pytest tests/inference $(PYTEST_ARGS)
 
 test-slurm: $(CPU_SET) ## cluster tests on a toy Slurm on this machine (root; Debian packages slurm-wlm and munge)
 	$(PY) -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
@@ -107,8 +103,8 @@ $(CPU_SET): $(PINS)
 	$(PIP) install -c constraints.txt --no-deps mosaicml-streaming
 	@touch $@
 
-$(TEST_SET): $(CPU_SET)
-	$(PIP) install -c constraints.txt -e '.[kernel-test]'
+$(TEST_SET): $(EVAL_SET)
+	$(PIP) install -c constraints.txt -e '.[test]'
 	@touch $@
 
 $(SMOLLM2_SET): $(CPU_SET)
@@ -120,10 +116,6 @@ $(EVAL_SET): $(CPU_SET)
 	$(PIP) install -c constraints.txt -e '.[eval]'
 	$(PIP) install -c constraints.txt --no-deps accelerate
 	$(PIP) install -c constraints.txt --no-deps lmms-eval
-	@touch $@
-
-$(SERVE_SET): $(CPU_SET)
-	$(PIP) install -c constraints.txt -e '.[serve-test]'
 	@touch $@
 
 $(DEV_SET): $(CPU_SET)

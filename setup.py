@@ -51,11 +51,9 @@ CPU = [
 ]
 # What `python -m megatron_eve.inference.serve` adds.
 SERVE = ["fastapi", "uvicorn"]
-# What its tests add: the client that it must please, and a driver for Debian's chromium (any Chromium will do).
-SERVE_TEST = [*SERVE, "openai", "playwright"]
-# What the tests of our own GPU kernels add: interpreter and compiler, neither needs a GPU. The demo needs neither, and
-# torch's CUDA build brings it.
-KERNEL_TEST = ["triton"]
+# What the tests add to the demo's packages: the server with the client that it must please and a driver for Debian's
+# chromium (any Chromium will do); interpreter and compiler of our own GPU kernels, which need no GPU.
+TEST = [*SERVE, "openai", "playwright", "triton"]
 # What lmms-eval imports; itself it comes with --no-deps (`make install-eval`): its metadata pins another wandb and asks
 # for torchvision, video and API packages, none of which a run of our plugin imports.
 EVAL = [
@@ -91,8 +89,7 @@ setup(
     extras_require={
         "cpu": CPU,
         "serve": SERVE,
-        "serve-test": SERVE_TEST,
-        "kernel-test": KERNEL_TEST,
+        "test": TEST,
         "eval": EVAL,
         "gpu": GPU,
         "dev": DEV,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chat page in a real browser: an image dropped in, a question, the answer as it streams; and what goes wrong.
 
-Needs the optional packages (pip install -c constraints.txt -e '.[serve-test]') and a Chromium of the system (Debian:
+Needs the optional packages (pip install -c constraints.txt -e '.[test]') and a Chromium of the system (Debian:
 apt-get install chromium)."""
 
 import base64

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The HTTP server as its clients see it: OpenAI's own client with images, OpenAI's errors, bounded in every direction.
 
-Needs the optional packages: pip install -c constraints.txt -e '.[serve-test]'."""
+Needs the optional packages: pip install -c constraints.txt -e '.[test]'."""
 
 import base64
 import contextlib
@@ -32,7 +32,7 @@ from megatron_eve.inference.worker import Worker
 from tests.inference.questions import picture, png
 from tests.inference.test_worker import gate, wait_until  # noqa: F401  (gate is a fixture)
 
-INSTALL = "install the optional packages: pip install -c constraints.txt -e '.[serve-test]'"
+INSTALL = "install the optional packages: pip install -c constraints.txt -e '.[test]'"
 openai = pytest.importorskip("openai", reason=INSTALL)
 uvicorn = pytest.importorskip("uvicorn", reason=INSTALL)
 pytest.importorskip("fastapi", reason=INSTALL)

@@ -20,7 +20,7 @@ from tests.support.tiny import naive_pack, random_samples, tiny_model
 
 triton = pytest.importorskip(
     "triton",
-    reason="Triton is not installed: `make test` does it, or `pip install -c constraints.txt -e '.[kernel-test]'`",
+    reason="Triton is not installed: `make test` does it, or `pip install -c constraints.txt -e '.[test]'`",
 )
 
 SOURCE = Path(__file__).parents[2] / "megatron_eve" / "kernels" / "rope_permute.py"

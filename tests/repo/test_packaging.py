@@ -48,7 +48,7 @@ def test_every_pin_has_its_reason() -> None:
 
 def test_setup_names_pinned_packages_without_versions() -> None:
     lists = setup_lists()
-    sets = "RUNTIME CPU SERVE SERVE_TEST KERNEL_TEST EVAL GPU DEV"
+    sets = "RUNTIME CPU SERVE TEST EVAL GPU DEV"
     assert set(lists) == set(sets.split())
     for name in (n for names in lists.values() for n in names):
         assert name in pins(), f"setup.py names {name}, constraints.txt does not pin it"
@@ -76,13 +76,14 @@ def test_packages_without_their_dependencies_are_installed_so() -> None:
         assert name not in {n for names in setup_lists().values() for n in names}
 
 
-def test_the_test_suite_runs_with_triton(tmp_path: Path) -> None:
-    """Without it tests/kernels would skip; the demo does not pay for it."""
+def test_the_test_suite_has_all_that_its_tests_ask_for(tmp_path: Path) -> None:
+    """Without these the tests of kernels, server and lmms-eval's plugin would skip; the demo does not pay for them."""
     for target, needed in (("test", True), ("demo", False)):
         command = ["make", "--dry-run", target, f"VENV={tmp_path}"]
         printed = subprocess.run(command, cwd=REPO, capture_output=True, text=True).stdout
-        assert ("install -c constraints.txt -e '.[kernel-test]'" in printed) is needed
-    assert setup_lists()["KERNEL_TEST"] == ["triton"]
+        for what in ("-e '.[test]'", "-e '.[eval]'", "--no-deps lmms-eval"):
+            assert (f"install -c constraints.txt {what}" in printed) is needed
+    assert {"fastapi", "openai", "playwright", "triton"} <= set(pins())
 
 
 def test_every_package_folder_is_packaged() -> None:
@@ -99,7 +100,6 @@ def test_make_knows_its_targets() -> None:
         "demo-smollm2",
         "test",
         "test-matrix",
-        "test-serve",
         "test-slurm",
         "lint",
         "install-eval",

@@ -29,7 +29,6 @@ SMALL_RUN = (
 INSTALLED_BY_MAKE = (
     "-c constraints.txt -e '.[cpu]'",
     "-c constraints.txt --no-deps mosaicml",
-    "-c constraints.txt -e '.[kernel-test]'",
 )
 ELSEWHERE = {
     "pip install ": ("tests/repo/test_packaging.py", "test_the_two_documented_lines_suffice"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """lmms-eval itself with our plugin, on local data: its scores are our evaluator's, its multiple choice our likelihoods.
 
-Needs lmms-eval (`make install-eval`); without it only the files that it reads are checked."""
+Needs lmms-eval (`make test` installs it); without it only the files that it reads are checked."""
 
 import importlib.util
 import json
@@ -208,8 +208,10 @@ def test_command_line_names_everything(tmp_path: Path, capfd: pytest.CaptureFixt
     assert "--out" in capfd.readouterr().err
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is not None, reason="it is installed")
-def test_missing_lmms_eval_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_lmms_eval_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["eve", "--tasks", "pope", "--out", "o"]) == 2
     assert "lmms-eval is not installed; `make install-eval`" in capsys.readouterr().err
 
