@@ -170,7 +170,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 folder = "."  # this folder
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype="auto")
 prompt = processor.prompt("{question}", template="{template}")
 inputs = processor(text=prompt, images=Image.open("image.jpg"))
 output = model.generate(**inputs, max_new_tokens=32)

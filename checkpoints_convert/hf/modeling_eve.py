@@ -207,18 +207,20 @@ class EVEQwen2PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
+        """By torch.nn.init alone: transformers 5 calls this after loading too, and holds those functions back from what
+        was loaded, but nothing else."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
-            module.weight.data.normal_(std=std)
+            nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.data.zero_()
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             module.reset_parameters()
         elif isinstance(module, EVERMSNorm):
-            module.weight.data.fill_(1.0)
+            nn.init.ones_(module.weight)
         elif isinstance(module, EVEVisionTower):
-            module.class_embedding.data.normal_()
-            module.split_embedding.data.normal_()
+            nn.init.normal_(module.class_embedding)
+            nn.init.normal_(module.split_embedding)
 
 
 class EVEQwen2Model(EVEQwen2PreTrainedModel):
@@ -278,7 +280,7 @@ class EVEQwen2Model(EVEQwen2PreTrainedModel):
 class EVEQwen2ForCausalLM(EVEQwen2PreTrainedModel, EVEChatMixin, GenerationMixin):  # type: ignore[misc]
     """EVEv2 with its output layer. `generate` takes what EVEProcessor returns; `chat` does all of it."""
 
-    _tied_weights_keys = ["lm_head.weight"]  # type: ignore[assignment]  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # type: ignore[assignment]  # noqa: RUF012
 
     def __init__(self, config: EVEQwen2Config) -> None:
         super().__init__(config)
@@ -351,10 +353,14 @@ class EVEQwen2ForCausalLM(EVEQwen2PreTrainedModel, EVEChatMixin, GenerationMixin
         use_cache: bool = True,
         logits_to_keep: int = 0,
         cache_position: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        next_sequence_length: int | None = None,
+        is_first_iteration: bool = False,
     ) -> dict[str, Any]:
         """The tokens that the cache does not hold yet, their kinds and their patches; new tokens are text.
 
-        `cache_position` is what transformers passes; the cache itself says how long it is."""
+        The last four are what transformers passes, the first of them until version 4, the others from 5 on; the cache
+        itself says how long it is, and the mask where each token stands."""
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         inputs = {
             "input_ids": input_ids[:, past:],
