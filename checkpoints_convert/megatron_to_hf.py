@@ -42,7 +42,7 @@ def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
 
     Raises: CheckpointError if the weights are not what was saved, or `dest` cannot be written."""
     weights = read_megatron(source)
-    folder = weights.folder  # a run that goes on has a newer one by now
+    folder = weights.folder.resolve()  # not `source`: a run that goes on has a newer one by now
     release = Release(
         model=weights.model,
         dtype=_TORCH_NAMES[weights.dtype],
