@@ -113,13 +113,13 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--vocab-size",
-        type=int,
+        type=_positive,
         metavar="ROWS",
         help="rows of embedding and output layer: cut, or pad with zeros; default: as stored",
     )
     parser.add_argument(
         "--patch-embed-dim",
-        type=int,
+        type=_positive,
         default=1024,
         metavar="CHANNELS",
         help="channels between the convolutions of a new patch embedding (default 1024)",
@@ -143,7 +143,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: the run's")
     parser.add_argument(
         "--image-edge",
-        type=int,
+        type=_positive,
         metavar="PIXELS",
         help="images are scaled to at most this squared; default: the run's",
     )
@@ -201,6 +201,13 @@ def _add_writing(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="check, list the mapping, write nothing"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing destination")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def _split(text: str) -> SplitConfig:

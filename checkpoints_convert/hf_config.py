@@ -74,8 +74,10 @@ def read_hf_config(folder: Path, *, patch_embed_dim: int) -> HfModel:
         raise CheckpointError(
             f"{path} not found; give a Hugging Face folder with config.json and *.safetensors."
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}); download it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object; download it again.")
     kind = content.get("model_type")
     if kind not in ("qwen2", "llama", "eve-qwen2"):
         what = f" ({_REASONS[kind]})" if kind in _REASONS else ""
@@ -225,7 +227,7 @@ def _flat_rope(content: dict[str, Any]) -> dict[str, Any]:
 
 def _default_head_dim(values: dict[str, Any], path: Path) -> int:
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    if hidden % heads:
+    if heads < 1 or hidden % heads:
         raise CheckpointError(
             f"{path}: hidden_size={hidden} is not a multiple of num_attention_heads={heads} and there is no "
             "head_dim; add head_dim."
@@ -251,6 +253,8 @@ def _refuse_unsupported(content: dict[str, Any], path: Path) -> None:
         )
     for field in ("rope_scaling", "rope_parameters"):
         scaling = content.get(field) or {}
+        if not isinstance(scaling, dict):
+            raise CheckpointError(f"{path}: {field} is {scaling!r}, expected an object or null.")
         rope_type = scaling.get("rope_type", scaling.get("type", "default"))
         if rope_type != "default":
             raise CheckpointError(

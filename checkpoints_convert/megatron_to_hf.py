@@ -15,7 +15,7 @@ from checkpoints_convert.hf_to_megatron import described
 from checkpoints_convert.megatron_folder import MegatronWeights, read_megatron, refuse_damaged
 from checkpoints_convert.names import tensor_rules
 from checkpoints_convert.official_layout import write_official
-from checkpoints_convert.release import Release, write_release
+from checkpoints_convert.release import Release, fitting_tokenizer, write_release
 from checkpoints_convert.run_record import read_history
 from checkpoints_convert.tensors import HfView
 from megatron_eve.checkpoint.run_folder import step_of
@@ -42,7 +42,7 @@ def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
 
     Raises: CheckpointError if the weights are not what was saved, or `dest` cannot be written."""
     weights = read_megatron(source)
-    folder = weights.folder  # a run that goes on has a newer one by now
+    folder = weights.folder.resolve()  # not `source`: a run that goes on has a newer one by now
     release = Release(
         model=weights.model,
         dtype=_TORCH_NAMES[weights.dtype],
@@ -80,7 +80,7 @@ def hf_view(weights: MegatronWeights) -> HfView:
 def planned_mapping(source: Path, options: ExportOptions) -> list[str]:
     """`EVEMODEL_NAME [shape] dtype -> NAME, ...` for each tensor, after the export's checks; for a dry run."""
     weights = read_megatron(source)
-    _tokenizer(weights.run, options)
+    fitting_tokenizer(_tokenizer(weights.run, options), weights.model)
     _image_edge(weights.run, options)
     hf_stream(weights)
     return [

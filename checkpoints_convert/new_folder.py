@@ -20,10 +20,13 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """An empty folder to write to in the block. At its end what is in it is brought to the disk and it is renamed to
     `folder`; an older one goes last.
 
-    Raises: CheckpointError if `folder` exists and not `overwrite`, or with what the file system refused."""
-    folder = folder.absolute()
+    Raises: CheckpointError if `folder` exists and not `overwrite`, if it is a file, or with what the file system
+    refused."""
+    folder = folder.resolve()  # of a link, what it points to is replaced, and written beside
     if folder.exists() and not overwrite:
         raise CheckpointError(f"{folder} exists; choose another name or pass --overwrite.")
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; choose another name.")
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

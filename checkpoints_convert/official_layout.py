@@ -14,8 +14,7 @@ from torch import Tensor
 from checkpoints_convert.hf_config import generation_json, model_json, preprocessor_json
 from checkpoints_convert.hf_folder import MAX_SHARD_BYTES, write_safetensors
 from checkpoints_convert.new_folder import new_folder
-from checkpoints_convert.release import Release, copy_tokenizer, write_json
-from megatron_eve.data.tokenizer import load_tokenizer
+from checkpoints_convert.release import Release, copy_tokenizer, fitting_tokenizer, write_json
 from megatron_eve.errors import CheckpointError
 
 _OUR_FIELDS = ("auto_map", "patch_stride", "dense_stride", "head_dim")
@@ -34,9 +33,10 @@ def write_official(
 ) -> int:
     """Write the folder; returns the bytes of the weights.
 
-    Raises: CheckpointError if it exists and not `overwrite`, or for a model that the official classes cannot build.
+    Raises: CheckpointError if it exists and not `overwrite`, for a model that the official classes cannot build, or for
+    a tokenizer that does not fit it.
     """
-    model, tokenizer = release.model, load_tokenizer(release.tokenizer)
+    model, tokenizer = release.model, fitting_tokenizer(release.tokenizer, release.model)
     if model.head_dim * model.num_attention_heads != model.hidden_size:
         raise CheckpointError(
             f"The official code takes hidden_size / num_attention_heads = {model.hidden_size} / "

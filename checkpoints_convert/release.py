@@ -63,12 +63,7 @@ def write_release(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> int:
     """Write the folder; returns the bytes of the weights. Raises CheckpointError if it exists and not `overwrite`."""
-    tokenizer = load_tokenizer(release.tokenizer)
-    if tokenizer.vocab_size > release.model.vocab_size:
-        raise CheckpointError(
-            f"The tokenizer {release.tokenizer} has ids up to {tokenizer.vocab_size - 1}, the model "
-            f"{release.model.vocab_size} rows; give the tokenizer that the model was trained with (--tokenizer)."
-        )
+    tokenizer = fitting_tokenizer(release.tokenizer, release.model)
     with new_folder(folder, overwrite=overwrite) as partial:
         total = write_safetensors(partial, tensors, max_shard_bytes=max_shard_bytes)
         for name, content in _json_files(release, tokenizer).items():
@@ -109,6 +104,17 @@ def _facts(release: Release) -> CardFacts:
         template=last_template(release.run),
         history=release.history,
     )
+
+
+def fitting_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
+    """Raises: CheckpointError if it has ids that the model has no rows for; ConfigError if there is none."""
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer {folder} has ids up to {tokenizer.vocab_size - 1}, the model {model.vocab_size} rows; give "
+            "the tokenizer that the model was trained with (--tokenizer)."
+        )
+    return tokenizer
 
 
 def copy_tokenizer(source: Path, dest: Path) -> None:

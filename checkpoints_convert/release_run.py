@@ -45,7 +45,8 @@ def release_run(source: Path, dest: Path, options: ReleaseOptions) -> int:
 
     Raises: CheckpointError if `dest` exists and is not to be replaced, or if the written folder does not load;
     DataError if a results file cannot be read."""
-    checkpoint = weights_folder(source)  # once: a run that goes on publishes newer ones
+    # Once: a run that goes on publishes newer ones. Whole: the card tells names in the path.
+    checkpoint = weights_folder(source).resolve()
     figures = tuple(figure for path in options.results for figure in read_results(path))
     export = dataclasses.replace(options.export, overwrite=True)
     with new_folder(dest, overwrite=options.export.overwrite) as staged:

@@ -35,8 +35,8 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 class SafetensorsFile:
     """The tensors of a file by name; opening it reads the header only.
 
-    Raises: CheckpointError if the file is missing, cut off, or no safetensors file, or holds another dtype than
-    floating point."""
+    Raises: CheckpointError if the file is missing, cut off, or no safetensors file, if its tensors do not lie one
+    behind the other up to its end (as the format asks), or if it holds another dtype than floating point."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -45,23 +45,41 @@ class SafetensorsFile:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); download it again.") from error
         self._data_start = 8 + length
-        self._offsets = {name: tuple(entry["data_offsets"]) for name, entry in content.items()}
+        self._offsets: dict[str, tuple[int, int]] = {}
         self.headers: Header = {name: self._header(name, entry) for name, entry in content.items()}
-        end = path.stat().st_size - self._data_start
-        for name, (start, stop) in sorted(self._offsets.items(), key=lambda item: item[1]):
-            if stop - start != self.headers[name].nbytes or stop > end:
-                raise CheckpointError(
-                    f"{path} is cut off or damaged: {name} lies at {start} to {stop} of {end} bytes and should have "
-                    f"{self.headers[name].nbytes}; download it again."
-                )
+        self._refuse_damaged(end=path.stat().st_size - self._data_start)
 
-    def _header(self, name: str, entry: Mapping[str, Any]) -> Tensor:
-        if entry["dtype"] not in _DTYPES:
+    def _refuse_damaged(self, *, end: int) -> None:
+        before = 0
+        for name, (start, stop) in sorted(self._offsets.items(), key=lambda item: item[1]):
+            size = self.headers[name].nbytes
+            if start != before or stop - start != size or stop > end:
+                raise CheckpointError(
+                    f"{self._path} is cut off or damaged: {name} lies at {start} to {stop} of {end} bytes and should "
+                    f"have {size}, from {before} on; download it again."
+                )
+            before = stop
+        if before != end:
             raise CheckpointError(
-                f"{self._path}: {name} is {entry['dtype']}, expected one of {', '.join(_DTYPES)}; quantized "
-                "checkpoints cannot be converted."
+                f"{self._path} is damaged: its tensors end at {before} of {end} bytes; download it again."
             )
-        return torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
+
+    def _header(self, name: str, entry: Any) -> Tensor:
+        try:
+            dtype = str(entry["dtype"])
+            start, stop = (int(offset) for offset in entry["data_offsets"])
+            header = torch.empty(entry["shape"], dtype=_DTYPES.get(dtype), device="meta")
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self._path} is damaged: its header says {entry!r} of {name}; download it again."
+            ) from error
+        if dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{self._path}: {name} is {dtype}, expected one of {', '.join(_DTYPES)}; quantized checkpoints cannot "
+                "be converted."
+            )
+        self._offsets[name] = (start, stop)
+        return header
 
     def read(self, name: str) -> Tensor:
         """The tensor, backed by the file."""

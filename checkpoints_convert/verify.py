@@ -17,6 +17,7 @@ from checkpoints_convert.hf_folder import SafetensorsFolder
 from checkpoints_convert.tensors import canonical_hf_names
 from megatron_eve.checkpoint.manifest import COMPLETE
 from megatron_eve.checkpoint.weights import weights_folder
+from megatron_eve.errors import CheckpointError
 
 QUESTION = "What is in the image? Describe it in one sentence."
 TEXT_IDS = torch.arange(48)[None] * 29 % 61
@@ -96,7 +97,8 @@ def logits_gap(first: Path, second: Path) -> float:
     """Largest difference of the logits of two folders, one model in memory at a time.
 
     On a fixed question about a fixed picture; on fixed token ids if one of the two is a plain language model. Columns
-    that only one of them has (a padded vocabulary) are left out."""
+    that only one of them has (a padded vocabulary) are left out. Raises: CheckpointError if transformers cannot load
+    one."""
     with_picture = all((folder / PROCESSOR).is_file() for folder in (first, second))
     a, b = (_logits(folder, with_picture=with_picture) for folder in (first, second))
     if a.shape[0] != b.shape[0]:
@@ -110,7 +112,15 @@ def _logits(folder: Path, *, with_picture: bool) -> Tensor:
     """[tokens, vocabulary]"""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+    try:  # a name that is no folder here would be looked for on the hub, and its code run
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, local_files_only=True, dtype="auto"
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise CheckpointError(
+            f"{folder} cannot be loaded by transformers' Auto classes ({reason}); --logits compares folders that can."
+        ) from error
     inputs = _picture_question(folder) if with_picture else {"input_ids": TEXT_IDS}
     logits: Tensor = model(**inputs).logits[0].float()
     return logits

@@ -19,7 +19,7 @@ from pathlib import Path
 from checkpoints_convert.evaluation_results import Figure, read_results
 from megatron_eve.errors import EveError
 
-METRICS_JSON, RELEASED = "metrics.json", "hf"
+METRICS_JSON, RELEASED = "metrics.json", "evaluated_release"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,9 @@ TEXT, PATCH, CLS, SPL = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class TokenOrder:
-    """The real tokens of a padded batch in modality order: all vision tokens, then all text tokens."""
+    """The real tokens of a padded batch in modality order: all vision tokens, then all text tokens.
+
+    Its rows stay on the input's device, wherever a layer lies (`device_map`)."""
 
     rows: (
         Tensor | None
@@ -37,13 +39,13 @@ class TokenOrder:
     def gather(self, x_BLX: Tensor) -> Tensor:
         """[B, L, X] -> [T, X]."""
         flat = x_BLX.flatten(0, 1)
-        return flat if self.rows is None else flat[self.rows]
+        return flat if self.rows is None else flat[self.rows.to(flat.device)]
 
     def scatter(self, x_TX: Tensor) -> Tensor:
         """[T, X] -> [B, L, X], zeros at padding."""
         if self.rows is not None:
             flat = x_TX.new_zeros(self.batch * self.length, x_TX.shape[1])
-            x_TX = flat.index_copy(0, self.rows, x_TX)
+            x_TX = flat.index_copy(0, self.rows.to(flat.device), x_TX)
         return x_TX.unflatten(0, (self.batch, self.length))
 
 

@@ -194,7 +194,8 @@ class EVEVisionTower(nn.Module):
         weight = second.weight.permute(0, 2, 3, 1).flatten(1)  # channels last, as in x
         x = F.linear(F.gelu(x).flatten(1), weight, second.bias)
         tokens = torch.where((kinds_V == CLS)[:, None], self.class_embedding, self.split_embedding)
-        return tokens.index_copy(0, (kinds_V == PATCH).nonzero()[:, 0], x)
+        # Under autocast the products are of another dtype than CLS and SPL.
+        return tokens.index_copy(0, (kinds_V == PATCH).nonzero()[:, 0], x.to(tokens.dtype))
 
 
 class EVEQwen2PreTrainedModel(PreTrainedModel):

@@ -238,7 +238,7 @@ class CheckpointManager:
 
     def _mend_latest(self, resumed: Resumed) -> None:
         path = self.folder / LATEST
-        named = path.read_text().strip() if path.exists() else "nothing"
+        named = path.read_text(errors="replace").strip() if path.exists() else "nothing"
         if named != resumed.path.name:
             _LOG.warning("%s names %s; corrected to %s", path, named, resumed.path.name)
         self._point_to(resumed.path, step=resumed.step)

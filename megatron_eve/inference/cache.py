@@ -37,6 +37,11 @@ class KeyValueCache:
 
         return cls(buffers(), buffers())
 
+    def clear(self) -> None:
+        """Zeros again, in the same memory."""
+        for buffer in (*self.keys, *self.values):
+            buffer.zero_()
+
     @property
     def rows(self) -> int:
         return self.keys[0].shape[0]

@@ -89,7 +89,8 @@ def parse_chat_request(body: Any) -> ChatRequest:
                 f"{name}={value!r} is not supported; leave it out.", param=name, code="unsupported"
             )
         if name not in (*_NEUTRAL, *_LABELS, *_READ):
-            raise ApiError(f"unknown field {name!r}; leave it out.", param=name, code="unknown")
+            text = name.encode(errors="replace").decode()  # half of a surrogate pair cannot be sent
+            raise ApiError(f"unknown field {name!r}; leave it out.", param=text, code="unknown")
     long, short = (_integer(body, f) for f in ("max_completion_tokens", "max_tokens"))
     options = _object(body, "stream_options")
     rule = body.get("resize_rule")

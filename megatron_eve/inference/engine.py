@@ -219,6 +219,11 @@ class Flight:
                 self._leave([row])
                 return
 
+    def clear(self) -> None:
+        """Forget all requests, wherever a step failed. The cache's memory stays: there may be none for another."""
+        self._active, self._joined = [], []
+        self._cache.clear()
+
     @torch.inference_mode()
     def step(self) -> list[Update]:
         """One more token for each request in flight, then the prefill and first token of those that joined."""

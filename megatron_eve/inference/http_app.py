@@ -16,6 +16,7 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from megatron_eve.inference.chat_request import ApiError, ChatRequest, parse_chat_request
 from megatron_eve.inference.engine import Answer, Update
@@ -85,14 +86,17 @@ async def _json_body(request: Request, *, limit: int) -> Any:
         # Also keeps other sites' pages away: a browser asks first before it sends this type across origins.
         raise ApiError(f"Content-Type is {kind!r}, expected application/json.", status=415)
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise ApiError(
-                f"the body has more than {limit:,} bytes; send fewer or smaller images.",
-                status=413,
-                code="body_too_large",
-            )
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise ApiError(
+                    f"the body has more than {limit:,} bytes; send fewer or smaller images.",
+                    status=413,
+                    code="body_too_large",
+                )
+    except ClientDisconnect:
+        raise ClientGoneError from None
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:

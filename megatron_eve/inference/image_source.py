@@ -7,6 +7,7 @@ Fetching what a client names gives the client the server's eyes: both ways are o
 
 import base64
 import binascii
+import http.client
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,12 +82,12 @@ def _decode_data_uri(url: str, *, max_bytes: int) -> bytes:
 
 
 def _fetch(url: str, *, max_bytes: int) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "megatron-eve"})
     try:
+        request = urllib.request.Request(url, headers={"User-Agent": "megatron-eve"})
         with urllib.request.urlopen(request, timeout=_FETCH_TIMEOUT_S) as response:
             data: bytes = response.read(max_bytes + 1)
             return data
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise DataError(f"{_short(url)} cannot be fetched ({error}).") from error
 
 

@@ -29,6 +29,10 @@ from megatron_eve.errors import DataError
 from megatron_eve.inference.ragged import Prompt
 from megatron_eve.inference.release import ImageRules, ResizeRule
 
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")
+"""What is decoded. Not all that Pillow opens: it runs Ghostscript on EPS, and an icon file's header says nothing of the
+size of the image inside."""
+
 
 @dataclass(frozen=True, slots=True)
 class PreparedImage:
@@ -87,7 +91,7 @@ def prepare_image(
 def _check_pixels(data: bytes, *, max_pixels: int) -> None:
     """From the header alone, before anything is decoded (to look for EXIF, Pillow decodes a whole PNG)."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             width, height = image.size
     except Image.DecompressionBombError as error:
         raise DataError(f"the image is too large ({error}); send a smaller one.") from error

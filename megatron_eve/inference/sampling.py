@@ -19,6 +19,9 @@ from torch import Tensor
 
 from megatron_eve.errors import ConfigError
 
+SMALLEST_TEMPERATURE = 1e-6
+"""Below it nothing changes any more, but logits divided by it overflow."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingOptions:
@@ -36,7 +39,7 @@ class SamplingOptions:
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature <= 100, "from 0 (greedy) to 100"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty <= 10, "above 0 and at most 10"),
+            ("repetition_penalty", 0.1 <= self.repetition_penalty <= 10, "from 0.1 to 10"),
             ("stop", all(self.stop), "texts that are not empty"),
         )
         for name, is_fine, expected in checks:
@@ -85,7 +88,7 @@ def penalized(logits: Tensor, penalties: Sequence[float], *, occurred: Tensor) -
 
 def _sample(logits: Tensor, options: Sequence[SamplingOptions], numbers: Sequence[float]) -> Tensor:
     """Inverse of the cumulative distribution over the smallest set of tokens that holds top_p."""
-    temperature = _column([one.temperature for one in options], logits)
+    temperature = _column([max(one.temperature, SMALLEST_TEMPERATURE) for one in options], logits)
     probabilities, tokens = (
         (logits / temperature).softmax(-1).sort(stable=True, dim=-1, descending=True)
     )

@@ -69,6 +69,10 @@ def read_index(index: Path) -> dict[str, str]:
         raise CheckpointError(
             f"{index} is no index of safetensors files ({type(error).__name__}: {error}); copy it again."
         ) from error
+    if (index.parent / "model.safetensors").is_file():  # which transformers would take
+        raise CheckpointError(
+            f"{index.parent} holds both model.safetensors and {index.name}; remove the one that is not meant."
+        )
     if outside := next((file for file in found.values() if file != Path(file).name), None):
         raise CheckpointError(f"{index} names {outside!r}, which is not in its folder.")
     return found

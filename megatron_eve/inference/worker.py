@@ -3,7 +3,7 @@
 
 Requests come from any thread and join the batch in flight as soon as a row is free; at most `max_waiting` wait, the
 next one is told so. A request that nobody waits for any more is cancelled and gives its row back. If a step fails (a
-device out of memory), those in flight are told, and the next ones are served by a new batch.
+device out of memory), those in flight are told, and the next ones are served by the same memory, cleared.
 """
 
 import logging
@@ -35,7 +35,6 @@ class Worker:
 
     def __init__(self, engine: Engine, *, rows: int, tokens: int, max_waiting: int) -> None:
         """`rows` requests at a time, each with `tokens` tokens of prompt and answer. Allocates the cache."""
-        self._engine = engine
         self._rows, self.tokens, self._max_waiting = rows, tokens, max_waiting
         self._flight = Flight(engine, rows=rows, tokens=tokens)
         self._inbox: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
@@ -120,7 +119,7 @@ class Worker:
     def _give_up(self, error: Exception) -> None:
         tickets = list(self._numbers)
         self._numbers.clear()
-        self._flight = Flight(self._engine, rows=self._rows, tokens=self.tokens)
+        self._flight.clear()
         for ticket in tickets:
             self._close()
             ticket.deliver(error)

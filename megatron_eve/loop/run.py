@@ -21,7 +21,8 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_eve import device
 from megatron_eve.checkpoint.manager import CheckpointManager, TrainingState
-from megatron_eve.checkpoint.run_folder import CHECKPOINTS, LATEST
+from megatron_eve.checkpoint.manifest import CONFIG, write_atomically
+from megatron_eve.checkpoint.run_folder import checkpoints_of
 from megatron_eve.checkpoint.weights import load_weights
 from megatron_eve.config.plan import plan_text, rounding_advice
 from megatron_eve.config.schema import RunConfig
@@ -75,9 +76,7 @@ def run(config: RunConfig) -> None:
     torch.use_deterministic_algorithms(config.train.deterministic)
     run_dir = Path(config.run_dir)
     if state.rank == 0:
-        refuse_other_run(config, run_dir=run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.txt").write_text(config_text(config))
+        claim(run_dir, config)
     with stop_on_signal(run_dir) as stop:
         assembled = _assemble(config, state=state, run_dir=run_dir)
         try:
@@ -87,12 +86,21 @@ def run(config: RunConfig) -> None:
                 assembled.loader.close()
 
 
+def claim(run_dir: Path, config: RunConfig) -> None:
+    """Note in the run directory whose it is. A disk that is full leaves what stands there.
+
+    Raises: ConfigError if it is another run's; OSError."""
+    refuse_other_run(config, run_dir=run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir / CONFIG, config_text(config))
+
+
 def refuse_other_run(config: RunConfig, *, run_dir: Path) -> None:
     """A run directory belongs to one recipe, model and stage; lengths, learning rates and layouts may change.
 
     Raises: ConfigError naming the fields that differ from those of the run that is there."""
-    written = run_dir / "config.txt"
-    if not (run_dir / CHECKPOINTS / LATEST).exists() or not written.exists():
+    written = run_dir / CONFIG
+    if not checkpoints_of(run_dir) or not written.exists():
         return
     before = dict(line.split(": ", 1) for line in written.read_text().splitlines())
     now = flatten(config)

@@ -192,12 +192,13 @@ def refusal(parallel: ParallelConfig, run_dir: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["step_00000001", "step_00000099", None])
+@pytest.mark.parametrize("name", ["step_00000001", "step_00000099", "\ufffdtep_00000003", None])
 def test_a_stale_latest_is_corrected(gloo1, three, tmp_path, name):  # type: ignore[no-untyped-def]
     run_dir = tmp_path / "run"
     shutil.copytree(three, run_dir)
     latest = run_dir / "checkpoints" / "latest"
-    latest.write_text(f"{name}\n") if name else latest.unlink()
+    content = f"{name}\n".replace("\ufffd", "\udcf3")  # s with its highest bit flipped
+    latest.write_text(content, errors="surrogateescape") if name else latest.unlink()
     ((step, lines, same),) = gloo1.run(resume, layout(distributed_optimizer=True), run_dir)
     assert (step, same) == (3, True)
     assert any(f"names {name or 'nothing'}; corrected to step_00000003" in line for line in lines)

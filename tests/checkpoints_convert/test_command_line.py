@@ -88,6 +88,12 @@ def test_verify_finds_one_changed_value(
     assert command("verify", folder, other, "--logits")[0] == 1
     assert command("verify", folder, other, "--logits", "--tolerance", 1e9)[0] == 0
 
+    (other / "config.json").write_text("{}")
+    for unloadable in (other, tmp_path / "nothing" / "here"):
+        code, _, errors = command("verify", folder, unloadable, "--logits")
+        assert (code, errors.count("\n")) == (1, 1)
+        assert f"error: {unloadable} cannot be loaded by transformers' Auto classes" in errors
+
     del state["model.norm.weight"]
     save_file(state, other / "model.safetensors")
     code, lines, _ = command("verify", other, folder)
@@ -102,7 +108,46 @@ def test_wrong_usage(tmp_path: Path, command: Any) -> None:
     assert code == 2
     assert "'heads' is no component; use all, or some of norm,attention,ffn" in errors
     assert command("hf-to-megatron", tmp_path)[0] == 2
+    for name, option in (
+        ("hf-to-megatron", "--vocab-size"),
+        ("hf-to-megatron", "--patch-embed-dim"),
+        ("megatron-to-hf", "--image-edge"),
+    ):
+        code, _, errors = command(name, tmp_path, tmp_path / "out", option, 0)
+        assert code == 2
+        assert f"argument {option}: 0 is not at least 1" in errors
     assert command("verify", tmp_path, tmp_path)[0] == 1
+
+
+def test_a_tokenizer_that_is_too_large_is_refused_in_time(
+    full_release: tuple[Path, ReferenceEve], tmp_path: Path, command: Any
+) -> None:
+    """Also for the official layout, whose loader would add random rows, and in a dry run."""
+    small, options = tmp_path / "small", ("--tokenizer", full_release[0], "--image-edge", 16)
+    assert command("hf-to-megatron", full_release[0], small, "--vocab-size", 100)[0] == 0
+    for extra in ((), ("--dry-run",), ("--layout", "official")):
+        code, _, errors = command("megatron-to-hf", small, tmp_path / "out", *options, *extra)
+        assert (code, errors.count("\n")) == (1, 1)
+        assert "has ids up to 319, the model 100 rows" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_overwrite_through_a_link(
+    full_release: tuple[Path, ReferenceEve], tmp_path: Path, command: Any
+) -> None:
+    """What the link points to is replaced, as often as one likes; the link stays."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        arguments = ("hf-to-megatron", full_release[0], tmp_path / "link", "--overwrite")
+        assert command(*arguments)[0] == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "complete.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+    file = tmp_path / "disk" / "config.txt"
+    code, _, errors = command("hf-to-megatron", full_release[0], file, "--overwrite")
+    assert (code, file.is_file()) == (1, True)
+    assert "config.txt is a file; choose another name" in errors
 
 
 def test_as_a_module() -> None:

@@ -253,6 +253,25 @@ def test_a_release_is_of_one_checkpoint_though_the_run_goes_on(
     assert "step 9" not in card
 
 
+def convert_inside(run_dir: Path, *arguments: object) -> tuple[int, str]:
+    """In a worker."""
+    with contextlib.chdir(run_dir):
+        code, _, errors = run_main(*arguments)
+    return code, errors
+
+
+@pytest.mark.parametrize(
+    ("command", "origin"), [("release", "run, step 5"), ("megatron-to-hf", "run, step_00000005")]
+)
+def test_the_card_names_a_run_that_is_the_working_directory(
+    command: str, origin: str, run_dir: Path, gloo1: Any, tmp_path: Path
+) -> None:
+    assert gloo1.run(convert_inside, run_dir, command, ".", tmp_path / "out") == [(0, "")]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| made from | {origin} |" in card
+    assert "\n| run (`eve_tiny_stage3`) |" in card
+
+
 def sharded(folder: Path, source: Path) -> dict[str, str]:
     """The release's weights in two files with an index; returns its weight_map."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -314,6 +333,10 @@ def test_shards_that_contradict_the_index_are_named(
     assert "model.safetensors.index.json" in attempt()
     (folder / first).write_bytes(whole[folder / first][:-4])
     assert first in attempt()
+    save_file(
+        twice, folder / "model.safetensors"
+    )  # of another save, say; transformers would read it
+    assert "holds both model.safetensors and model.safetensors.index.json" in attempt()
 
 
 def read_with_converter(folder: Path, out: Path) -> tuple[int, str]:

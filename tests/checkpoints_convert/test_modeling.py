@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from checkpoints_convert.hf.configuration_eve import EVEQwen2Config
 from checkpoints_convert.hf.modality_eve import CLS, PATCH, SPL, TEXT
@@ -232,6 +233,45 @@ def test_fresh_model_is_initialised_as_official() -> None:
     assert not layer.self_attn.moe_q_proj.bias.any()
     bound = (3 * 2 * 2) ** -0.5
     assert 0.8 * bound < tower.patch_embedding[0].weight.abs().max() <= bound
+
+
+@torch.no_grad()
+def test_tokens_under_autocast_are_put_together_in_one_dtype() -> None:
+    """index_copy wants one dtype. Autocast sees to that on a CPU but not on a GPU, so its operands are looked at as
+    they are given."""
+    eve = build_reference(tiny_model(ALL, layers=1), seed=6)
+    given = []
+
+    class Given(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if function is Tensor.index_copy:
+                given.append((args[0].dtype, args[3].dtype))
+            return function(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), Given():
+        released(eve)(**hf_batch(list(samples().values()), eve.config))
+    assert len(given) > 1
+    assert all(into is source for into, source in given)
+
+
+@torch.no_grad()
+def test_layers_on_another_device_find_their_tokens() -> None:
+    """As from_pretrained(device_map="auto") spreads them over GPUs, and accelerate brings each its tensors. The other
+    device computes shapes alone here."""
+    eve = build_reference(tiny_model(ALL, layers=2), seed=6)
+    model, other = released(eve), torch.device("meta")
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(moved, value))
+        return value.to(other) if isinstance(value, Tensor) else value
+
+    for module in (model.model.layers[1], model.model.norm, model.lm_head):
+        module.to(other).register_forward_pre_hook(lambda _, given: moved(given))
+    inputs = hf_batch(list(samples().values()), eve.config)
+    logits = model(**inputs, use_cache=True).logits
+    assert logits.device == other
+    assert logits.shape == (*inputs["input_ids"].shape, eve.config.vocab_size)
 
 
 @torch.no_grad()

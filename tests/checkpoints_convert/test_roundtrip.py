@@ -318,6 +318,8 @@ def test_import_refuses(full_release: FullRelease, tmp_path: Path, gloo1: Any) -
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window is true"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "RoPE of type 'yarn'"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', expected an object"),
+        ({"num_attention_heads": 0, "head_dim": None}, "not a multiple of num_attention_heads=0"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers is 'two', expected a int"),
         ({"moe_part": "experts"}, "moe_part is 'experts'"),
     ):
@@ -326,6 +328,10 @@ def test_import_refuses(full_release: FullRelease, tmp_path: Path, gloo1: Any) -
     del config["rms_norm_eps"]
     write(json.dumps(config))
     assert "field 'rms_norm_eps' is missing" in attempt(broken)
+    write("[]")
+    assert "config.json holds no JSON object" in attempt(broken)
+    (broken / "config.json").write_bytes(b'{"a": "\xe9"}')
+    assert "config.json is not JSON" in attempt(broken)
     assert not (tmp_path / "out").exists()
 
 

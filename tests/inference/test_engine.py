@@ -6,6 +6,7 @@ import dataclasses
 import struct
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -139,6 +140,13 @@ def test_bad_images_are_named(engine: Engine) -> None:
         engine.image(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"15 bytes of no known format"):
         engine.image(b"no image at all")
+    # Pillow would hand this to Ghostscript; and decode this icon, of 1 x 1 pixel, to find 30 x 30.
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    inside = png(np.zeros((30, 30, 3), np.uint8))
+    icon = struct.pack("<HHHBBBBHHII", 0, 1, 1, 1, 1, 0, 0, 1, 32, len(inside), 22) + inside
+    for data in (script, icon):
+        with pytest.raises(DataError, match=r"of no known format\); send a JPEG, PNG or WebP file"):
+            engine.image(data)
     header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
     beginning = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
     bomb = (

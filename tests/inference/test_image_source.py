@@ -75,10 +75,13 @@ def test_files_below_the_folder_and_no_others(tmp_path: Path) -> None:
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    """A server on this machine that has /x.png, endless /long, and nothing else."""
+    """A server on this machine that has /x.png, endless /long, /odd, which is no HTTP, and nothing else."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path == "/odd":
+                self.wfile.write(b"what?\r\n\r\n")
+                return
             self.send_response(200 if self.path in ("/x.png", "/long") else 404)
             self.end_headers()
             self.wfile.write(DATA * (1000 if self.path == "/long" else 1))
@@ -99,6 +102,7 @@ def test_addresses_if_allowed(address: str) -> None:
     assert source.read(f"{address}/x.png") == DATA
     with pytest.raises(DataError, match=r"has more than 90 bytes"):
         source.read(f"{address}/long")
-    for url in (f"{address}/no.png", "http://127.0.0.1:1/x.png", "http://"):
+    odd = (f"{address}/odd", "http://a b/x.png", "http://[::1", "http://\0")
+    for url in (f"{address}/no.png", "http://127.0.0.1:1/x.png", "http://", *odd):
         with pytest.raises(DataError, match=r"cannot be fetched"):
             source.read(url)

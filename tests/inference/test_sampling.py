@@ -56,6 +56,13 @@ def test_sampled_shares_are_transformers_distribution(top_p: float) -> None:
     assert not shares[expected == 0].any()
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-300])
+def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
+    logits = some_logits(1) * 100
+    for number in (0.0, 0.5, 0.999):
+        assert choose(logits, options(temperature=temperature), number) == int(logits.argmax())
+
+
 def test_the_ends_of_the_interval_are_tokens_that_are_kept() -> None:
     logits = torch.full((1, WORDS), -40.0)
     logits[0, [3, 7]] = torch.tensor([1.0, 0.0])
@@ -111,6 +118,7 @@ def test_a_seed_gives_the_same_numbers() -> None:
         ("top_p", 0.0),
         ("top_p", 1.5),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-300),
         ("stop", ("",)),
     ],
 )

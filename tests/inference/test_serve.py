@@ -7,6 +7,7 @@ import base64
 import contextlib
 import http.client
 import json
+import logging
 import os
 import signal
 import socket
@@ -280,6 +281,7 @@ def test_wrong_http_is_answered_in_the_same_shape(server: Server) -> None:
             "half of a surrogate pair",
             server.send(b'{"messages": [{"role": "user", "content": "a\\ud800"}]}'),
         ),
+        (400, "unknown field '\\ud800'", server.send(b'{"\\ud800": 1}')),
         (413, "more than 60,000 bytes", server.send(b" " * (BODY_BYTES + 1))),
         (415, "Content-Type is 'text/plain'", server.send(whole, Content_Type="text/plain")),
         (404, "POST /v1/completions: Not Found", server.send(whole, path="/v1/completions")),
@@ -329,6 +331,18 @@ def test_a_client_that_goes_away_gives_its_place_back(
     wait_until(lambda: server.service.worker.num_open == 1)
     connection.close()
     assert steps_until_closed(server, gate) < 60
+
+
+def test_a_client_that_goes_away_while_it_asks_is_no_fault_of_ours(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "handlers", [caplog.handler])
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+    for _ in range(3):  # answered after the other one
+        assert server.send(None, path="/health", method="GET")[0] == 200
+    assert not caplog.records
 
 
 def test_too_many_clients_are_told_to_come_back(

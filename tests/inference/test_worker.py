@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from megatron_eve.inference.cache import KeyValueCache
 from megatron_eve.inference.engine import Engine, Flight, Request, Update
 from megatron_eve.inference.sampling import SamplingOptions
 from megatron_eve.inference.worker import BusyError, Worker
@@ -106,21 +107,30 @@ def test_cancelled_requests_give_their_place_back(
     assert inboxes[2].empty()
 
 
+@pytest.mark.parametrize("failing", ["_prefill", "_decode"])
 def test_a_failed_step_is_told_and_survived(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, worker: Worker
+    failing: str, engine: Engine, monkeypatch: pytest.MonkeyPatch, worker: Worker
 ) -> None:
+    """Out of memory: nor is there any for a second cache beside the first."""
     (request, *_) = some_requests(engine)
-    step = Flight.step
+    whole, allocate = getattr(Flight, failing), KeyValueCache.empty
 
-    def fail(_: Flight) -> list[Update]:
-        monkeypatch.setattr(Flight, "step", step)
+    def fail(*_: object, **__: object) -> None:
+        monkeypatch.setattr(Flight, failing, whole)
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(Flight, "step", fail)
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no room for another cache")
+
+    monkeypatch.setattr(Flight, failing, fail)
+    monkeypatch.setattr(KeyValueCache, "empty", refuse)
     inbox: Inbox = queue.SimpleQueue()
     worker.submit(request, inbox.put)
-    error = inbox.get(timeout=TIMEOUT_S)
-    assert isinstance(error, RuntimeError)
-    assert worker.num_open == 0
+    while not isinstance(error := inbox.get(timeout=TIMEOUT_S), Exception):
+        assert failing == "_decode"
+    assert str(error) == "out of memory"
+    wait_until(lambda: worker.num_open == 0)
     worker.submit(request, inbox.put)
-    assert text_of(inbox) == engine.answer([request])[0].text
+    text = text_of(inbox)
+    monkeypatch.setattr(KeyValueCache, "empty", allocate)
+    assert text == engine.answer([request])[0].text

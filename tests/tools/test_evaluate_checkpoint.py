@@ -8,7 +8,7 @@ import pytest
 
 from megatron_eve.loop.evaluation import read_result
 from tools import evaluate_checkpoint
-from tools.evaluate_checkpoint import _parse, commands, main
+from tools.evaluate_checkpoint import RELEASED, _parse, commands, main
 
 DEMO = {"rows": [{"name": "shape", "num_questions": 4, "right_image": 0.75},
                  {"name": "yes/no", "num_questions": 4, "right_image": 0.5}]}  # fmt: skip
@@ -42,14 +42,16 @@ def test_metrics_are_what_a_run_reads(
 
     def run(command: list[str]) -> Done:
         ran.append(command[2])
-        (tmp_path / "hf").mkdir(exist_ok=True)
+        (tmp_path / RELEASED).mkdir(exist_ok=True)
         (tmp_path / "results.json").write_text(json.dumps(DEMO))
         (tmp_path / "20261122_results.json").write_text(json.dumps(LMMS))
         return Done()
 
     monkeypatch.setattr(evaluate_checkpoint.subprocess, "run", run)
+    (tmp_path / "hf").mkdir()  # runs/demo is a folder to write to as well, and has this one already
     code = main(["ckpt", str(tmp_path), "--easy-vqa", "data", "--tasks", "pope"])
-    assert not (tmp_path / "hf").exists()
+    assert not (tmp_path / RELEASED).exists()
+    assert (tmp_path / "hf").is_dir()
     if fails:
         assert (code, ran) == (1, ["checkpoints_convert"])
         assert not (tmp_path / "metrics.json").exists()
