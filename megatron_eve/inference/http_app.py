@@ -16,7 +16,6 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from starlette.requests import ClientDisconnect
 
 from megatron_eve.inference.chat_request import ApiError, ChatRequest, parse_chat_request
 from megatron_eve.inference.engine import Answer, Update
@@ -95,8 +94,12 @@ async def _json_body(request: Request, *, limit: int) -> Any:
                     status=413,
                     code="body_too_large",
                 )
-    except ClientDisconnect:
-        raise ClientGoneError from None
+    except ApiError:
+        raise
+    except Exception:  # the framework's own, of a package below it
+        if await request.is_disconnected():
+            raise ClientGoneError from None
+        raise
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
