@@ -83,6 +83,7 @@ setup(
     package_data={
         "slurm": ["*.sbatch", "*.sh"],
         "megatron_eve.inference": ["page.html"],
+        "checkpoints_convert.hf": ["*.jinja"],
         "tools": ["lmms_eval/tasks/*/*.yaml"],
     },
     install_requires=RUNTIME,

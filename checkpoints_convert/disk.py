@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bringing files to the disk while the processor has something else to do."""
 
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from megatron_eve.checkpoint.manifest import sync_path
 
 
 class WriteBack:
@@ -40,14 +41,3 @@ class WriteBack:
         if error is None:
             for file in self._files:
                 file.result()
-
-
-def sync_path(path: Path) -> None:
-    """A file's bytes, or the names in a folder. Raises: OSError naming it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(descriptor)

@@ -8,10 +8,10 @@ is as it was."""
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from checkpoints_convert.disk import sync_path
+from megatron_eve.checkpoint.manifest import sync_path
 from megatron_eve.errors import CheckpointError
 
 
@@ -49,8 +49,14 @@ def _publish(partial: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
-    partial.rename(folder)
-    sync_path(folder.parent)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
+    with suppress(OSError):  # it is there; at worst a power cut in this moment takes the name back
+        sync_path(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

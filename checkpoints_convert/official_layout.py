@@ -14,7 +14,13 @@ from torch import Tensor
 from checkpoints_convert.hf_config import generation_json, model_json, preprocessor_json
 from checkpoints_convert.hf_folder import MAX_SHARD_BYTES, write_safetensors
 from checkpoints_convert.new_folder import new_folder
-from checkpoints_convert.release import Release, copy_tokenizer, fitting_tokenizer, write_json
+from checkpoints_convert.release import (
+    Release,
+    chat_template_of,
+    copy_tokenizer,
+    fitting_tokenizer,
+    write_json,
+)
 from megatron_eve.errors import CheckpointError
 
 _OUR_FIELDS = ("auto_map", "patch_stride", "dense_stride", "head_dim")
@@ -65,7 +71,7 @@ def write_official(
             processor_folder / "preprocessor_config.json",
             _without(processor, _OUR_PROCESSOR_FIELDS),
         )
-        copy_tokenizer(release.tokenizer, partial)
+        copy_tokenizer(release.tokenizer, partial, chat_template=chat_template_of(release.run))
     return total
 
 

@@ -68,7 +68,7 @@ def write_release(
         total = write_safetensors(partial, tensors, max_shard_bytes=max_shard_bytes)
         for name, content in _json_files(release, tokenizer).items():
             write_json(partial / name, content)
-        copy_tokenizer(release.tokenizer, partial)
+        copy_tokenizer(release.tokenizer, partial, chat_template=chat_template_of(release.run))
         for path in partial.glob("*.safetensors"):  # safetensors writes for the owner alone
             path.chmod((partial / "config.json").stat().st_mode)
         code = resources.files("checkpoints_convert.hf")
@@ -117,14 +117,28 @@ def fitting_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
-def copy_tokenizer(source: Path, dest: Path) -> None:
-    """The tokenizer's files. tokenizer.json gets its merges in the form that every version of `tokenizers` reads."""
+def chat_template_of(run: RunConfig | None) -> str | None:
+    """What `apply_chat_template` writes: the conversation that the model was trained on; None if it was on captions."""
+    if last_template(run) == "plain":
+        return None
+    file = resources.files("checkpoints_convert.hf").joinpath("chat_template.jinja")
+    return file.read_text(encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, dest: Path, *, chat_template: str | None) -> None:
+    """The tokenizer's files. tokenizer.json gets its merges in the form that every version of `tokenizers` reads;
+    tokenizer_config.json this chat template for the language model's own, which this model never saw."""
     for name in TOKENIZER_FILES:
         if not (source / name).is_file():
             continue
         if name == "tokenizer.json":
             text = (source / name).read_text(encoding="utf-8")
             (dest / name).write_text(portable_tokenizer(text), encoding="utf-8")
+        elif name == "tokenizer_config.json":
+            config = json.loads((source / name).read_text(encoding="utf-8"))
+            config.pop("chat_template", None)
+            config |= {} if chat_template is None else {"chat_template": chat_template}
+            write_json(dest / name, config)
         else:
             shutil.copyfile(source / name, dest / name)
 

@@ -153,6 +153,14 @@ class EVEProcessor(ProcessorMixin):
     image_processor: EVEImageProcessor
     tokenizer: Any  # a tokenizer of transformers
 
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None
+    ) -> None:
+        """`chat_template`: None takes the tokenizer's, where a release keeps it: every version of transformers looks
+        there."""
+        chat_template = chat_template or getattr(tokenizer, "chat_template", None)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "token_kinds", "pixel_values"]
@@ -184,6 +192,8 @@ class EVEProcessor(ProcessorMixin):
         images: Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None = None,
         resize_rule: ResizeRule | None = None,
         return_tensors: Literal["pt"] = "pt",
+        videos: None = None,
+        audio: None = None,
     ) -> BatchFeature:
         """The model's input for one prompt or a batch of prompts.
 
@@ -194,6 +204,8 @@ class EVEProcessor(ProcessorMixin):
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r} is not supported; use 'pt'.")
+        if videos is not None or audio is not None:  # apply_chat_template passes them, mostly None
+            raise ValueError("This model reads text and images only.")
         texts = [text] if isinstance(text, str) else list(text)
         groups = assign_images(texts, images)
         prepared = [

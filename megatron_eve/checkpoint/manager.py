@@ -29,7 +29,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_eve.checkpoint.canonical import canonical_hashes
-from megatron_eve.checkpoint.manifest import Manifest, sync_folder, write_atomically
+from megatron_eve.checkpoint.manifest import Manifest, sync_path, write_atomically
 from megatron_eve.checkpoint.run_folder import CHECKPOINTS, LATEST, checkpoints_of, step_name
 from megatron_eve.checkpoint.training_state import (
     TrainingState,
@@ -149,7 +149,7 @@ class CheckpointManager:
         if final.exists():
             _discard(final)
         os.replace(temporary, final)
-        sync_folder(self.folder)
+        sync_path(self.folder)
         self._point_to(final, step=step)
         steps = self.complete_steps()
         for old in steps[: -self._keep_last]:

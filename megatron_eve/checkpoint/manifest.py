@@ -9,6 +9,7 @@
 Folders written before there were hashes have sizes only (`files` by name: bytes); sizes are then all that is checked.
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -145,10 +146,14 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk. Raises: OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """A file's bytes, or the names in a folder where the file system can. Raises: OSError naming it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno == errno.EINVAL and path.is_dir():  # some network file systems
+            return
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)

@@ -38,7 +38,7 @@ from megatron_eve.checkpoint.manifest import (
     FileEntry,
     Manifest,
     file_entry,
-    sync_folder,
+    sync_path,
     write_atomically,
     write_manifest,
 )
@@ -260,7 +260,7 @@ class FolderWrite:
                 tensors=self._contents.tensors,
             )
             write_manifest(self.folder, manifest)
-            sync_folder(self.folder)
+            sync_path(self.folder)
         except Exception as error:
             return _told(error, path)
         return None

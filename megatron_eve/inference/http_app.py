@@ -2,7 +2,8 @@
 """The HTTP face of a served model: OpenAI's chat completions, models, health, and a page to chat with an image.
 
 Nothing is fetched or read for a client unless the server was started so. Every error is JSON in OpenAI's shape. A
-client that goes away frees its place. Needs the optional packages of `serve` (setup.py).
+client that goes away frees its place. As many requests may be on their way in as the worker has places, so that the
+memory for bodies is bounded too. Needs the optional packages of `serve` (setup.py).
 """
 
 import asyncio
@@ -27,6 +28,8 @@ _LOOK_FOR_CLIENT_S = 0.25
 """How often, at most, a request that waits for its next token looks whether its client is still there."""
 _PREPARED_AT_A_TIME = 4
 """Requests whose images are decoded at the same time; bounds the memory for pixels."""
+_BODY_TIMEOUT_S = 60.0
+"""How long a client may take to send a request: it holds a place meanwhile."""
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -41,6 +44,7 @@ def create_app(service: Service) -> FastAPI:
     """The application. `service.worker` must have been started."""
     app = FastAPI(title="megatron_eve", docs_url=None, redoc_url=None, openapi_url=None)
     preparing = asyncio.Semaphore(_PREPARED_AT_A_TIME)
+    coming_in = 0  # requests that are read or prepared
     page = resources.files("megatron_eve.inference").joinpath("page.html").read_text("utf-8")
 
     @app.get("/")
@@ -63,10 +67,19 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Any:
-        chat = parse_chat_request(await _json_body(request, limit=service.limits.body_bytes))
-        async with preparing:
-            # Images are decoded in a thread: the event loop goes on serving the others.
-            asked = await asyncio.to_thread(service.request, chat)
+        nonlocal coming_in
+        if coming_in >= service.worker.capacity:
+            raise ApiError(
+                f"{coming_in} requests are being read; try again later.", status=429, code="busy"
+            )
+        coming_in += 1
+        try:
+            chat = parse_chat_request(await _json_body(request, limit=service.limits.body_bytes))
+            async with preparing:
+                # Images are decoded in a thread: the event loop goes on serving the others.
+                asked = await asyncio.to_thread(service.request, chat)
+        finally:
+            coming_in -= 1
         reply = _Reply(service.name, chat, num_prompt=len(asked.prompt))
         updates = _updates(service, asked, request)
         if not chat.stream:
@@ -86,16 +99,21 @@ async def _json_body(request: Request, *, limit: int) -> Any:
         raise ApiError(f"Content-Type is {kind!r}, expected application/json.", status=415)
     body = bytearray()
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise ApiError(
-                    f"the body has more than {limit:,} bytes; send fewer or smaller images.",
-                    status=413,
-                    code="body_too_large",
-                )
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise ApiError(
+                        f"the body has more than {limit:,} bytes; send fewer or smaller images.",
+                        status=413,
+                        code="body_too_large",
+                    )
     except ApiError:
         raise
+    except TimeoutError:
+        raise ApiError(
+            f"the body did not come within {_BODY_TIMEOUT_S:g} s.", status=408, code="timeout"
+        ) from None
     except Exception:  # the framework's own, of a package below it
         if await request.is_disconnected():
             raise ClientGoneError from None

@@ -36,6 +36,7 @@ class Worker:
     def __init__(self, engine: Engine, *, rows: int, tokens: int, max_waiting: int) -> None:
         """`rows` requests at a time, each with `tokens` tokens of prompt and answer. Allocates the cache."""
         self._rows, self.tokens, self._max_waiting = rows, tokens, max_waiting
+        self.capacity = rows + max_waiting  # of requests in flight and waiting
         self._flight = Flight(engine, rows=rows, tokens=tokens)
         self._inbox: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
         self._waiting: deque[Ticket] = deque()
@@ -62,7 +63,7 @@ class Worker:
     def submit(self, request: Request, deliver: Callable[[Update | Exception], None]) -> Ticket:
         """Raises BusyError if too many wait."""
         with self._lock:
-            if self._num_open >= self._rows + self._max_waiting:
+            if self._num_open >= self.capacity:
                 raise BusyError(
                     f"{self._rows} requests are being answered and {self._max_waiting} wait; try again later."
                 )

@@ -40,6 +40,10 @@ pytest.importorskip("fastapi", reason=INSTALL)
 
 BODY_BYTES = 60_000
 NEW_TOKENS = 6
+HALF_A_REQUEST = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    b"Content-Length: 100\r\n\r\n{"
+)
 
 
 @dataclass(frozen=True)
@@ -338,11 +342,32 @@ def test_a_client_that_goes_away_while_it_asks_is_no_fault_of_ours(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("uvicorn.error"), "handlers", [caplog.handler])
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        connection.sendall(HALF_A_REQUEST)
     for _ in range(3):  # answered after the other one
         assert server.send(None, path="/health", method="GET")[0] == 200
     assert not caplog.records
+
+
+def test_requests_that_are_being_read_are_counted_too(server: Server) -> None:
+    body = {"messages": [user("What?", 0)], "max_tokens": 1}
+    with contextlib.ExitStack() as slow:
+        for _ in range(server.service.worker.capacity):
+            connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+            slow.enter_context(connection).sendall(HALF_A_REQUEST)
+        wait_until(lambda: server.send(body)[0] == 429)
+        assert server.send(body)[1]["error"]["message"].startswith("4 requests are being read")
+    wait_until(lambda: server.send(body)[0] == 200)  # they are gone
+
+
+def test_a_client_that_does_not_finish_its_request_loses_its_place(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_eve.inference import http_app
+
+    monkeypatch.setattr(http_app, "_BODY_TIMEOUT_S", 0.05)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(HALF_A_REQUEST)
+        assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
 def test_too_many_clients_are_told_to_come_back(

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`apply_chat_template` of a release writes the conversations of training, not those of the language model before."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+import torch
+import transformers
+from transformers import AutoProcessor, AutoTokenizer
+
+from checkpoints_convert.official_layout import write_official
+from checkpoints_convert.release import Release, write_release
+from megatron_eve.config.recipes import load_recipe
+from megatron_eve.config.schema import RunConfig
+from tests.checkpoints_convert.conftest import release_model
+from tests.checkpoints_convert.test_release import picture
+from tests.support.reference_eve import ReferenceEve, build_reference
+from tests.support.tiny import DENSE
+
+reads_images = pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 49),
+    reason="apply_chat_template of older versions returns text only",
+)
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def said(role: str, text: str, *images: object) -> dict[str, Any]:
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+
+
+@pytest.fixture(scope="module")
+def processor(full_release: tuple[Path, ReferenceEve]) -> Any:
+    return AutoProcessor.from_pretrained(full_release[0], trust_remote_code=True)
+
+
+def test_a_conversation_is_that_of_training(processor: Any) -> None:
+    messages = [
+        said("user", " What colour is the circle? ", None, None),
+        said("assistant", "red"),
+        said("user", "How many?"),
+    ]
+    turns = [("What colour is the circle?", "red"), ("How many?", None)]
+    text = processor.conversation(turns, num_images=2)
+    assert processor.apply_chat_template(messages) == text
+    assert processor.tokenizer.apply_chat_template(messages, tokenize=False) == text
+
+
+@reads_images
+def test_a_conversation_becomes_the_models_input(processor: Any) -> None:
+    first, second = picture(8, 8), picture(12, 4, seed=1)
+    messages = [
+        said("user", " What colour is the circle? ", first, second),
+        said("assistant", "red"),
+        said("user", "How many?"),
+    ]
+    turns = [("What colour is the circle?", "red"), ("How many?", None)]
+    text = processor.conversation(turns, num_images=2)
+    expected = processor(text=text, images=[first, second])
+    found = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@reads_images
+def test_a_batch_with_and_without_images(processor: Any) -> None:
+    image = picture(8, 8)
+    one, other = said("user", "What colour?", image), said("user", "How many?")
+    found = processor.apply_chat_template([[one], [other]], tokenize=True, return_dict=True)
+    texts = [processor.prompt("What colour?"), processor.prompt("How many?", num_images=0)]
+    expected = processor(text=texts, images=[[image], []])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_plain_texts_and_what_a_caller_says_as_system(processor: Any) -> None:
+    """As the server does: the template has one system text, the one of training."""
+    messages = [
+        {"role": "system", "content": "Answer in one word."},
+        {"role": "user", "content": "What colour?"},
+    ]
+    tokenizer = processor.tokenizer
+    text = processor.prompt("Answer in one word.\nWhat colour?", num_images=0)
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == text
+    assert tokenizer.apply_chat_template(messages[1:], tokenize=False) == processor.prompt(
+        "What colour?", num_images=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([said("assistant", "red")], "Message 0 is from assistant, expected user"),
+        ([said("user", "a"), said("user", "b")], "Message 1 is from user, expected assistant"),
+        ([said("user", "a"), said("system", "b")], "Message 1 is from system, expected assistant"),
+        ([said("user", "a"), said("assistant", "b", picture(8, 8))], "type image from assistant"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "type video from user"),
+    ],
+)
+def test_misuse_is_refused(processor: Any, messages: list[Any], problem: str) -> None:
+    with pytest.raises(jinja2.TemplateError, match=problem):
+        processor.tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_videos_are_refused(processor: Any) -> None:
+    with pytest.raises(ValueError, match="text and images only"):
+        processor(text="what?", videos=[[picture(8, 8)]])
+
+
+@pytest.mark.parametrize("layout", ["automodel", "official"])
+@pytest.mark.parametrize("template", ["qwen2", "plain", None])
+def test_the_language_models_own_template_is_not_inherited(
+    layout: str, template: str | None, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """`plain` models, of the first stages, continue an image with a caption and hold no conversation."""
+    tokenizer = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    config = tokenizer / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": CHATML}))
+    eve = build_reference(release_model(DENSE, tokenizer))
+    release = Release(
+        model=eve.config, dtype="float32", tokenizer=tokenizer, image_edge=16, origin="tests",
+        run=run_with(template),
+    )  # fmt: skip
+    write = write_release if layout == "automodel" else write_official
+    write(tmp_path / "eve", release, eve.state_dict().items())
+    found = AutoTokenizer.from_pretrained(tmp_path / "eve", trust_remote_code=True).chat_template
+    if template == "plain":
+        assert found is None
+    else:
+        assert "USER: " in found
+        assert "<|im_start|>" not in found
+
+
+def run_with(template: str | None) -> RunConfig | None:
+    if template is None:
+        return None
+    run = load_recipe("eve_tiny_stage3")
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, template=template))  # type: ignore[arg-type]
