@@ -3,6 +3,7 @@
 
 import errno
 import os
+import stat
 import threading
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from checkpoints_convert.disk import WriteBack
 from checkpoints_convert.hf_folder import write_safetensors
 from checkpoints_convert.new_folder import new_folder
+from megatron_eve.errors import CheckpointError
 from tests.support.reference_eve import ReferenceEve
 
 
@@ -91,3 +93,40 @@ def test_an_error_in_the_block_goes_before_the_disks(
     (tmp_path / "shard").write_bytes(b"x")
     with pytest.raises(ValueError, match="the writer's own error"):
         write_and_fail(tmp_path / "shard")
+
+
+def test_a_name_that_cannot_be_given_leaves_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("as it was")
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.name == "out.partial":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(CheckpointError, match="Permission denied"), new_folder(
+        tmp_path / "out", overwrite=True
+    ):  # fmt: skip
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "precious").read_text() == "as it was"
+
+
+def test_a_file_system_that_cannot_sync_folders_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    with new_folder(tmp_path / "out", overwrite=False) as partial:
+        (partial / "weights").write_text("x")
+    assert (tmp_path / "out" / "weights").read_text() == "x"
