@@ -126,6 +126,7 @@ def model_json(
         "auto_map": {
             "AutoConfig": "configuration_eve.EVEQwen2Config",
             "AutoModelForCausalLM": "modeling_eve.EVEQwen2ForCausalLM",
+            "AutoModelForImageTextToText": "modeling_eve.EVEQwen2ForCausalLM",  # of its pipeline
         },
         "model_type": "eve-qwen2",
         "hidden_act": "silu",

@@ -11,7 +11,7 @@ import jinja2
 import pytest
 import torch
 import transformers
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, pipeline
 
 from checkpoints_convert.official_layout import write_official
 from checkpoints_convert.release import Release, write_release
@@ -65,6 +65,18 @@ def test_a_conversation_becomes_the_models_input(processor: Any) -> None:
     found = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@reads_images
+def test_the_pipeline_answers_as_chat_does(
+    full_release: tuple[Path, ReferenceEve], processor: Any
+) -> None:
+    folder, image = full_release[0], picture(8, 8)
+    asked = pipeline("image-text-to-text", model=str(folder), trust_remote_code=True, device="cpu")
+    (reply,) = asked(text=[said("user", "What colour?", image)], max_new_tokens=6)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    answer, _ = model.chat(processor, "What colour?", images=image, max_new_tokens=6)
+    assert reply["generated_text"][-1]["content"].strip() == answer
 
 
 @reads_images
