@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pytest
 import torch
 import transformers
@@ -114,7 +113,7 @@ def test_plain_texts_and_what_a_caller_says_as_system(processor: Any) -> None:
     ],
 )
 def test_misuse_is_refused(processor: Any, messages: list[Any], problem: str) -> None:
-    with pytest.raises(jinja2.TemplateError, match=problem):
+    with pytest.raises(Exception, match=problem):  # of the template engine below transformers
         processor.tokenizer.apply_chat_template(messages, tokenize=False)
 
 
