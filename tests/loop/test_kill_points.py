@@ -170,7 +170,7 @@ def survive(point: KillPoint, run: Curriculum, undisturbed: Undisturbed) -> dict
     codes = []
     for kill in point.kills:
         codes.append(run.start(point.stage, before=kill))
-        assert kill.reached.exists(), f"{kill} was not reached:\n{run.log.read_text()[-4000:]}"
+        assert kill.reached.exists(), f"{kill} was not reached:\n{run.log.read_text()[-20000:]}"
         # A run that is done is not started again, also if it was killed as it waited for its evaluation.
         was_done = (run.stage_dir(point.stage) / "DONE").exists()
         latest = run.stage_dir(point.stage) / "checkpoints" / "latest"

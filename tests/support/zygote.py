@@ -5,6 +5,7 @@ A trainer started this way is `megatron_eve.train.main` in a fresh process with 
 another run. What is saved is the import of torch and megatron-core, about five seconds."""
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -17,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 120
+TIMEOUT_S, STACKS_S = 120, 3
 KILLER = "killer"
 """Name of threads that a trainer which has come to its end waits for."""
 
@@ -57,6 +58,8 @@ def _run(start: Start) -> list[int]:
             if status:
                 _kill(list(running))
         elif time.monotonic() > deadline:
+            _signal(groups, signal.SIGQUIT)  # all of them, their writers too, print where they are
+            time.sleep(STACKS_S)
             _kill(groups)
             return [-99] * start.processes
         else:
@@ -65,9 +68,13 @@ def _run(start: Start) -> list[int]:
 
 
 def _kill(groups: Sequence[int]) -> None:
+    _signal(groups, signal.SIGKILL)
+
+
+def _signal(groups: Sequence[int], number: int) -> None:
     for group in groups:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
+            os.killpg(group, number)
 
 
 def _fork(start: Start, rank: int) -> int:
@@ -90,6 +97,7 @@ def _trainer(start: Start, rank: int) -> int:
     log = os.open(start.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.register(signal.SIGQUIT, file=2)
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     if start.processes > 1:
         os.environ.update(
