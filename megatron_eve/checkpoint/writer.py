@@ -2,16 +2,19 @@
 """Brings a sharded state dict to a folder in megatron-core's torch_dist format, while training goes on if asked to.
 
 Planning is megatron-core's. The writing is ours: one forked process a rank writes one file, reads it back for its hash,
-and sends what it did through a pipe. megatron-core's own writer forks two processes more for that, and starts a
-`multiprocessing` manager that imports the program again; a writer that dies makes it wait for ever, and a disk that is
-full on rank 0 makes the other ranks wait. Here every failure reaches every rank as one CheckpointError.
+and sends what it did through a pipe. One that hangs is replaced. megatron-core's own writer forks two processes more
+for that, and starts a `multiprocessing` manager that imports the program again; a writer that dies makes it wait for
+ever, and a disk that is full on rank 0 makes the other ranks wait. Here every failure reaches every rank as one
+CheckpointError.
 """
 
 import errno
 import gc
+import logging
 import multiprocessing
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +47,11 @@ from megatron_eve.checkpoint.manifest import (
 )
 from megatron_eve.errors import CheckpointError
 
+_LOG = logging.getLogger(__name__)
 _GIB = 1 << 30
+_LOOK_S, _HANGS_AFTER_S = 1.0, 60.0
+"""A forked process inherits the locks that its parent's other threads held, for ever. Whoever waits for one computes
+nothing and waits for no disk: after so many seconds it is given up."""
 _SPARE_BYTES = 64 << 20  # headers, metadata and what the file system itself needs
 
 
@@ -225,18 +232,40 @@ class FolderWrite:
 
     def _result(self) -> _Written:
         if self._written is None:
-            try:
-                self._written = self._pipe.recv()  # before join(): a full pipe holds the process
-            except EOFError:
-                self._written = _Written()
-            self._process.join()
-            if self._process.exitcode:
-                self._written.problem = (
-                    f"the process that writes rank {torch.distributed.get_rank()}'s part ended with "
-                    f"exit code {self._process.exitcode}"
+            if self._hangs():
+                _LOG.warning(
+                    "the process that writes %s does nothing; it is stopped and the file is written without it",
+                    self._writer.file,
                 )
-        assert self._written is not None
+                self._stop_process()
+                self._written = self._writer.write()
+            else:
+                self._written = self._received()
         return self._written
+
+    def _hangs(self) -> bool:
+        """Wait until the process has something to say; True: it does nothing any more."""
+        seen, since = _activity(self._process.pid), time.monotonic()
+        while not self._pipe.poll(_LOOK_S):
+            now = _activity(self._process.pid)
+            if now != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > _HANGS_AFTER_S:
+                return True
+        return False
+
+    def _received(self) -> _Written:
+        try:
+            written: _Written = self._pipe.recv()  # before join(): a full pipe holds the process
+        except EOFError:
+            self._process.join()
+            return _Written(
+                problem=f"the process that writes rank {torch.distributed.get_rank()}'s part ended with "
+                f"exit code {self._process.exitcode}"
+            )
+        self._process.join(_HANGS_AFTER_S)  # its work is done, however it ends
+        self._stop_process()
+        return written
 
     def _complete(self, everyone: list[_Written]) -> str | None:
         path = self.folder
@@ -281,11 +310,20 @@ class FolderWrite:
 
     def abort(self) -> None:
         """Stop writing and remove the folder."""
+        self._stop_process()
+        if self._is_ours:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _stop_process(self) -> None:
         if self._process is not None and self._process.is_alive():
             self._process.kill()
             self._process.join()
-        if self._is_ours:
-            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _activity(pid: int) -> object:
+    """Changes while a process computes or waits for a disk. Source: proc(5), /proc/PID/stat."""
+    state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return time.monotonic() if state == "D" else tuple(fields[10:12])  # user and system time
 
 
 def _write_in_child(writer: _ShardWriter, pipe: Any) -> None:
