@@ -36,9 +36,8 @@ class EVEQwen2Config(Qwen2Config):
         if head_dim is None:
             head_dim = self.hidden_size // self.num_attention_heads
         self.head_dim = head_dim
-        if not hasattr(
-            self, "rope_theta"
-        ):  # transformers 5 keeps it with what scales the rotary embedding
+        # transformers 5 keeps it with what scales the rotary embedding.
+        if not hasattr(self, "rope_theta"):
             self.rope_theta = self.rope_parameters["rope_theta"]
         self.add_moe = add_moe
         self.moe_part = moe_part

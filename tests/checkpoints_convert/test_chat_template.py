@@ -33,19 +33,26 @@ def said(role: str, text: str, *images: object) -> dict[str, Any]:
     return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
 
 
+TURNS = [("What colour is the circle?", "red"), ("How many?", None)]
+
+
+def conversation(*images: object) -> list[dict[str, Any]]:
+    """TURNS as messages."""
+    return [
+        said("user", " What colour is the circle? ", *images),
+        said("assistant", "red"),
+        said("user", "How many?"),
+    ]
+
+
 @pytest.fixture(scope="module")
 def processor(full_release: tuple[Path, ReferenceEve]) -> Any:
     return AutoProcessor.from_pretrained(full_release[0], trust_remote_code=True)
 
 
 def test_a_conversation_is_that_of_training(processor: Any) -> None:
-    messages = [
-        said("user", " What colour is the circle? ", None, None),
-        said("assistant", "red"),
-        said("user", "How many?"),
-    ]
-    turns = [("What colour is the circle?", "red"), ("How many?", None)]
-    text = processor.conversation(turns, num_images=2)
+    messages = conversation(None, None)
+    text = processor.conversation(TURNS, num_images=2)
     assert processor.apply_chat_template(messages) == text
     assert processor.tokenizer.apply_chat_template(messages, tokenize=False) == text
 
@@ -53,13 +60,8 @@ def test_a_conversation_is_that_of_training(processor: Any) -> None:
 @reads_images
 def test_a_conversation_becomes_the_models_input(processor: Any) -> None:
     first, second = picture(8, 8), picture(12, 4, seed=1)
-    messages = [
-        said("user", " What colour is the circle? ", first, second),
-        said("assistant", "red"),
-        said("user", "How many?"),
-    ]
-    turns = [("What colour is the circle?", "red"), ("How many?", None)]
-    text = processor.conversation(turns, num_images=2)
+    messages = conversation(first, second)
+    text = processor.conversation(TURNS, num_images=2)
     expected = processor(text=text, images=[first, second])
     found = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
     assert found.keys() == expected.keys()

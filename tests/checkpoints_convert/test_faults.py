@@ -333,9 +333,8 @@ def test_shards_that_contradict_the_index_are_named(
     assert "model.safetensors.index.json" in attempt()
     (folder / first).write_bytes(whole[folder / first][:-4])
     assert first in attempt()
-    save_file(
-        twice, folder / "model.safetensors"
-    )  # of another save, say; transformers would read it
+    # Of another save, say; transformers would read it.
+    save_file(twice, folder / "model.safetensors")
     assert "holds both model.safetensors and model.safetensors.index.json" in attempt()
 
 
