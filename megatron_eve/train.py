@@ -6,7 +6,6 @@ stop (RUN_DIR/DONE tells which) or the dry run is printed, 1 the run failed, 2 w
 
 import argparse
 import logging
-import multiprocessing
 import os
 import sys
 import traceback
@@ -52,7 +51,7 @@ def configure(recipe: str, *, overrides: Sequence[str]) -> RunConfig:
 
 
 def _train(config: RunConfig) -> int:
-    # The tokenizer's threads are done when a checkpoint forks its writers; its warning about it would be noise.
+    # One sample is tokenized at a time; threads for it would only warn, should a library fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -75,10 +74,6 @@ def _train(config: RunConfig) -> int:
     else:
         return 0
     sys.stderr.flush()
-    for child in (
-        multiprocessing.active_children()
-    ):  # megatron-core's checkpoint manager; it would hold our pipes open
-        child.kill()
     os._exit(code)  # destructors of a wedged communicator can hang for ever
 
 

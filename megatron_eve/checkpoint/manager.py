@@ -5,7 +5,7 @@
     RUN_DIR/checkpoints/latest           name of the newest complete one, as text
     RUN_DIR/latest_step                  its step, as text (read by slurm/)
 
-A checkpoint is written to `.tmp-...`, by processes of its own if the training is not to wait, and renamed when every
+A checkpoint is written to `.tmp-...`, by threads of their own if the training is not to wait, and renamed when every
 rank's bytes are on the disk: a folder with a step's name is whole. `latest` is replaced after that, and an old
 checkpoint loses its name before its files, so at every instant `latest` names a whole one. Contents: weights,
 optimizer, schedule, random generators, position of the data plan, the run's configuration. The same layout resumes
@@ -68,7 +68,7 @@ class _Pending:
 
 
 class CheckpointManager:
-    """Saves and loads the checkpoints of one run directory. Every method is collective."""
+    """Saves and loads the checkpoints of one run directory. Every method is collective but close()."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class CheckpointManager:
         Raises: CheckpointError if it cannot be written; older checkpoints stay as they are."""
         self.wait()
         final = self.folder / step_name(step)
-        # A writer of a run that was killed may still be alive: no two attempts share a folder.
+        # Another node's process of a run that was killed may still write: no two attempts share a folder.
         attempt = [uuid.uuid4().hex[:8]]
         torch.distributed.broadcast_object_list(attempt, src=0)
         state = {**saved_state(training), "step": step, "data": dict(data)}
@@ -113,8 +113,9 @@ class CheckpointManager:
         write = FolderWrite(
             self.folder / f".tmp-{final.name}-{attempt[0]}",
             Contents(state=state, config_text=self._config_text, facts=facts, tensors=tensors),
+            in_background=self._in_background,
         )
-        write.start(in_background=self._in_background)
+        write.start()
         self._pending = _Pending(write, step)
         if not self._in_background:
             self.wait()
@@ -159,6 +160,13 @@ class CheckpointManager:
     def _point_to(self, final: Path, *, step: int) -> None:
         write_atomically(self.folder / LATEST, final.name + "\n")
         write_atomically(self._run_dir / LATEST_STEP_FILE, f"{step}\n")
+
+    def close(self) -> None:
+        """For a run that failed: stop what this rank writes, if anything, and remove it. Not collective; what other
+        ranks still write is removed at the next start."""
+        if self._pending is not None:
+            self._pending.write.abort()
+            self._pending = None
 
     def complete_steps(self) -> list[int]:
         """Steps that have a folder with a final name, ascending."""

@@ -51,7 +51,7 @@ def save_weights(chunks: Sequence[EveModel], folder: str | Path, *, config_text:
         tensors=canonical_hashes(chunks),
     )
     write = FolderWrite(Path(folder), contents)
-    write.start(in_background=False)
+    write.start()
     write.finish()
 
 

@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Brings a sharded state dict to a folder in megatron-core's torch_dist format, while training goes on if asked to.
 
-Planning is megatron-core's. The writing is ours: one forked process a rank writes one file, reads it back for its hash,
-and sends what it did through a pipe. One that hangs is replaced. megatron-core's own writer forks two processes more
-for that, and starts a `multiprocessing` manager that imports the program again; a writer that dies makes it wait for
-ever, and a disk that is full on rank 0 makes the other ranks wait. Here every failure reaches every rank as one
-CheckpointError.
+Planning is megatron-core's. The writing is ours: one thread a rank writes one file and reads it back for its hash;
+writing and hashing leave the interpreter to the training. megatron-core 0.16.1's own writer forks, and a process that
+is forked while other threads run may hang before it does anything (docs/checkpoints.md); one that dies makes the run
+wait for ever, and so does a disk that is full on rank 0. Here every failure reaches every rank as one CheckpointError.
 """
 
 import errno
-import gc
-import logging
-import multiprocessing
 import os
 import shutil
-import time
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,11 +44,7 @@ from megatron_eve.checkpoint.manifest import (
 )
 from megatron_eve.errors import CheckpointError
 
-_LOG = logging.getLogger(__name__)
 _GIB = 1 << 30
-_LOOK_S, _HANGS_AFTER_S = 1.0, 60.0
-"""A forked process inherits the locks that its parent's other threads held, for ever. Whoever waits for one computes
-nothing and waits for no disk: after so many seconds it is given up."""
 _SPARE_BYTES = 64 << 20  # headers, metadata and what the file system itself needs
 
 
@@ -67,7 +60,7 @@ class Contents:
 
 @dataclass(slots=True)
 class _Written:
-    """What a rank's process did: torch's results and the file, or why not."""
+    """What a rank wrote: torch's results and the file, or why not."""
 
     results: list[Any] = field(default_factory=list)
     files: dict[str, FileEntry] = field(default_factory=dict)
@@ -75,13 +68,20 @@ class _Written:
 
 
 class _ShardWriter(FileSystemWriterAsync):
-    """One file a rank. Planning brings the tensors to the CPU; write() may then run in a forked process."""
+    """One file a rank. Planning brings the tensors to the CPU; write() may then run in another thread."""
 
     items: list[tuple[WriteItem, Any]]
     file: Path | None = None
 
+    def __init__(self, folder: Path, *, copy: bool) -> None:
+        """`copy`: what is written does not change with the tensors that it is taken from."""
+        super().__init__(str(folder))
+        self.stopped = threading.Event()
+        self._copy = copy
+
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        self.items = [(item, _on_cpu(planner.resolve_data(item))) for item in plan.items]
+        resolved = [(item, planner.resolve_data(item)) for item in plan.items]
+        self.items = [(item, _on_cpu(data, copy=self._copy)) for item, data in resolved]
         if self.items:
             self.file = Path(self.path) / f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
 
@@ -99,6 +99,7 @@ class _ShardWriter(FileSystemWriterAsync):
         try:
             with open(self.file, "wb") as stream:
                 results = [self._write_item(stream, item, data) for item, data in self.items]
+                self.items = []  # gives the copies back
                 stream.flush()
                 os.fsync(stream.fileno())
             return _Written(results, {self.file.name: file_entry(self.file)})
@@ -107,20 +108,21 @@ class _ShardWriter(FileSystemWriterAsync):
 
     def _write_item(self, stream: Any, item: WriteItem, data: Any) -> Any:
         assert self.file is not None
+        if self.stopped.is_set():
+            raise CheckpointError("writing was stopped")
         return filesystem._write_item(
             self.transforms, stream, data, item, self.file.name, SerializationFormat.TORCH_SAVE
         )
 
 
-def _on_cpu(data: Any) -> Any:
+def _on_cpu(data: Any, *, copy: bool) -> Any:
     if not torch.is_tensor(data):
         return data
     data = data.detach()
     if data.device.type != "cpu":
         return data.to("cpu")
-    # torch.save writes the whole storage; the copy is made here because it may use threads that a fork has not.
-    is_view = data.untyped_storage().nbytes() != data.nbytes
-    return data.clone() if is_view else data
+    is_view = data.untyped_storage().nbytes() != data.nbytes  # torch.save would write all of it
+    return data.clone() if copy or is_view else data
 
 
 def _told(error: BaseException, path: Path) -> str:
@@ -134,29 +136,29 @@ def _told(error: BaseException, path: Path) -> str:
 
 
 class FolderWrite:
-    """A checkpoint folder on its way to the disk: start() it, ask is_done(), then finish(). Each is collective.
+    """A checkpoint folder on its way to the disk: start() it, ask is_done(), then finish(); these are collective.
 
     Raises: CheckpointError, on every rank, with the first rank's reason; the folder is then removed."""
 
-    def __init__(self, folder: Path, contents: Contents) -> None:
+    def __init__(self, folder: Path, contents: Contents, *, in_background: bool = False) -> None:
+        """`in_background`: start() returns when the tensors are safe from further training."""
         self.folder, self._contents = folder, contents
-        self._process: Any = None
-        self._pipe: Any = None
-        self._written: _Written | None = None
+        self._in_background = in_background
+        self._writer = _ShardWriter(folder, copy=in_background)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._is_main = torch.distributed.get_rank() == 0
         self._is_ours = False  # a folder that was there before is not removed
 
-    def start(self, *, in_background: bool) -> None:
-        """Plan, and write all; in the background the call returns when the tensors are safe from further training."""
+    def start(self) -> None:
+        """Plan, and write all."""
         self._agree(self._make_folder())
         sharded, common = save_preprocess(dict(self._contents.state))
         self._agree(self._save_common(common))
         self._plan(sharded)
         self._agree(self._missing_space())
-        if in_background:
-            self._fork()
-        else:
-            self._written = self._writer.write()
+        self._written = self._thread.submit(self._writer.write)
+        if not self._in_background:
+            wait([self._written])
 
     def _make_folder(self) -> str | None:
         if not self._is_main:
@@ -185,12 +187,11 @@ class FolderWrite:
 
     def _plan(self, sharded: Any) -> None:
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
-        planned, *_ = save_state_dict_async_plan(
+        (_, self._metadata, _), *_ = save_state_dict_async_plan(
             mcore_to_pyt_state_dict(by_key),
-            _ShardWriter(str(self.folder)),
+            self._writer,
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
-        self._writer, self._metadata, _ = planned
 
     def _missing_space(self) -> str | None:
         """A disk that is known to be too small is not filled first. Quotas show only when they are hit."""
@@ -205,67 +206,20 @@ class FolderWrite:
             f"{free / _GIB:.2f} GiB are free"
         )
 
-    def _fork(self) -> None:
-        context = multiprocessing.get_context("fork")
-        self._pipe, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(
-            target=_write_in_child, args=(self._writer, theirs), name="checkpoint-writer"
-        )
-        self._process.start()
-        theirs.close()
-
     def is_done(self) -> bool:
-        """Whether every rank's process has come to an end, in success or not."""
-        waiting = int(self._written is None and not self._pipe.poll())
-        flag = torch.tensor(waiting, device=torch.cuda.current_device())
+        """Whether every rank's file is written, in success or not."""
+        waiting = not self._written.done()
+        flag = torch.tensor(int(waiting), device=torch.cuda.current_device())
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return not flag.item()
 
     def finish(self) -> None:
         """Wait for every rank's bytes, then write what makes the folder a checkpoint; complete.json last."""
-        written = self._result()
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, written)
+        torch.distributed.all_gather_object(everyone, self._written.result())
         if problem := next((rank.problem for rank in everyone if rank.problem), None):
             self._fail(problem)
         self._agree(self._complete(everyone) if self._is_main else None)
-
-    def _result(self) -> _Written:
-        if self._written is None:
-            if self._hangs():
-                _LOG.warning(
-                    "the process that writes %s does nothing; it is stopped and the file is written without it",
-                    self._writer.file,
-                )
-                self._stop_process()
-                self._written = self._writer.write()
-            else:
-                self._written = self._received()
-        return self._written
-
-    def _hangs(self) -> bool:
-        """Wait until the process has something to say; True: it does nothing any more."""
-        seen, since = _activity(self._process.pid), time.monotonic()
-        while not self._pipe.poll(_LOOK_S):
-            now = _activity(self._process.pid)
-            if now != seen:
-                seen, since = now, time.monotonic()
-            elif time.monotonic() - since > _HANGS_AFTER_S:
-                return True
-        return False
-
-    def _received(self) -> _Written:
-        try:
-            written: _Written = self._pipe.recv()  # before join(): a full pipe holds the process
-        except EOFError:
-            self._process.join()
-            return _Written(
-                problem=f"the process that writes rank {torch.distributed.get_rank()}'s part ended with "
-                f"exit code {self._process.exitcode}"
-            )
-        self._process.join(_HANGS_AFTER_S)  # its work is done, however it ends
-        self._stop_process()
-        return written
 
     def _complete(self, everyone: list[_Written]) -> str | None:
         path = self.folder
@@ -309,27 +263,11 @@ class FolderWrite:
         )
 
     def abort(self) -> None:
-        """Stop writing and remove the folder."""
-        self._stop_process()
+        """Stop writing and remove the folder. Not collective."""
+        self._writer.stopped.set()
+        self._thread.shutdown()
         if self._is_ours:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _stop_process(self) -> None:
-        if self._process is not None and self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-
-
-def _activity(pid: int) -> object:
-    """Changes while a process computes or waits for a disk. Source: proc(5), /proc/PID/stat."""
-    state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return time.monotonic() if state == "D" else tuple(fields[10:12])  # user and system time
-
-
-def _write_in_child(writer: _ShardWriter, pipe: Any) -> None:
-    gc.disable()  # the collector would touch device tensors that belong to the parent
-    pipe.send(writer.write())
-    pipe.close()
 
 
 def raise_together(problem: str | None) -> None:

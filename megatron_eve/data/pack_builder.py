@@ -61,9 +61,9 @@ class PackBuilder:
         self._device: Literal["cpu", "cuda"] = device
         # asked here, because worker threads start on device 0 whatever this process has chosen
         self._device_id = torch.cuda.current_device() if device == "cuda" else 0
-        # By thread, since a DALI pipeline serves one. Not threading.local(): when a checkpoint forks its
-        # writers, the child drops the other threads' locals, and the destructor of a DALI pipeline whose
-        # threads are not there never returns.
+        # By thread, since a DALI pipeline serves one. Not threading.local(): should a library fork, the child
+        # drops the other threads' locals, and the destructor of a DALI pipeline whose threads are not there
+        # never returns.
         self._decoders: dict[int, ImageDecoder] = {}
 
     def build(self, planned: PlannedPack) -> tuple[Pack, list[Quarantined]]:

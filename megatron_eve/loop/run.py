@@ -82,6 +82,7 @@ def run(config: RunConfig) -> None:
         try:
             _train(assembled, stop=stop)
         finally:
+            assembled.checkpoints.close()
             if assembled.loader is not None:
                 assembled.loader.close()
 

@@ -315,7 +315,7 @@ def test_rank_outside_is_refused(data: DataConfig, qwen: Tokenizer) -> None:
 def test_a_process_forked_while_threads_hold_decoders_can_exit(
     data: DataConfig, qwen: Tokenizer
 ) -> None:
-    """megatron-core forks its checkpoint writers; with the decoders in thread-local storage the child hung for ever."""
+    """Ours forks nothing, a library may; with the decoders in thread-local storage the child hung for ever."""
     with open_loader(dataclasses.replace(data, num_workers=2), qwen) as loader:
         next(loader)
         child = multiprocessing.get_context("fork").Process(target=len, args=((),))

@@ -2,7 +2,7 @@
 """Killed anywhere and started again until it is done, a run is the one that nobody disturbed, to the last bit.
 
 Two stages of a tiny recipe on real shards: the second trains other weights on packs of another size and starts from the
-first. Each numbered kill point draws its phase, moment, signal and victim from its number (support/kill_points.py).
+first. Each numbered kill point draws its phase, moment, signal and rank from its number (support/kill_points.py).
 `make test` runs a few; `make test-kill N=100` runs as many as are asked for and writes runs/test-kill.jsonl."""
 
 import json
@@ -236,7 +236,6 @@ def test_another_layout_and_number_of_workers_go_on(zygote, small_data, undistur
         occurrence=2,
         delay_s=0.0,
         signal="SIGTERM",
-        victim="process",
         rank=0,
         reached=tmp_path / "reached",
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where and how a run is killed: a random phase, occurrence, delay, signal and victim for every number."""
+"""Where and how a run is killed: a random phase, occurrence, delay, signal and rank for every number."""
 
 import functools
 import json
@@ -18,7 +18,6 @@ from tests.support.zygote import KILLER
 
 STEPS, SAVE_EVERY = 5, 2  # of each stage: saves after steps 2, 4 and 5
 EVALUATED = 4  # the step whose checkpoint is evaluated
-Victim = Literal["group", "process"]  # with or without the process that writes its checkpoint
 
 # phase: how often it happens in an undisturbed stage
 PHASES = {
@@ -27,7 +26,7 @@ PHASES = {
     "resume": 1,  # of a run that was killed before
     "step": STEPS,  # the first one is the warm-up's
     "save": 3,  # hashes, planning, copies
-    "write": 3,  # the writing process, while training goes on
+    "write": 3,  # the writing thread, while training goes on
     "finish": 3,  # index and manifest
     "publish": 3,  # rename, latest, old ones removed
     "evaluation": 1,  # its command starts and runs, while training goes on or a run that is done waits for it
@@ -39,13 +38,12 @@ _OF_RANK_0 = ("publish", "evaluation", "evaluation result", "end")
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """At the `occurrence`-th time (from 1) that `phase` begins on `rank`, `delay_s` later, `signal` to `victim`."""
+    """At the `occurrence`-th time (from 1) that `phase` begins on `rank`, `delay_s` later, `signal` to its process."""
 
     phase: str
     occurrence: int
     delay_s: float
     signal: str
-    victim: Victim
     rank: int
     reached: Path  # touched when the signal is sent
 
@@ -55,27 +53,18 @@ class Kill:
             return
         count = [0]
         owner, name = _place(self.phase)
-        if self.phase == "write":  # in a process of its own, which inherits the count
-            _wrap(owner, "prepare_write_data", lambda: _increase(count))
-            _wrap(owner, name, lambda: self._arm() if count[0] == self.occurrence else None)
-        else:
-            _wrap(owner, name, lambda: self._arm() if _increase(count) == self.occurrence else None)
+        _wrap(owner, name, lambda: self._arm() if _increase(count) == self.occurrence else None)
 
-    def _arm(self) -> threading.Thread | None:
+    def _arm(self) -> None:
         if self.delay_s == 0:
             self._strike()
-        thread = threading.Thread(target=self._strike, name=KILLER, daemon=True)
-        thread.start()
-        return thread if self.phase == "write" else None
+        else:
+            threading.Thread(target=self._strike, name=KILLER, daemon=True).start()
 
     def _strike(self) -> None:
         time.sleep(self.delay_s)
         self.reached.touch()
-        number = getattr(signal, self.signal)
-        if self.victim == "group":
-            os.killpg(os.getpgid(0), number)
-        else:
-            os.kill(os.getpid(), number)
+        os.kill(os.getpid(), getattr(signal, self.signal))
 
     def told(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if k != "reached"}
@@ -87,16 +76,13 @@ def _increase(count: list[int]) -> int:
 
 
 def _wrap(owner: Any, name: str, first: Callable[[], Any]) -> None:
-    """Let `owner.name` call `first` first; a thread that this returns is waited for at the end."""
+    """Let `owner.name` call `first` first."""
     function = getattr(owner, name)
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        thread = first()
-        result = function(*args, **kwargs)
-        if isinstance(thread, threading.Thread):
-            thread.join()
-        return result
+        first()
+        return function(*args, **kwargs)
 
     setattr(owner, name, wrapped)
 
@@ -155,7 +141,6 @@ def _draw_kill(draw: random.Random, phase: str, *, processes: int, reached: Path
         occurrence=occurrence,
         delay_s=draw.choice((0.0, draw.uniform(0, 0.02), draw.uniform(0, 0.2))),
         signal=draw.choice(("SIGKILL", "SIGKILL", "SIGTERM")),
-        victim=draw.choice(("group", "group", "process")),
         rank=0 if phase in _OF_RANK_0 else draw.randrange(processes),
         reached=reached,
     )

@@ -58,7 +58,7 @@ def _run(start: Start) -> list[int]:
             if status:
                 _kill(list(running))
         elif time.monotonic() > deadline:
-            _signal(groups, signal.SIGQUIT)  # all of them, their writers too, print where they are
+            _signal(groups, signal.SIGQUIT)  # they print where they are
             time.sleep(STACKS_S)
             _kill(groups)
             return [-99] * start.processes
