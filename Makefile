@@ -62,9 +62,9 @@ test-kill: $(CPU_SET) ## kill a small run at N random points (default 100) and c
 	KILL_POINTS=$(N) KILL_LOG=runs/test-kill.jsonl $(PY) -m pytest -m kill tests/loop tests/checkpoint $(PYTEST_ARGS)
 	$(PY) -m tests.support.kill_points runs/test-kill.jsonl
 
-bench: $(CPU_SET) ## step, split tax, packing and memory: JSON and a Markdown table in runs/bench (leave the machine alone)
+bench: $(CPU_SET) ## step, split tax, packing, memory and saving: JSON and a Markdown table in runs/bench (leave the machine alone)
 	mkdir -p $(BENCH)
-	for name in step split_tax packing memory; do \
+	for name in step split_tax packing memory saving; do \
 	  rm -f $(BENCH)/$$name.json && echo "## $$name" > $(BENCH)/$$name.md && echo >> $(BENCH)/$$name.md \
 	    && $(PY) -m tools.bench.$$name --out $(BENCH) >> $(BENCH)/$$name.md || exit 1; \
 	done

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data_prep.build_options import BuildOptions
 from data_prep.output import TEMPORARY_PREFIX, write_json
-from data_prep.ownership import DATASET_FILE, claim, only_build
+from data_prep.ownership import DATASET_FILE, claim
 from data_prep.parts import (
     INDEX_FILE,
     QUARANTINE_FILE,
@@ -42,6 +42,7 @@ from data_prep.readers import InputSummary, iterate_entries, scan_input
 from data_prep.samples import check_entry
 from data_prep.workers import part_builders
 from megatron_eve.errors import DataError
+from megatron_eve.folder_lock import only_one
 
 DRY_RUN_SAMPLES = 256
 
@@ -83,7 +84,7 @@ def build_shards(options: BuildOptions, *, overwrite: bool = False) -> BuildRepo
     for line in options.plan_lines(summary):
         print(line, file=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)
-    with only_build(options.out):
+    with only_one(options.out, what="build"):
         claim(options.out, identity=options.identity(summary), overwrite=overwrite)
         num_kept = _build_parts(options, summary=summary)
         return _finish(options, summary=summary, num_kept=num_kept)

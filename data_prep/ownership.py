@@ -5,36 +5,18 @@ dataset.json is written when a build begins and names its input and options; a f
 keeps a second process out.
 """
 
-import fcntl
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.output import TEMPORARY_PREFIX, write_json
 from data_prep.parts import INDEX_FILE, QUARANTINE_FILE
 from megatron_eve.errors import ConfigError
+from megatron_eve.folder_lock import LOCK_FILE
 
-DATASET_FILE, LOCK_FILE = "dataset.json", ".lock"
+DATASET_FILE = "dataset.json"
 Identity = dict[str, object]
-
-
-@contextmanager
-def only_build(out: Path) -> Iterator[None]:
-    """Hold a lock on the folder, so that no second build writes to it. The lock dies with the process."""
-    with (out / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"another build is writing to {out}; wait for it or choose another folder."
-            ) from error
-        except OSError as error:  # some network file systems have no locks
-            print(f"warning: {out} cannot be locked ({error}); start one build", file=sys.stderr)
-        yield
 
 
 def claim(out: Path, *, identity: Identity, overwrite: bool) -> None:

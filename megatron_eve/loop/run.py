@@ -4,6 +4,7 @@
 RUN_DIR/config.txt      the resolved configuration        RUN_DIR/metrics.jsonl   one record a logged step
 RUN_DIR/checkpoints/    see checkpoint/manager.py         RUN_DIR/quarantine.jsonl  samples that were refused
 RUN_DIR/DONE            written when the last step is done and saved
+RUN_DIR/.lock           held by the process of rank 0, see folder_lock.py
 RUN_DIR/evaluations/    results of evaluation.command, see loop/evaluation.py
 """
 
@@ -11,7 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,18 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_eve import device
 from megatron_eve.checkpoint.manager import CheckpointManager, TrainingState
-from megatron_eve.checkpoint.manifest import CONFIG, write_atomically
-from megatron_eve.checkpoint.run_folder import checkpoints_of
 from megatron_eve.checkpoint.weights import load_weights
 from megatron_eve.config.plan import plan_text, rounding_advice
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.sizes import total_steps
-from megatron_eve.config.text_form import config_text, flatten
+from megatron_eve.config.text_form import config_text
 from megatron_eve.data.loader import PackLoader
 from megatron_eve.data.tokenizer import load_tokenizer
 from megatron_eve.errors import ConfigError
 from megatron_eve.loop.evaluation import Evaluations
 from megatron_eve.loop.feed import next_step
 from megatron_eve.loop.non_finite import SkipGuard
+from megatron_eve.loop.run_directory import claimed
 from megatron_eve.loop.signals import DONE_FILE, StopFlag, stop_on_signal
 from megatron_eve.loop.step import train_step
 from megatron_eve.metrics.peak import peak_flops
@@ -75,9 +75,8 @@ def run(config: RunConfig) -> None:
     random.seed(config.train.seed)  # a checkpoint holds its state; megatron-core seeds torch's
     torch.use_deterministic_algorithms(config.train.deterministic)
     run_dir = Path(config.run_dir)
-    if state.rank == 0:
-        claim(run_dir, config)
-    with stop_on_signal(run_dir) as stop:
+    ours = claimed(run_dir, config) if state.rank == 0 else nullcontext()
+    with ours, stop_on_signal(run_dir) as stop:
         assembled = _assemble(config, state=state, run_dir=run_dir)
         try:
             _train(assembled, stop=stop)
@@ -85,36 +84,6 @@ def run(config: RunConfig) -> None:
             assembled.checkpoints.close()
             if assembled.loader is not None:
                 assembled.loader.close()
-
-
-def claim(run_dir: Path, config: RunConfig) -> None:
-    """Note in the run directory whose it is. A disk that is full leaves what stands there.
-
-    Raises: ConfigError if it is another run's; OSError."""
-    refuse_other_run(config, run_dir=run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_dir / CONFIG, config_text(config))
-
-
-def refuse_other_run(config: RunConfig, *, run_dir: Path) -> None:
-    """A run directory belongs to one recipe, model and stage; lengths, learning rates and layouts may change.
-
-    Raises: ConfigError naming the fields that differ from those of the run that is there."""
-    written = run_dir / CONFIG
-    if not checkpoints_of(run_dir) or not written.exists():
-        return
-    before = dict(line.split(": ", 1) for line in written.read_text().splitlines())
-    now = flatten(config)
-    differ = [
-        f"{key} was {before.get(key)}, is {value}"
-        for key, value in now.items()
-        if key.startswith(("recipe", "model.", "stage.")) and before.get(key) != value
-    ]
-    if differ:
-        raise ConfigError(
-            f"{run_dir} holds the checkpoints of another run: {'; '.join(differ)}. Choose another run_dir, and "
-            f"checkpoint.load_weights_from={run_dir} to start from its weights"
-        )
 
 
 def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:

@@ -227,7 +227,7 @@ def test_a_second_build_at_the_same_time_is_refused(data: Path, tmp_path: Path) 
     (tmp_path / "out").mkdir()
     with (tmp_path / "out/.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another build is writing"):
+        with pytest.raises(ConfigError, match="is in use by another build"):
             build_shards(_options(data, tmp_path / "out"))
 
 

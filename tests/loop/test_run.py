@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.loop.test_run_directory import held
+
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 150
 
@@ -210,6 +212,24 @@ def test_a_run_directory_of_another_stage_is_refused(overrides, tmp_path):  # ty
     assert "holds the checkpoints of another run" in output
     assert "stage.name was 3, is 2.2" in output
     assert (tmp_path / "run" / "config.txt").read_text() == before
+
+
+def test_a_second_run_waits_for_the_first_ones_end(overrides, tmp_path):  # type: ignore[no-untyped-def]
+    """As after a requeue, when a process of before is not quite dead."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with held(run_dir) as holder:
+        trainer = start([*overrides, "train.steps=1"])
+        said = f"waiting 30 s for another run in {run_dir}: process {holder.pid} on "
+        deadline = time.monotonic() + TIMEOUT_S
+        while said not in trainer.output:
+            assert trainer.process.poll() is None, trainer.output
+            assert time.monotonic() < deadline, trainer.output
+            time.sleep(0.05)
+        assert not (run_dir / "config.txt").exists()
+        holder.kill()
+        assert trainer.wait() == 0, trainer.output
+    assert (run_dir / "DONE").exists()
 
 
 def test_context_parallel_run_resumes_without_it(overrides, tmp_path):  # type: ignore[no-untyped-def]

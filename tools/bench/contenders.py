@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from checkpoints_convert.tensors import eve_to_hf
+from megatron_eve.checkpoint.manager import TrainingState
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.data.sample import Pack
 from megatron_eve.loop.step import train_step
@@ -43,12 +44,12 @@ class OurStep:
         self.optimizer = build_optimizer(self.wrapped, config=config, state=state)
         mcore.grad_scale_func = self.optimizer.scale_loss
         self._schedule = build_schedule(self.optimizer, config=config, steps=_SCHEDULE_STEPS)
-        self._chunks = chunks
+        self.training = TrainingState(chunks, self.wrapped, self.optimizer, self._schedule)
 
     @property
     def model(self) -> EveModel:
         """The bare model."""
-        return self._chunks[0]
+        return self.training.chunks[0]
 
     def step(self, packs: Sequence[Pack]) -> float:
         """One update; the loss per target."""

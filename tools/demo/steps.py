@@ -5,22 +5,20 @@ commands keep what they had finished. Refuses a folder whose done steps were mad
 holds something else, and two demos in one folder at a time.
 """
 
-import fcntl
 import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_eve.errors import ConfigError
+from megatron_eve.folder_lock import only_one
 from tools.demo.process import Command, CommandFailed, run_command
 
 STEPS_FOLDER = "steps"
-LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +83,7 @@ def run_steps(steps: Sequence[Step], *, out: Path, stop_after: str | None = None
     """
     progress = Progress(out)
     _claim(out)
-    with _only_demo(out) as lock:
+    with only_one(out, what="demo") as lock:  # a child has it too, and may still save
         records = [progress.record(step) for step in steps]
         for number, (step, record) in enumerate(zip(steps, records, strict=True), start=1):
             title = f"[{number}/{len(steps)}] {step.name}"
@@ -142,20 +140,6 @@ def _claim(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; choose another --out.")
     (out / STEPS_FOLDER).mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def _only_demo(out: Path) -> Iterator[IO[Any]]:
-    """Hold the folder's lock; children inherit it, so it also tells of a child that still saves."""
-    with (out / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"{out} is in use by another demo (or by a step of one that was killed and is still "
-                "stopping); wait for it or choose another --out."
-            ) from error
-        yield file
 
 
 def _first_difference(old: Sequence[str], new: Sequence[str]) -> tuple[str, str]:

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose a run directory is: RUN_DIR/config.txt tells, RUN_DIR/.lock keeps a second process out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_eve.checkpoint.manifest import CONFIG, write_atomically
+from megatron_eve.checkpoint.run_folder import checkpoints_of
+from megatron_eve.config.schema import RunConfig
+from megatron_eve.config.text_form import config_text, flatten
+from megatron_eve.errors import ConfigError
+from megatron_eve.folder_lock import only_one
+
+_PATIENCE_S = (
+    30.0  # of a restart with the processes that it follows, which the system is still ending
+)
+
+
+@contextmanager
+def claimed(run_dir: Path, config: RunConfig) -> Iterator[None]:
+    """Keep the run directory, and note in it whose it is. A disk that is full leaves what stands there.
+
+    Raises: ConfigError if it is another run's, or another process has it; OSError."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with only_one(run_dir, what="run", patience_s=_PATIENCE_S):
+        _refuse_other_run(config, run_dir=run_dir)
+        write_atomically(run_dir / CONFIG, config_text(config))
+        yield
+
+
+def _refuse_other_run(config: RunConfig, *, run_dir: Path) -> None:
+    """A run directory belongs to one recipe, model and stage; lengths, learning rates and layouts may change.
+
+    Raises: ConfigError naming the fields that differ from those of the run that is there."""
+    written = run_dir / CONFIG
+    if not checkpoints_of(run_dir) or not written.exists():
+        return
+    before = dict(line.split(": ", 1) for line in written.read_text().splitlines())
+    now = flatten(config)
+    differ = [
+        f"{key} was {before.get(key)}, is {value}"
+        for key, value in now.items()
+        if key.startswith(("recipe", "model.", "stage.")) and before.get(key) != value
+    ]
+    if differ:
+        raise ConfigError(
+            f"{run_dir} holds the checkpoints of another run: {'; '.join(differ)}. Choose another run_dir, and "
+            f"checkpoint.load_weights_from={run_dir} to start from its weights"
+        )

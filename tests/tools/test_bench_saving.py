@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of saving counts the steps that a checkpoint was written beside. No time is asserted."""
+
+import itertools
+import json
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+
+def measure_saving(arguments: list[str]) -> int:
+    """Three steps are made while each checkpoint is written."""
+    from megatron_eve.checkpoint.manager import CheckpointManager
+    from tools.bench.saving import main
+
+    polls = itertools.count(1)
+    with patch.object(
+        CheckpointManager, "poll", lambda self: None if next(polls) % 4 else self.wait()
+    ):
+        return main(arguments)
+
+
+def test_steps_while_a_checkpoint_is_written(gloo1, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    small = ["--hidden", "256", "--layers", "1", "--rounds", "2", "--alone", "1"]
+    assert gloo1.run(measure_saving, ["--out", str(tmp_path), *small]) == [0]
+    assert [path.name for path in tmp_path.iterdir()] == ["saving.json"], "no checkpoint stays"
+    (row,) = json.loads((tmp_path / "saving.json").read_text())["rows"]
+    assert row["seconds"]["counted_steps"] == [2, 2]
+    assert {len(values) for values in row["seconds"].values()} == {2}
+
+
+def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    from tools.bench.saving import main
+
+    with pytest.raises(SystemExit) as asked:
+        main(["--help"])
+    assert asked.value.code == 0
+    assert "example: python -m tools.bench.saving --out runs/bench" in capsys.readouterr().out
