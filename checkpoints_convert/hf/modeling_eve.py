@@ -206,6 +206,7 @@ class EVEQwen2PreTrainedModel(PreTrainedModel):
     _no_split_modules = ["EVEDecoderLayer"]  # noqa: RUF012 (declared so upstream)
     _skip_keys_device_placement = "past_key_values"  # type: ignore[assignment]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     def _init_weights(self, module: nn.Module) -> None:
         """By torch.nn.init alone: transformers 5 calls this after loading too, and holds those functions back from what
@@ -235,6 +236,7 @@ class EVEQwen2Model(EVEQwen2PreTrainedModel):
             EVEDecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = EVERMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False  # set by gradient_checkpointing_enable()
         self.post_init()
 
     def embed(
@@ -273,8 +275,15 @@ class EVEQwen2Model(EVEQwen2PreTrainedModel):
         h_TH = self.embed(input_ids, kinds, order, pixel_values)
         head_dim, theta = self.config.head_dim, self.config.rope_theta
         rotary = rotary_table(positions, head_dim=head_dim, theta=theta, dtype=h_TH.dtype)
+        # A layer that is computed again must not put its keys and values into the cache again.
+        recompute = self.gradient_checkpointing and self.training and cache is None
         for layer in self.layers:
-            h_TH = layer(h_TH, order, rotary, mask, cache)
+            if recompute:
+                h_TH = self._gradient_checkpointing_func(
+                    layer.__call__, h_TH, order, rotary, mask, None
+                )
+            else:
+                h_TH = layer(h_TH, order, rotary, mask, cache)
         return order.scatter(self.norm(h_TH))
 
 

@@ -209,6 +209,34 @@ def test_loss_and_gradients_equal_the_reference() -> None:
         )
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(
+    use_reentrant: bool,
+) -> None:
+    model = released(build_reference(tiny_model(layers=2))).train()
+    batch = [samples()["two images"], samples()["text only"]]
+    inputs = hf_batch(batch, tiny_model(layers=2))
+    calls: list[str] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda *_: calls.append("layer"))
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        labels = inputs["input_ids"].masked_fill(inputs["token_kinds"] != TEXT, IGNORE)
+        model(**inputs, labels=labels).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    assert len(calls) == 2
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    found = gradients()
+    assert len(calls) == 2 + 4
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    model(**inputs, use_cache=True).logits.sum().backward()
+    assert len(calls) == 6 + 2, "not with a cache, which would be filled twice"
+
+
 def test_7b_has_the_official_names_and_shapes() -> None:
     """Built without memory; the names are those of the table, so those of the official checkpoint."""
     model = load_recipe("eve7b_stage2_2").model
