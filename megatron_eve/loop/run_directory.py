@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose a run directory is: RUN_DIR/config.txt tells, RUN_DIR/.lock keeps a second process out."""
+"""Whose a run directory is: its checkpoints tell, RUN_DIR/.lock keeps a second process out. RUN_DIR/config.txt is the
+configuration of the run as it was started last, for people and tools."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_eve.checkpoint.manifest import CONFIG, write_atomically
+from megatron_eve.checkpoint.manifest import (
+    CONFIG,
+    check_bytes,
+    read_manifest,
+    write_atomically,
+)
 from megatron_eve.checkpoint.run_folder import checkpoints_of
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.text_form import config_text, flatten
-from megatron_eve.errors import ConfigError
+from megatron_eve.errors import CheckpointError, ConfigError
 from megatron_eve.folder_lock import only_one
 
 _PATIENCE_S = (
@@ -33,10 +39,10 @@ def _refuse_other_run(config: RunConfig, *, run_dir: Path) -> None:
     """A run directory belongs to one recipe, model and stage; lengths, learning rates and layouts may change.
 
     Raises: ConfigError naming the fields that differ from those of the run that is there."""
-    written = run_dir / CONFIG
-    if not checkpoints_of(run_dir) or not written.exists():
+    written = _written_config(run_dir)
+    if written is None:
         return
-    before = dict(line.split(": ", 1) for line in written.read_text().splitlines())
+    before = dict(line.partition(": ")[::2] for line in written.splitlines())
     now = flatten(config)
     differ = [
         f"{key} was {before.get(key)}, is {value}"
@@ -48,3 +54,17 @@ def _refuse_other_run(config: RunConfig, *, run_dir: Path) -> None:
             f"{run_dir} holds the checkpoints of another run: {'; '.join(differ)}. Choose another run_dir, and "
             f"checkpoint.load_weights_from={run_dir} to start from its weights"
         )
+
+
+def _written_config(run_dir: Path) -> str | None:
+    """Of the newest checkpoint whose configuration is as it was written; only if there is none, the one without a hash,
+    RUN_DIR/config.txt. None: no checkpoint that another run could spoil."""
+    checkpoints = checkpoints_of(run_dir)
+    for checkpoint in reversed(checkpoints.values()):
+        try:
+            check_bytes(checkpoint, [CONFIG], read_manifest(checkpoint))
+            return (checkpoint / CONFIG).read_text()
+        except (CheckpointError, KeyError):
+            continue  # a resume names what is broken, and sets it aside
+    path = run_dir / CONFIG
+    return path.read_text(errors="replace") if checkpoints and path.exists() else None

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import pytest
 
+from megatron_eve.checkpoint.manifest import CONFIG, Manifest, file_entry, write_manifest
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.text_form import config_text
 from megatron_eve.errors import ConfigError
@@ -68,6 +69,25 @@ def test_a_full_disk_leaves_the_configuration_as_it_was(run_dir: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (run_dir / "config.txt").read_text() == config_text(load_recipe("eve_tiny_stage3"))
     claim(run_dir)
+
+
+def test_a_flipped_bit_in_the_configuration_is_mended_from_a_checkpoint(run_dir: Path) -> None:
+    """The newest checkpoint with a whole one says whose the run is."""
+    good = config_text(load_recipe("eve_tiny_stage3"))
+    for step in (4, 8):
+        checkpoint = run_dir / "checkpoints" / f"step_{step:08d}"
+        checkpoint.mkdir(exist_ok=True)
+        (checkpoint / CONFIG).write_text(good)
+        files = {CONFIG: file_entry(checkpoint / CONFIG)}
+        write_manifest(checkpoint, Manifest(facts={}, files=files))
+    (checkpoint / CONFIG).write_text(good.replace("model.num_layers", "model.num_layerr"))
+    (run_dir / CONFIG).write_bytes(
+        good.encode().replace(b"model.num_layers: ", b"model.num_layers\xba ")
+    )
+    with pytest.raises(ConfigError, match="recipe was eve_tiny_stage3, is eve_tiny_stage1"):
+        claim(run_dir, "eve_tiny_stage1")
+    claim(run_dir)
+    assert (run_dir / CONFIG).read_text() == good
 
 
 @contextmanager
