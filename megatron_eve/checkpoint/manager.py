@@ -131,8 +131,15 @@ class CheckpointManager:
         """Publish what is being written, if anything, however long that takes. Raises: see save()."""
         if self._pending is None:
             return None
-        pending, self._pending = self._pending, None
-        pending.write.finish()
+        pending = self._pending
+        try:
+            pending.write.finish()
+        except (
+            CheckpointError
+        ):  # what was written is removed; after any other error close() does that
+            self._pending = None
+            raise
+        self._pending = None
         final = self.folder / step_name(pending.step)
         problem = None
         if self._is_main:
