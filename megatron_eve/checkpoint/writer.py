@@ -13,7 +13,7 @@ import shutil
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -156,6 +156,8 @@ class FolderWrite:
         """Plan, copy, and begin to write."""
         self._agree(self._make_folder())
         sharded, common = save_preprocess(dict(self._contents.state))
+        # The distributed optimizer's part is gathered in host memory, whole on every rank: not to be held for long.
+        self._contents = replace(self._contents, state={})
         self._agree(self._save_common(common))
         self._plan(sharded)
         self._agree(self._missing_space())

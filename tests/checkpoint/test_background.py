@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint that is written while training goes on."""
 
+import gc
 import os
 import threading
 import time
+import weakref
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from megatron_eve.checkpoint import manager as manager_module
 from megatron_eve.checkpoint import writer
 from megatron_eve.checkpoint.canonical import canonical_hashes
 from megatron_eve.checkpoint.manager import CheckpointManager
 from megatron_eve.checkpoint.manifest import check_folder, read_manifest
+from megatron_eve.checkpoint.training_state import TrainingState, saved_state
 from megatron_eve.checkpoint.writer import _ShardWriter
 from tests.checkpoint.test_faults import DP2, assemble, change, folder, names, save
 from tests.support.tiny import layout
@@ -146,6 +150,43 @@ def save_and_interrupt(run_dir: Path) -> tuple[list[Any], set[str]]:
 def test_an_interrupt_stops_the_writing(gloo1, tmp_path):  # type: ignore[no-untyped-def]
     """The interpreter waits for its threads as it ends."""
     assert gloo1.run(save_and_interrupt, tmp_path) == [([], set())]
+
+
+def save_and_look(run_dir: Path) -> set[str]:
+    """What is still held of a state dict while its copies are written."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    manager = CheckpointManager(run_dir, keep_last=9, config_text="", in_background=True)
+    write, go_on, parts = _ShardWriter.write, threading.Event(), weakref.WeakValueDictionary()
+
+    def slowly(self: _ShardWriter) -> Any:
+        go_on.wait(30)
+        return write(self)
+
+    def seen(training: TrainingState) -> dict[str, Any]:
+        state = saved_state(training)
+        for part in nested_values(state["optimizer"]):
+            if isinstance(part, ShardedTensor):
+                parts[part.key] = part
+        return state
+
+    training = assemble(DP2)
+    with (
+        patch.object(_ShardWriter, "write", slowly),
+        patch.object(manager_module, "saved_state", seen),
+    ):
+        manager.save(training, step=1, data={})
+    gc.collect()
+    held = set(parts)
+    go_on.set()
+    manager.wait()
+    return held
+
+
+def test_the_gathered_optimizer_is_given_back_before_writing(gloo2, tmp_path):  # type: ignore[no-untyped-def]
+    """With the distributed optimizer every rank gathers all its moments in host memory for a save."""
+    assert gloo2.run(save_and_look, tmp_path) == [set()] * 2
 
 
 @pytest.mark.kill
