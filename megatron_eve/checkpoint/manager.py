@@ -100,7 +100,6 @@ class CheckpointManager:
         # Another node's process of a run that was killed may still write: no two attempts share a folder.
         attempt = [uuid.uuid4().hex[:8]]
         torch.distributed.broadcast_object_list(attempt, src=0)
-        state = {**saved_state(training), "step": step, "data": dict(data)}
         facts = {
             "kind": "training",
             "step": step,
@@ -109,10 +108,14 @@ class CheckpointManager:
             "distributed_optimizer": training.optimizer.config.use_distributed_optimizer,
             "data": dict(data),
         }
-        tensors = canonical_hashes(training.chunks, training.optimizer)
         write = FolderWrite(
             self.folder / f".tmp-{final.name}-{attempt[0]}",
-            Contents(state=state, config_text=self._config_text, facts=facts, tensors=tensors),
+            Contents(
+                state={**saved_state(training), "step": step, "data": dict(data)},
+                config_text=self._config_text,
+                facts=facts,
+                tensors=canonical_hashes(training.chunks, training.optimizer),
+            ),
             in_background=self._in_background,
         )
         write.start()
@@ -131,8 +134,13 @@ class CheckpointManager:
         """Publish what is being written, if anything, however long that takes. Raises: see save()."""
         if self._pending is None:
             return None
-        pending, self._pending = self._pending, None
-        pending.write.finish()
+        pending = self._pending
+        try:
+            pending.write.finish()
+        except CheckpointError:
+            self._pending = None  # is removed already; after any other error close() does that
+            raise
+        self._pending = None
         final = self.folder / step_name(pending.step)
         problem = None
         if self._is_main:

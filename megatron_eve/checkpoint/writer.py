@@ -12,8 +12,8 @@ import os
 import shutil
 import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,6 +45,7 @@ from megatron_eve.checkpoint.manifest import (
 from megatron_eve.errors import CheckpointError
 
 _GIB = 1 << 30
+_STOP_S = 10.0  # a disk that hangs must not keep a process whose run has failed
 _SPARE_BYTES = 64 << 20  # headers, metadata and what the file system itself needs
 
 
@@ -68,7 +69,7 @@ class _Written:
 
 
 class _ShardWriter(FileSystemWriterAsync):
-    """One file a rank. Planning brings the tensors to the CPU; write() may then run in another thread."""
+    """One file a rank: planned, then bring_to_host(), then write(), which may run in another thread."""
 
     items: list[tuple[WriteItem, Any]]
     file: Path | None = None
@@ -80,10 +81,12 @@ class _ShardWriter(FileSystemWriterAsync):
         self._copy = copy
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        resolved = [(item, planner.resolve_data(item)) for item in plan.items]
-        self.items = [(item, _on_cpu(data, copy=self._copy)) for item, data in resolved]
+        self.items = [(item, planner.resolve_data(item)) for item in plan.items]
         if self.items:
             self.file = Path(self.path) / f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+
+    def bring_to_host(self) -> None:
+        self.items = [(item, _on_cpu(data, copy=self._copy)) for item, data in self.items]
 
     @property
     def num_bytes(self) -> int:
@@ -125,7 +128,7 @@ def _on_cpu(data: Any, *, copy: bool) -> Any:
     return data.clone() if copy or is_view else data
 
 
-def _told(error: BaseException, path: Path) -> str:
+def _told(error: BaseException, path: Path | str) -> str:
     """One clause about an error on writing `path`; torch hides the disk's own error behind others."""
     link: BaseException | None = error
     while link is not None:
@@ -141,24 +144,24 @@ class FolderWrite:
     Raises: CheckpointError, on every rank, with the first rank's reason; the folder is then removed."""
 
     def __init__(self, folder: Path, contents: Contents, *, in_background: bool = False) -> None:
-        """`in_background`: start() returns when the tensors are safe from further training."""
+        """`in_background`: the tensors may change after start()."""
         self.folder, self._contents = folder, contents
-        self._in_background = in_background
         self._writer = _ShardWriter(folder, copy=in_background)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+        self._written: Future[_Written] | None = None
         self._is_main = torch.distributed.get_rank() == 0
         self._is_ours = False  # a folder that was there before is not removed
 
     def start(self) -> None:
-        """Plan, and write all."""
+        """Plan, copy, and begin to write."""
         self._agree(self._make_folder())
         sharded, common = save_preprocess(dict(self._contents.state))
+        # The distributed optimizer's part is gathered in host memory, whole on every rank: not to be held for long.
+        self._contents = replace(self._contents, state={})
         self._agree(self._save_common(common))
         self._plan(sharded)
         self._agree(self._missing_space())
-        self._written = self._thread.submit(self._writer.write)
-        if not self._in_background:
-            wait([self._written])
+        self._written = self._begin()
 
     def _make_folder(self) -> str | None:
         if not self._is_main:
@@ -206,8 +209,20 @@ class FolderWrite:
             f"{free / _GIB:.2f} GiB are free"
         )
 
+    def _begin(self) -> Future[_Written]:
+        """Copy, and write in the thread. One rank may lack the memory for it: all learn of that in finish()."""
+        try:
+            self._writer.bring_to_host()
+            return self._thread.submit(self._writer.write)
+        except Exception as error:
+            part = f"rank {torch.distributed.get_rank()}'s part"
+            failed: Future[_Written] = Future()
+            failed.set_result(_Written(problem=_told(error, part)))
+            return failed
+
     def is_done(self) -> bool:
         """Whether every rank's file is written, in success or not."""
+        assert self._written is not None, "start() first"
         waiting = not self._written.done()
         flag = torch.tensor(int(waiting), device=torch.cuda.current_device())
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
@@ -215,6 +230,7 @@ class FolderWrite:
 
     def finish(self) -> None:
         """Wait for every rank's bytes, then write what makes the folder a checkpoint; complete.json last."""
+        assert self._written is not None, "start() first"
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, self._written.result())
         if problem := next((rank.problem for rank in everyone if rank.problem), None):
@@ -263,10 +279,11 @@ class FolderWrite:
         )
 
     def abort(self) -> None:
-        """Stop writing and remove the folder. Not collective."""
+        """Stop writing and remove the folder; on a disk that hangs, leave it. Not collective."""
         self._writer.stopped.set()
-        self._thread.shutdown()
-        if self._is_ours:
+        is_stopped = self._written is None or bool(wait([self._written], timeout=_STOP_S).done)
+        self._thread.shutdown(wait=is_stopped)
+        if self._is_ours and is_stopped:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint that is written while training goes on."""
 
+import gc
 import os
 import threading
 import time
+import weakref
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,11 +14,15 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from megatron_eve.checkpoint import manager as manager_module
+from megatron_eve.checkpoint import writer
 from megatron_eve.checkpoint.canonical import canonical_hashes
 from megatron_eve.checkpoint.manager import CheckpointManager
 from megatron_eve.checkpoint.manifest import check_folder, read_manifest
+from megatron_eve.checkpoint.training_state import TrainingState, saved_state
 from megatron_eve.checkpoint.writer import _ShardWriter
 from tests.checkpoint.test_faults import DP2, assemble, change, folder, names, save
+from tests.support.tiny import layout
 
 THREAD = "checkpoint-writer"
 
@@ -95,6 +102,91 @@ def save_and_give_up(run_dir: Path) -> tuple[list[Any], set[str], bool]:
 def test_one_that_is_given_up_ends_at_once_and_leaves_nothing(gloo2, tmp_path):  # type: ignore[no-untyped-def]
     """A run that fails does not stay until its checkpoint is written."""
     assert gloo2.run(save_and_give_up, tmp_path) == [([], set(), True)] * 2
+
+
+def save_on_a_disk_that_hangs(run_dir: Path) -> bool:
+    """Whether close() comes back before the disk does."""
+    manager = CheckpointManager(run_dir, keep_last=9, config_text="", in_background=True)
+    write_item, answers, is_back = _ShardWriter._write_item, threading.Event(), []
+
+    def late(self: _ShardWriter, *args: Any) -> Any:
+        answers.wait(30)
+        is_back.append(True)
+        return write_item(self, *args)
+
+    with patch.object(_ShardWriter, "_write_item", late), patch.object(writer, "_STOP_S", 0.1):
+        manager.save(assemble(layout()), step=1, data={})
+        manager.close()
+        was_early = not is_back
+        answers.set()
+    return was_early
+
+
+def test_a_disk_that_hangs_does_not_keep_a_run_that_failed(gloo1, tmp_path):  # type: ignore[no-untyped-def]
+    assert gloo1.run(save_on_a_disk_that_hangs, tmp_path) == [True]
+
+
+def save_and_interrupt(run_dir: Path) -> tuple[list[Any], set[str]]:
+    """What is written after an interrupt of wait(), and what is left."""
+    manager = CheckpointManager(run_dir, keep_last=9, config_text="", in_background=True)
+    write_item, written = _ShardWriter._write_item, []
+
+    def late(self: _ShardWriter, *args: Any) -> Any:
+        self.stopped.wait(30)
+        written.append(write_item(self, *args))
+        return written[-1]
+
+    with patch.object(_ShardWriter, "_write_item", late):
+        manager.save(assemble(layout()), step=1, data={})
+        with (
+            patch.object(Future, "result", side_effect=KeyboardInterrupt),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            manager.wait()
+        manager.close()
+    return written, names(run_dir)
+
+
+def test_an_interrupt_stops_the_writing(gloo1, tmp_path):  # type: ignore[no-untyped-def]
+    """The interpreter waits for its threads as it ends."""
+    assert gloo1.run(save_and_interrupt, tmp_path) == [([], set())]
+
+
+def save_and_look(run_dir: Path) -> set[str]:
+    """What is still held of a state dict while its copies are written."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    manager = CheckpointManager(run_dir, keep_last=9, config_text="", in_background=True)
+    write, go_on, parts = _ShardWriter.write, threading.Event(), weakref.WeakValueDictionary()
+
+    def slowly(self: _ShardWriter) -> Any:
+        go_on.wait(30)
+        return write(self)
+
+    def seen(training: TrainingState) -> dict[str, Any]:
+        state = saved_state(training)
+        for part in nested_values(state["optimizer"]):
+            if isinstance(part, ShardedTensor):
+                parts[part.key] = part
+        return state
+
+    training = assemble(DP2)
+    with (
+        patch.object(_ShardWriter, "write", slowly),
+        patch.object(manager_module, "saved_state", seen),
+    ):
+        manager.save(training, step=1, data={})
+    gc.collect()
+    held = set(parts)
+    go_on.set()
+    manager.wait()
+    return held
+
+
+def test_the_gathered_optimizer_is_given_back_before_writing(gloo2, tmp_path):  # type: ignore[no-untyped-def]
+    """With the distributed optimizer every rank gathers all its moments in host memory for a save."""
+    assert gloo2.run(save_and_look, tmp_path) == [set()] * 2
 
 
 @pytest.mark.kill

@@ -242,6 +242,10 @@ def no_memory(*args: Any, **kwargs: Any) -> Any:
     raise MemoryError("none left")
 
 
+def no_thread(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("can't start new thread")
+
+
 def free_bytes(path: Path) -> Any:
     return SimpleNamespace(free=1 << 10)
 
@@ -257,6 +261,14 @@ FAULTS: dict[str, tuple[int, Any, str, Any, str]] = {
     "no permission to make a folder": (0, Path, "mkdir", forbidden, "Permission denied"),
     "no permission to rename": (0, os, "replace", forbidden, "Permission denied"),
     "no permission to publish": (0, CheckpointManager, "_publish", forbidden, "cannot publish"),
+    "no memory for the copies": (1, writer, "_on_cpu", no_memory, r"rank 1's part: MemoryError"),
+    "no thread": (
+        0,
+        writer.ThreadPoolExecutor,
+        "submit",
+        no_thread,
+        "rank 0's part: .* new thread",
+    ),
     "no memory": (1, _ShardWriter, "_write_item", no_memory, r"__1_0\.distcp: MemoryError: none"),
 }
 MORE_FAULTS = ("disk full in rank 0's shard", "disk full in the index", "no permission to rename")

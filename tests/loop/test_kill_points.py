@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -29,6 +30,7 @@ from tests.support.kill_points import (
     KillPoint,
     kill_point,
 )
+from tests.support.tiny import layout
 from tests.support.zygote import Start, Zygote
 
 # Killed again while resuming the second stage; a writer; two processes, while one evaluates.
@@ -250,6 +252,27 @@ def test_another_layout_and_number_of_workers_go_on(zygote, small_data, undistur
         assert now["loss"] == pytest.approx(before["loss"], rel=1e-6), now["step"]
         assert now["samples_checksum"] == before["samples_checksum"], now["step"]
     assert found[:stopped] == expected[:stopped]
+
+
+def killed_in_the_background(run_dir: Path) -> bool:
+    """Whether the signal was sent by the time that the file counts as written."""
+    from megatron_eve.checkpoint.manager import CheckpointManager
+    from megatron_eve.checkpoint.writer import _ShardWriter
+    from tests.checkpoint.test_faults import assemble
+
+    reached = run_dir / "reached"
+    kill = Kill(phase="write", occurrence=1, delay_s=0.5, signal="SIGCONT", rank=0, reached=reached)
+    manager = CheckpointManager(run_dir, keep_last=1, config_text="", in_background=True)
+    with patch.object(_ShardWriter, "write", _ShardWriter.write):
+        kill(rank=0)
+        manager.save(assemble(layout()), step=1, data={})
+        manager.wait()
+    return reached.exists()
+
+
+def test_a_kill_while_writing_is_not_late(gloo1, tmp_path):  # type: ignore[no-untyped-def]
+    """A file of this size is written sooner than most of these signals come."""
+    assert gloo1.run(killed_in_the_background, tmp_path) == [True]
 
 
 def test_every_phase_comes_round(tmp_path: Path) -> None:

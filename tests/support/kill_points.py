@@ -55,11 +55,14 @@ class Kill:
         owner, name = _place(self.phase)
         _wrap(owner, name, lambda: self._arm() if _increase(count) == self.occurrence else None)
 
-    def _arm(self) -> None:
+    def _arm(self) -> threading.Thread | None:
         if self.delay_s == 0:
             self._strike()
-        else:
-            threading.Thread(target=self._strike, name=KILLER, daemon=True).start()
+            return None
+        thread = threading.Thread(target=self._strike, name=KILLER, daemon=True)
+        thread.start()
+        # In the background, where nobody waits for it, a tiny file is written sooner than most signals come.
+        return thread if self.phase == "write" else None
 
     def _strike(self) -> None:
         time.sleep(self.delay_s)
@@ -76,13 +79,16 @@ def _increase(count: list[int]) -> int:
 
 
 def _wrap(owner: Any, name: str, first: Callable[[], Any]) -> None:
-    """Let `owner.name` call `first` first."""
+    """Let `owner.name` call `first` first; a thread that this returns is waited for at the end."""
     function = getattr(owner, name)
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        first()
-        return function(*args, **kwargs)
+        thread = first()
+        result = function(*args, **kwargs)
+        if thread is not None:
+            thread.join()
+        return result
 
     setattr(owner, name, wrapped)
 
