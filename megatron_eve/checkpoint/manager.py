@@ -116,6 +116,7 @@ class CheckpointManager:
                 facts=facts,
                 tensors=canonical_hashes(training.chunks, training.optimizer),
             ),
+            replicas=training.chunks[0].pg_collection.dp_cp,
             in_background=self._in_background,
         )
         write.start()

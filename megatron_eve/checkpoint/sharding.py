@@ -2,7 +2,20 @@
 """How a model's parameters lie in the canonical tensors: megatron-core's sharded state dicts of model chunks."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.exchange_utils import (
+    determine_main_replica_uniform_distribution,
+)
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    distribute_main_replicas_with_precomputed_distribution,
+)
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed import ProcessGroup
 
 from megatron_eve.model.eve_model import EveModel
 
@@ -25,6 +38,27 @@ def sharded_weights(chunks: Sequence[EveModel]) -> dict[str, Any]:
         )
         for index, chunk in enumerate(chunks)
     }
+
+
+def spread_over_replicas(sharded: dict[str, Any], group: ProcessGroup) -> None:
+    """Let each rank of `group` write an even part of what several of them hold; else the first writes all. Collective.
+
+    `sharded`: as save_preprocess() returns it. megatron-core's fully parallel save."""
+    distribution = determine_main_replica_uniform_distribution(sharded, group)
+    distribute_main_replicas_with_precomputed_distribution(sharded, group, distribution)
+
+
+def load_sharded(sharded: dict[str, Any], folder: str | Path, group: ProcessGroup) -> Any:
+    """The tensors of a checkpoint, and what is common to all ranks. The ranks of `group`, which hold the same shards,
+    read an even part each and hand it to the others: megatron-core's fully parallel load. Collective."""
+    return dist_checkpointing.load(
+        sharded,
+        str(folder),
+        sharded_strategy=FullyParallelLoadStrategyWrapper(
+            get_default_load_sharded_strategy(str(folder)), group
+        ),
+        strict=StrictHandling.ASSUME_OK_UNEXPECTED,
+    )
 
 
 def chunk_key(index: int, count: int) -> str:

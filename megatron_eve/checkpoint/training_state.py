@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_eve.checkpoint.sharding import chunk_key, sharded_weights, sharding_metadata
+from megatron_eve.checkpoint.sharding import (
+    chunk_key,
+    load_sharded,
+    sharded_weights,
+    sharding_metadata,
+)
 from megatron_eve.checkpoint.weights import LOAD_ERRORS, load_chunks
 from megatron_eve.errors import CheckpointError
 from megatron_eve.model.eve_model import EveModel
@@ -58,9 +62,7 @@ def restore(training: TrainingState, path: Path) -> tuple[dict[str, Any], bool]:
     if not same_layout:
         del wanted["random"]
     try:
-        loaded = dist_checkpointing.load(
-            wanted, str(path), strict=StrictHandling.ASSUME_OK_UNEXPECTED
-        )
+        loaded = load_sharded(wanted, path, training.chunks[0].pg_collection.dp_cp)
     except LOAD_ERRORS as error:
         raise CheckpointError(
             f"cannot resume from {path}: {error}. At a change of stage or model start a new run directory with "

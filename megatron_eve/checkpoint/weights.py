@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_eve.checkpoint.canonical import TensorHash, canonical_hashes
 from megatron_eve.checkpoint.manifest import CONFIG, Manifest, check_folder
 from megatron_eve.checkpoint.run_folder import checkpoints_of
-from megatron_eve.checkpoint.sharding import chunk_key, sharded_weights
+from megatron_eve.checkpoint.sharding import chunk_key, load_sharded, sharded_weights
 from megatron_eve.checkpoint.verify import refuse_differences, verify_folder
 from megatron_eve.checkpoint.writer import Contents, FolderWrite
 from megatron_eve.errors import CheckpointError
@@ -50,7 +50,7 @@ def save_weights(chunks: Sequence[EveModel], folder: str | Path, *, config_text:
         facts={"kind": "weights"},
         tensors=canonical_hashes(chunks),
     )
-    write = FolderWrite(Path(folder), contents)
+    write = FolderWrite(Path(folder), contents, replicas=chunks[0].pg_collection.dp_cp)
     write.start()
     write.finish()
 
@@ -102,7 +102,8 @@ def load_weights(
     for part in parts:
         if not _any_process_needs(part):
             continue
-        result = _load(part, folder)  # a run's checkpoint also returns its schedule, step, ...
+        # a run's checkpoint also returns its schedule, step, ...
+        result = _load(part, folder, chunks[0].pg_collection.dp_cp)
         for key, tensors in loaded.items():
             tensors.update(result[key])
     load_chunks(chunks, loaded)
@@ -145,11 +146,10 @@ def load_chunks(chunks: Sequence[EveModel], loaded: Mapping[str, Any]) -> None:
         chunk.load_state_dict(_with_extra_state(chunk, tensors), strict=True)
 
 
-def _load(part: dict[str, Any], folder: str | Path) -> dict[str, Any]:
+def _load(part: dict[str, Any], folder: str | Path, group: ProcessGroup) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(
-            part, str(folder), strict=StrictHandling.ASSUME_OK_UNEXPECTED
-        )
+        loaded: dict[str, Any] = load_sharded(part, folder, group)
+        return loaded
     except LOAD_ERRORS as error:
         raise CheckpointError(f"cannot load {folder} into this model: {error}") from error
 

@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, SerializationFormat
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
@@ -42,6 +43,7 @@ from megatron_eve.checkpoint.manifest import (
     write_atomically,
     write_manifest,
 )
+from megatron_eve.checkpoint.sharding import spread_over_replicas
 from megatron_eve.errors import CheckpointError
 
 _GIB = 1 << 30
@@ -143,9 +145,17 @@ class FolderWrite:
 
     Raises: CheckpointError, on every rank, with the first rank's reason; the folder is then removed."""
 
-    def __init__(self, folder: Path, contents: Contents, *, in_background: bool = False) -> None:
-        """`in_background`: the tensors may change after start()."""
-        self.folder, self._contents = folder, contents
+    def __init__(
+        self,
+        folder: Path,
+        contents: Contents,
+        *,
+        replicas: ProcessGroup,
+        in_background: bool = False,
+    ) -> None:
+        """`replicas`: ranks that hold the same shards and share the writing. `in_background`: the tensors may change
+        after start()."""
+        self.folder, self._contents, self._replicas = folder, contents, replicas
         self._writer = _ShardWriter(folder, copy=in_background)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._written: Future[_Written] | None = None
@@ -159,6 +169,7 @@ class FolderWrite:
         # The distributed optimizer's part is gathered in host memory, whole on every rank: not to be held for long.
         self._contents = replace(self._contents, state={})
         self._agree(self._save_common(common))
+        spread_over_replicas(sharded, self._replicas)
         self._plan(sharded)
         self._agree(self._missing_space())
         self._written = self._begin()
