@@ -11,7 +11,7 @@ from tests.repo.tree import PACKAGES, REPO, python_files, text_of
 
 LAYERS = (
     ("errors",),
-    ("config", "device"),
+    ("config", "device", "folder_lock"),
     ("data", "model", "parallel", "optim", "kernels"),
     ("checkpoint", "metrics"),
     ("inference", "loop"),
