@@ -21,7 +21,8 @@ NO_SPLIT = SplitConfig(norm=False, attention=False, ffn=False)
 FULL_SPLIT = SplitConfig(norm=True, attention=True, ffn=True)
 
 OFFICIAL_PATCH_STRIDE, OFFICIAL_DENSE_STRIDE = 16, 2
-"""Geometry of official checkpoints, whose config.json does not say it (it is in a file outside the checkpoint)."""
+"""Geometry of official checkpoints, whose config.json does not say it. A file outside the checkpoint does; in folders
+that `--layout official` writes, one inside."""
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -99,6 +100,8 @@ def read_hf_config(folder: Path, *, patch_embed_dim: int) -> HfModel:
     }
     values["head_dim"] = content.get("head_dim") or _default_head_dim(values, path)
     is_eve = kind == "eve-qwen2"
+    if is_eve:
+        content = _tower_geometry(folder, content) | content
     return HfModel(
         kind=kind,
         model=ModelConfig(
@@ -218,6 +221,20 @@ def _read_split(content: dict[str, Any], path: Path) -> SplitConfig:
             "joined by dashes."
         )
     return split
+
+
+def _tower_geometry(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """patch_stride and dense_stride of the image processor that mm_vision_tower names, if that is in the folder."""
+    path = (folder / str(content.get("mm_vision_tower")) / "preprocessor_config.json").resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: int(found[name]) for name in ("patch_stride", "dense_stride")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} does not say patch_stride and dense_stride ({error}); write it again."
+        ) from error
 
 
 def _completed_llama(content: dict[str, Any]) -> dict[str, Any]:

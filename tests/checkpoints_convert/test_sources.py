@@ -348,7 +348,21 @@ def test_the_official_layout(full_release: Any, tmp_path: Path, gloo1: Any) -> N
     )
     assert "auto_map" not in processor
     assert not list(out.glob("*.py"))
-    gloo1.run(run_import, out, tmp_path / "again")
+    assert gloo1.run(run_import, out, tmp_path / "again") == ["fp32"]
+    assert compare_tensors(folder, tmp_path / "again").differences == ()
+    assert logits_gap(folder, out) == logits_gap(out, folder) == 0
+    state = load_file(out / "model.safetensors")
+    state["model.layers.1.moe_mlp.down_proj.weight"] *= 2  # of vision tokens alone
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    assert logits_gap(folder, out) > 1e-4
+    del state["model.norm.weight"]
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"official lacks model\.norm\.weight"):
+        logits_gap(folder, out)
+    tower = out / config["mm_vision_tower"] / "preprocessor_config.json"
+    tower.write_text("{}")
+    with pytest.raises(CheckpointError, match="does not say patch_stride and dense_stride"):
+        plan_import(out, IMPORT)
 
 
 def test_a_new_patch_embedding_is_the_models_own(tmp_path: Path, gloo1: Any) -> None:
