@@ -149,13 +149,13 @@ def _load(folder: Path) -> tuple[Any, Mapping[str, Any]]:
         config = EVEQwen2Config.from_pretrained(
             folder, patch_stride=geometry.patch_stride, dense_stride=geometry.dense_stride
         )
-        own: Any = EVEQwen2ForCausalLM
-        loaded: tuple[Any, Mapping[str, Any]] = own.from_pretrained(
-            folder, config=config, **options
-        )
-        return loaded
-    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
-    return loaded
+        classes: Any = EVEQwen2ForCausalLM
+        options["config"] = config
+    else:
+        classes = AutoModelForCausalLM
+        options["trust_remote_code"] = True
+    model, report = classes.from_pretrained(folder, **options)
+    return model, report
 
 
 def _field(folder: Path, name: str) -> Any:
