@@ -68,7 +68,7 @@ bench: $(CPU_SET) ## step, split tax, packing, memory and saving: JSON and a Mar
 	  rm -f $(BENCH)/$$name.json && echo "## $$name" > $(BENCH)/$$name.md && echo >> $(BENCH)/$$name.md \
 	    && $(PY) -m tools.bench.$$name --out $(BENCH) >> $(BENCH)/$$name.md || exit 1; \
 	done
-	cd $(BENCH) && cat step.md split_tax.md packing.md memory.md > tables.md
+	cd $(BENCH) && cat step.md split_tax.md packing.md memory.md saving.md > tables.md
 	@cat $(BENCH)/tables.md
 
 profile: $(CPU_SET) ## record steps 6 to 8 of a tiny run, by nsys where it works: report.md and timeline.png in runs/profile

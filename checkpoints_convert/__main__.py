@@ -233,7 +233,7 @@ def _import(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     if arguments.dry_run:
-        return _list_mapping(planned_mapping(arguments.source, options), arguments.dest)
+        return _list_mapping(planned_mapping(arguments.source, options), arguments)
     written = import_hf(arguments.source, arguments.dest, options)
     print(f"wrote {written.num_tensors} {written.dtype} tensors to {arguments.dest}")
     return 0
@@ -251,7 +251,7 @@ def _export(arguments: argparse.Namespace) -> int:
         layout=arguments.layout,
     )
     if arguments.dry_run:
-        return _list_mapping(planned_mapping(arguments.source, options), arguments.dest)
+        return _list_mapping(planned_mapping(arguments.source, options), arguments)
     num_bytes = export_hf(arguments.source, arguments.dest, options)
     what = "processor and code" if arguments.layout == "automodel" else "configuration, tokenizer"
     print(f"wrote {num_bytes / 1e6:,.1f} MB of weights, {what} to {arguments.dest}")
@@ -267,15 +267,25 @@ def _keep_source(arguments: argparse.Namespace) -> None:
         )
 
 
-def _list_mapping(lines: Sequence[str], dest: Path) -> int:
+def _list_mapping(lines: Sequence[str], arguments: argparse.Namespace) -> int:
+    """Raises: CheckpointError if the destination is taken: what is not dry would be refused."""
+    from checkpoints_convert.new_folder import refuse_taken
+
     for line in lines:
         print(line)
-    print(f"{len(lines)} tensors, all checked by name, shape and dtype; nothing written to {dest}")
+    refuse_taken(arguments.dest, overwrite=arguments.overwrite)
+    print(
+        f"{len(lines)} tensors, all checked by name, shape and dtype; nothing written to {arguments.dest}"
+    )
     return 0
 
 
 def _release(arguments: argparse.Namespace) -> int:
+    from checkpoints_convert.evaluation_results import read_results
+
     if arguments.dry_run:
+        for path in arguments.results:
+            read_results(path)
         return _export(arguments)
     from checkpoints_convert.megatron_to_hf import ExportOptions
     from checkpoints_convert.release_run import ReleaseOptions, release_run

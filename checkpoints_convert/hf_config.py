@@ -21,17 +21,22 @@ NO_SPLIT = SplitConfig(norm=False, attention=False, ffn=False)
 FULL_SPLIT = SplitConfig(norm=True, attention=True, ffn=True)
 
 OFFICIAL_PATCH_STRIDE, OFFICIAL_DENSE_STRIDE = 16, 2
-"""Geometry of official checkpoints, whose config.json does not say it (it is in a file outside the checkpoint)."""
+"""Geometry of official checkpoints, whose config.json does not say it. A file outside the checkpoint does; in folders
+that `--layout official` writes, one inside."""
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
 _LLAMA_DEFAULTS: dict[str, Any] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
+    "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
 }
-"""What a field that a Llama config.json leaves out means (transformers' LlamaConfig); older ones lack rope_theta."""
+"""What a field that a Llama config.json leaves out means (transformers' LlamaConfig); older ones lack rope_theta. Sizes
+have no default here: what is left out there is a mistake."""
 
 _REASONS = {
     "eve-llama3": "the official Llama-3 code of EVEv2, which its authors published for reference and does not run",
@@ -85,18 +90,18 @@ def read_hf_config(folder: Path, *, patch_embed_dim: int) -> HfModel:
             f"{path}: model_type is {kind!r}{what}, expected 'qwen2' (Qwen2, Qwen2.5), 'llama' (Llama-3, Vicuna) or "
             "'eve-qwen2'."
         )
-    _refuse_unsupported(content, path)
-    content = _flat_rope(content)
     if kind == "llama":
-        heads = {"num_key_value_heads": content.get("num_attention_heads")}
-        given = {name: value for name, value in content.items() if value is not None}
-        content = _LLAMA_DEFAULTS | heads | given
+        content = _completed_llama(content)
+    _refuse_unsupported(content, path)
+    content = _flat_rope(content, path)
     values = {
         field: _read(content, name, kind=python_type, path=path)
         for field, (name, python_type) in HF_FIELDS.items()
     }
     values["head_dim"] = content.get("head_dim") or _default_head_dim(values, path)
     is_eve = kind == "eve-qwen2"
+    if is_eve:
+        content = _tower_geometry(folder, content) | content
     return HfModel(
         kind=kind,
         model=ModelConfig(
@@ -218,12 +223,40 @@ def _read_split(content: dict[str, Any], path: Path) -> SplitConfig:
     return split
 
 
-def _flat_rope(content: dict[str, Any]) -> dict[str, Any]:
+def _tower_geometry(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """patch_stride and dense_stride of the image processor that mm_vision_tower names, if that is in the folder."""
+    path = (folder / str(content.get("mm_vision_tower")) / "preprocessor_config.json").resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: int(found[name]) for name in ("patch_stride", "dense_stride")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} does not say patch_stride and dense_stride ({error}); write it again."
+        ) from error
+
+
+def _completed_llama(content: dict[str, Any]) -> dict[str, Any]:
+    """With the fields that a Llama config.json may leave out."""
+    given = {name: value for name, value in content.items() if value is not None}
+    made = _LLAMA_DEFAULTS | {"num_key_value_heads": content.get("num_attention_heads")}
+    if "rope_theta" in (given.get("rope_parameters") or {}):
+        del made["rope_theta"]
+    return made | given
+
+
+def _flat_rope(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """rope_theta at the top, where transformers 5 writes it into rope_parameters."""
-    parameters = content.get("rope_parameters") or {}
-    if "rope_theta" in parameters and "rope_theta" not in content:
-        return content | {"rope_theta": parameters["rope_theta"]}
-    return content
+    theta = (content.get("rope_parameters") or {}).get("rope_theta")
+    if theta is None:
+        return content
+    if content.get("rope_theta", theta) != theta:
+        raise CheckpointError(
+            f"{path}: rope_theta is {content['rope_theta']!r} and {theta!r} in rope_parameters; keep the one that the "
+            "checkpoint was trained with."
+        )
+    return content | {"rope_theta": theta}
 
 
 def _default_head_dim(values: dict[str, Any], path: Path) -> int:
@@ -262,7 +295,9 @@ def _refuse_unsupported(content: dict[str, Any], path: Path) -> None:
                 f"{path}: {field} has RoPE of type {rope_type!r}, which this decoder does not compute; only the "
                 "default one (no scaling) is supported."
             )
-    if content.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(
-            f"{path}: partial_rotary_factor is {content['partial_rotary_factor']!r}; this decoder rotates whole heads."
-        )
+    parameters = content.get("rope_parameters") or {}  # where transformers 5 writes it
+    for factor in (content.get("partial_rotary_factor"), parameters.get("partial_rotary_factor")):
+        if factor not in (None, 1.0):
+            raise CheckpointError(
+                f"{path}: partial_rotary_factor is {factor!r}; this decoder rotates whole heads."
+            )

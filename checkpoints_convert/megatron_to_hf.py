@@ -14,7 +14,7 @@ from checkpoints_convert.hf_folder import TensorStream
 from checkpoints_convert.hf_to_megatron import described
 from checkpoints_convert.megatron_folder import MegatronWeights, read_megatron, refuse_damaged
 from checkpoints_convert.names import tensor_rules
-from checkpoints_convert.official_layout import write_official
+from checkpoints_convert.official_layout import refuse_other_heads, write_official
 from checkpoints_convert.release import Release, fitting_tokenizer, write_release
 from checkpoints_convert.run_record import read_history
 from checkpoints_convert.tensors import HfView
@@ -82,6 +82,8 @@ def planned_mapping(source: Path, options: ExportOptions) -> list[str]:
     weights = read_megatron(source)
     fitting_tokenizer(_tokenizer(weights.run, options), weights.model)
     _image_edge(weights.run, options)
+    if options.layout == "official":
+        refuse_other_heads(weights.model)
     hf_stream(weights)
     return [
         f"{described(rule.eve, weights.tensors.headers)} -> {', '.join(rule.hf)}"

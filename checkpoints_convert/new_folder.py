@@ -23,10 +23,7 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises: CheckpointError if `folder` exists and not `overwrite`, if it is a file, or with what the file system
     refused."""
     folder = folder.resolve()  # of a link, what it points to is replaced, and written beside
-    if folder.exists() and not overwrite:
-        raise CheckpointError(f"{folder} exists; choose another name or pass --overwrite.")
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; choose another name.")
+    refuse_taken(folder, overwrite=overwrite)
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -42,6 +39,14 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         raise CheckpointError(_told(refusal, folder)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_taken(folder: Path, *, overwrite: bool) -> None:
+    """Raises: CheckpointError if `folder` exists and not `overwrite`, or if it is a file."""
+    if folder.exists() and not overwrite:
+        raise CheckpointError(f"{folder} exists; choose another name or pass --overwrite.")
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; choose another name.")
 
 
 def _publish(partial: Path, folder: Path) -> None:

@@ -21,6 +21,7 @@ from checkpoints_convert.release import (
     fitting_tokenizer,
     write_json,
 )
+from megatron_eve.config.schema import ModelConfig
 from megatron_eve.errors import CheckpointError
 
 _OUR_FIELDS = ("auto_map", "patch_stride", "dense_stride", "head_dim")
@@ -43,12 +44,7 @@ def write_official(
     a tokenizer that does not fit it.
     """
     model, tokenizer = release.model, fitting_tokenizer(release.tokenizer, release.model)
-    if model.head_dim * model.num_attention_heads != model.hidden_size:
-        raise CheckpointError(
-            f"The official code takes hidden_size / num_attention_heads = {model.hidden_size} / "
-            f"{model.num_attention_heads} for the size of a head, this model has {model.head_dim}; use "
-            "--layout automodel."
-        )
+    refuse_other_heads(model)
     config = model_json(
         model,
         dtype=release.dtype,
@@ -73,6 +69,16 @@ def write_official(
         )
         copy_tokenizer(release.tokenizer, partial, chat_template=chat_template_of(release.run))
     return total
+
+
+def refuse_other_heads(model: ModelConfig) -> None:
+    """Raises: CheckpointError for heads that the official classes cannot build."""
+    if model.head_dim * model.num_attention_heads != model.hidden_size:
+        raise CheckpointError(
+            f"The official code takes hidden_size / num_attention_heads = {model.hidden_size} / "
+            f"{model.num_attention_heads} for the size of a head, this model has {model.head_dim}; use "
+            "--layout automodel."
+        )
 
 
 def _without(content: dict[str, object], names: tuple[str, ...]) -> dict[str, object]:

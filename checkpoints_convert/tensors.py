@@ -17,6 +17,7 @@ from megatron_eve.config.schema import ModelConfig
 from megatron_eve.errors import CheckpointError
 
 Shape = tuple[int, ...]
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 ROTARY = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """A buffer in early Llama checkpoints (transformers before 4.32): computed from the configuration, no weight."""
@@ -76,9 +77,9 @@ class EveView(Mapping[str, Tensor]):
         self._names = canonical_hf_names(state_dict)
         for name in sorted(filter(ROTARY.fullmatch, self._names)):
             check_rotary(name, state_dict[self._names.pop(name)], model)
-        if model.tie_word_embeddings and "lm_head.weight" in self._names:
+        if model.tie_word_embeddings and _EMBEDDING in self._names and _HEAD in self._names:
             _check_tied_head(state_dict)
-            self._names.pop("lm_head.weight")
+            self._names.pop(_HEAD)
         expected = {name for rule in self._rules.values() for name in rule.hf}
         check_names(found=set(self._names), expected=expected, what="Hugging Face checkpoint")
 
@@ -250,13 +251,14 @@ def _to_hf(rule: TensorRule, tensor: Tensor, model: ModelConfig) -> tuple[Tensor
 
 
 def _check_tied_head(state_dict: Mapping[str, Tensor]) -> None:
-    head, embedding = state_dict["lm_head.weight"], state_dict["model.embed_tokens.weight"]
-    if head.is_meta:  # shapes only: a dry run
-        return
-    if not torch.equal(head, embedding):
+    head, embedding = state_dict[_HEAD], state_dict[_EMBEDDING]
+    is_same = head.shape == embedding.shape
+    if is_same and not head.is_meta:  # shapes only: a dry run
+        is_same = torch.equal(head, embedding)
+    if not is_same:
         raise CheckpointError(
-            "tie_word_embeddings is true, but 'lm_head.weight' differs from "
-            "'model.embed_tokens.weight'; set tie_word_embeddings to false in config.json."
+            f"tie_word_embeddings is true, but {_HEAD!r} differs from {_EMBEDDING!r}; set tie_word_embeddings to false "
+            "in config.json."
         )
 
 

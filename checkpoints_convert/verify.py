@@ -5,6 +5,7 @@ Either side of the comparison of tensors is a Hugging Face folder or a distribut
 its Hugging Face names.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints_convert.hf_config import read_hf_config
 from checkpoints_convert.hf_folder import SafetensorsFolder
 from checkpoints_convert.tensors import canonical_hf_names
 from megatron_eve.checkpoint.manifest import COMPLETE
@@ -97,10 +99,18 @@ def logits_gap(first: Path, second: Path) -> float:
     """Largest difference of the logits of two folders, one model in memory at a time.
 
     On a fixed question about a fixed picture; on fixed token ids if one of the two is a plain language model. Columns
-    that only one of them has (a padded vocabulary) are left out. Raises: CheckpointError if transformers cannot load
-    one."""
-    with_picture = all((folder / PROCESSOR).is_file() for folder in (first, second))
-    a, b = (_logits(folder, with_picture=with_picture) for folder in (first, second))
+    that only one of them has (a padded vocabulary) are left out. An official folder, which brings neither modelling
+    files nor a processor, is computed by ours, on the input of the other. Raises: CheckpointError if transformers
+    cannot load one, or if tensors are missing."""
+    kinds = {_field(folder, "model_type") for folder in (first, second)}
+    processors = [folder for folder in (first, second) if (folder / PROCESSOR).is_file()]
+    with_picture = kinds == {"eve-qwen2"} and bool(processors)
+    a, b = (
+        _logits(folder, _picture_question(folder if folder in processors else processors[0]))
+        if with_picture
+        else _logits(folder, {"input_ids": TEXT_IDS})
+        for folder in (first, second)
+    )
     if a.shape[0] != b.shape[0]:
         return float("inf")
     columns = min(a.shape[1], b.shape[1])
@@ -108,22 +118,53 @@ def logits_gap(first: Path, second: Path) -> float:
 
 
 @torch.no_grad()
-def _logits(folder: Path, *, with_picture: bool) -> Tensor:
+def _logits(folder: Path, inputs: Mapping[str, Any]) -> Tensor:
     """[tokens, vocabulary]"""
-    from transformers import AutoModelForCausalLM
-
-    try:  # a name that is no folder here would be looked for on the hub, and its code run
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, local_files_only=True, dtype="auto"
-        )
+    try:
+        model, report = _load(folder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise CheckpointError(
-            f"{folder} cannot be loaded by transformers' Auto classes ({reason}); --logits compares folders that can."
+            f"{folder} cannot be loaded by transformers' Auto classes ({reason}); --logits compares folders that can, "
+            "and official ones."
         ) from error
-    inputs = _picture_question(folder) if with_picture else {"input_ids": TEXT_IDS}
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(f"{folder} lacks {', '.join(missing[:8])}.")
     logits: Tensor = model(**inputs).logits[0].float()
     return logits
+
+
+def _load(folder: Path) -> tuple[Any, Mapping[str, Any]]:
+    """The model, and what its folder lacks."""
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
+    # A name that is no folder here would be looked for on the hub, and its code run.
+    options["local_files_only"] = True
+    if _field(folder, "model_type") == "eve-qwen2" and _field(folder, "auto_map") is None:
+        from checkpoints_convert.hf.configuration_eve import EVEQwen2Config
+        from checkpoints_convert.hf.modeling_eve import EVEQwen2ForCausalLM
+
+        geometry = read_hf_config(folder, patch_embed_dim=0).model
+        config = EVEQwen2Config.from_pretrained(
+            folder, patch_stride=geometry.patch_stride, dense_stride=geometry.dense_stride
+        )
+        classes: Any = EVEQwen2ForCausalLM
+        options["config"] = config
+    else:
+        classes = AutoModelForCausalLM
+        options["trust_remote_code"] = True
+    model, report = classes.from_pretrained(folder, **options)
+    return model, report
+
+
+def _field(folder: Path, name: str) -> Any:
+    """Of config.json; None if there is none, or no such file."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content.get(name) if isinstance(content, dict) else None
 
 
 def _picture_question(folder: Path) -> Mapping[str, Any]:

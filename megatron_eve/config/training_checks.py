@@ -164,6 +164,12 @@ def _checkpoint_problems(config: RunConfig) -> Iterator[str]:
             f"checkpoint.load_weights_from={start} lies in this run's run_dir={config.run_dir}, from "
             "which it resumes by itself; name another run's checkpoint or another run_dir."
         )
+    every, save = checkpoint.keep_every_steps, checkpoint.save_every_steps
+    if every is not None and every % save:
+        yield (
+            f"checkpoint.keep_every_steps={every} is not a multiple of checkpoint.save_every_steps={save}; only saved "
+            f"steps can be kept, so use {-(-every // save) * save}, for example."
+        )
 
 
 def _evaluation_problems(config: RunConfig) -> Iterator[str]:

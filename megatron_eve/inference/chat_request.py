@@ -33,6 +33,11 @@ _READ = (
     *("temperature", "top_p", "stop", "seed", "repetition_penalty", "resize_rule"),
 )
 
+_OF_A_MESSAGE = ("role", "content", "name")
+"""Fields of a message; `name` concerns nothing."""
+_OF_AN_IMAGE = ("url", "detail")
+"""Fields of an image_url; `detail` concerns nothing, `resize_rule` says how large an image is read."""
+
 
 class ApiError(Exception):
     """An answer other than 200, in OpenAI's shape."""
@@ -145,6 +150,7 @@ def _message(entry: Any, place: str) -> Message:
         raise ApiError(
             f"{place}.role is {role!r}, expected system, user or assistant.", param="messages"
         )
+    _refuse_unknown(entry, _OF_A_MESSAGE, place)
     content = entry.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not parts:
@@ -156,6 +162,17 @@ def _message(entry: Any, place: str) -> Message:
     if images and role != "user":
         raise ApiError(f"{place} is from {role}; only the user sends images.", param="messages")
     return Message(role, "\n".join(texts), tuple(images))
+
+
+def _refuse_unknown(found: Mapping[str, Any], known: Sequence[str], place: str) -> None:
+    """Tool calls in a turn, say. What is null or empty asks for nothing: clients send answers back as they got them."""
+    for name, value in found.items():
+        if name not in known and value not in (None, [], {}):
+            raise ApiError(
+                f"{place} has the unknown field {name!r}; leave it out.",
+                param="messages",
+                code="unknown",
+            )
 
 
 def _parts(parts: Sequence[Any], place: str) -> tuple[list[str], list[str]]:
@@ -173,6 +190,7 @@ def _parts(parts: Sequence[Any], place: str) -> tuple[list[str], list[str]]:
             if not isinstance(url, str):
                 raise ApiError(f"{where}.image_url.url is {_kind(url)}, expected a string.",
                                param="messages")  # fmt: skip
+            _refuse_unknown(image, _OF_AN_IMAGE, f"{where}.image_url")
             images.append(url)
         else:
             raise ApiError(

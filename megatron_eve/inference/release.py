@@ -42,7 +42,6 @@ class ReleaseInfo:
     images: ImageRules
     stop_ids: tuple[int, ...]  # tokens that end an answer
     repetition_penalty: float  # generation_config.json's; 1.0 in our releases
-    max_new_tokens: int
 
 
 def read_release(folder: Path) -> ReleaseInfo:
@@ -68,8 +67,9 @@ def read_release(folder: Path) -> ReleaseInfo:
         model=_model(content, path),
         images=_image_rules(folder / "preprocessor_config.json"),
         stop_ids=_stop_ids(settings.get("eos_token_id", content.get("eos_token_id")), generation),
-        repetition_penalty=float(settings.get("repetition_penalty") or 1.0),
-        max_new_tokens=int(settings.get("max_new_tokens") or 128),
+        repetition_penalty=1.0
+        if settings.get("repetition_penalty") is None
+        else _field(settings, "repetition_penalty", float, path=generation),
     )
 
 

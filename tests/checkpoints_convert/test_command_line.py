@@ -2,6 +2,7 @@
 """`python -m checkpoints_convert` as a user types it: exit codes, last lines, errors."""
 
 import contextlib
+import dataclasses
 import io
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from checkpoints_convert.__main__ import main
-from tests.support.reference_eve import ReferenceEve
+from tests.checkpoints_convert.conftest import release_model, write_reference_release
+from tests.support.reference_eve import ReferenceEve, build_reference
+from tests.support.tiny import DENSE
 
 
 def run_main(*arguments: object) -> tuple[int, list[str], str]:
@@ -44,8 +47,11 @@ def test_from_folder_to_folder(
     assert not dest.exists()
     code, lines, _ = command("hf-to-megatron", folder, dest)
     assert (code, lines[-1]) == (0, f"wrote 37 fp32 tensors to {dest}")
-    code, lines, _ = command("hf-to-megatron", folder, dest)
-    assert code == 1
+    for dry in ((), ("--dry-run",)):
+        code, lines, errors = command("hf-to-megatron", folder, dest, *dry)
+        assert code == 1
+        assert "megatron exists; choose another name or pass --overwrite" in errors
+    assert command("hf-to-megatron", folder, dest, "--overwrite", "--dry-run")[0] == 0
     assert command("hf-to-megatron", folder, dest, "--overwrite")[0] == 0
     code, lines, _ = command("verify", folder, dest)
     assert code == 0
@@ -130,6 +136,21 @@ def test_a_tokenizer_that_is_too_large_is_refused_in_time(
         assert (code, errors.count("\n")) == (1, 1)
         assert "has ids up to 319, the model 100 rows" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_heads_that_the_official_code_cannot_build_are_refused_in_time(
+    tokenizer_folder: Path, tmp_path: Path, command: Any
+) -> None:
+    model = dataclasses.replace(release_model(DENSE, tokenizer_folder), head_dim=16)
+    folder = write_reference_release(tmp_path / "wide", build_reference(model), tokenizer_folder)
+    assert command("hf-to-megatron", folder, tmp_path / "megatron")[0] == 0
+    arguments = ("megatron-to-hf", tmp_path / "megatron", tmp_path / "out", "--image-edge", 16)
+    options = ("--tokenizer", tokenizer_folder, "--layout", "official")
+    for extra in ((), ("--dry-run",)):
+        code, _, errors = command(*arguments, *options, *extra)
+        assert (code, errors.count("\n")) == (1, 1)
+        assert "32 / 4 for the size of a head, this model has 16; use --layout automodel" in errors
+    assert not (tmp_path / "out").exists()
 
 
 def test_overwrite_through_a_link(

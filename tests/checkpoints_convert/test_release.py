@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from transformers import (
 
 from checkpoints_convert.hf.processing_eve import EVEProcessor, cut_patches, target_size
 from checkpoints_convert.hf_folder import SafetensorsFolder
+from checkpoints_convert.model_card import CardFacts, model_card
 from checkpoints_convert.release import CODE_FILES
 from megatron_eve.data.conversation import encode_prompt
 from megatron_eve.data.sample import Turn
@@ -290,18 +292,34 @@ def test_release_stands_alone(full_release: FullRelease, tmp_path: Path) -> None
     assert {path.name for path in full_release[0].glob("*.py")} == set(CODE_FILES)
 
 
-def test_code_of_the_model_card_runs(full_release: FullRelease, tmp_path: Path) -> None:
+@pytest.mark.parametrize("template", ["qwen2", "plain"])
+def test_code_of_the_model_card_runs(
+    template: str, full_release: FullRelease, tmp_path: Path
+) -> None:
+    """All of it, in its order: one question, then the conversation; of a model of captions, the caption."""
     folder = tmp_path / "eve"
     shutil.copytree(full_release[0], folder)
     picture(9, 9).save(folder / "image.jpg")
-    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    facts = CardFacts(
+        model=full_release[1].config, dtype="float32", image_edge=16, origin="", template=template,
+        history=None,
+    )  # fmt: skip
+    if template == "qwen2":
+        card = (folder / "README.md").read_text()
+        assert model_card(facts).split("## Use")[1] == card.split("## Use")[1]
+    blocks = re.findall(r"^```python\n(.*?)^```", model_card(facts), flags=re.M | re.S)
+    assert len(blocks) == (2 if template == "qwen2" else 1)
+    code = "\n".join(
+        [*blocks, "print(output.shape[0], [len(turn) for turn in globals().get('history', [])])"]
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder, env=os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    turns = [2, 2] if template == "qwen2" else []  # (question, answer) of each
+    assert done.stdout.splitlines()[-1] == f"1 {turns}"
 
 
 def test_release_is_refused(

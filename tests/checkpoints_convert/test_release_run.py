@@ -118,6 +118,9 @@ def test_without_evaluation_the_card_says_so(gloo1: Any, trained: Path, tmp_path
     out = tmp_path / "release"
     assert gloo1.run(run_main, "release", trained, out, "--dry-run")[0][0] == 0
     assert not out.exists()
+    results = ("--results", tmp_path / "results.json")
+    code, _, errors = gloo1.run(run_main, "release", trained, out, "--dry-run", *results)[0]
+    assert (code, "results.json not found" in errors) == (1, True)
     assert gloo1.run(run_main, "release", trained, out, "--skip-check")[0][0] == 0
     card = (out / "README.md").read_text()
     assert "No evaluation was given" in card

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from checkpoints_convert.hf_config import read_hf_config
 from checkpoints_convert.hf_folder import write_safetensors
 from checkpoints_convert.hf_to_megatron import new_patch_embedding, plan_import, planned_mapping
 from checkpoints_convert.megatron_folder import read_megatron
@@ -214,6 +215,8 @@ def test_stored_rotary_frequencies_must_be_the_configured_ones(tmp_path: Path) -
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "RoPE of type 'dynamic'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters has RoPE of type 'yarn'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor is 0.25"),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta is 500000.0 and 10000.0 in rope_par"),
         ({"attention_bias": True}, "attention_bias is True .biases on the attention's proj"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"use_qk_norm": True}, "use_qk_norm is True .norms on queries"),
@@ -235,6 +238,30 @@ def test_what_this_decoder_does_not_compute_is_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(CheckpointError, match=message):
         plan_import(tmp_path, IMPORT)
+
+
+def test_a_field_that_a_llama_leaves_out_means_what_transformers_says(tmp_path: Path) -> None:
+    """Early config.json files lack some of them; the newest have rope_theta in rope_parameters."""
+    write_llama(tmp_path, tie_word_embeddings=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    optional = (
+        *("hidden_act", "rms_norm_eps", "rope_theta", "max_position_embeddings"),
+        *("tie_word_embeddings", "initializer_range", "num_key_value_heads"),
+    )
+    bare = {name: value for name, value in config.items() if name not in optional}
+    (tmp_path / "config.json").write_text(json.dumps(bare))
+    meant, found = LlamaConfig(**bare), read_hf_config(tmp_path, patch_embed_dim=8).model
+    assert found.rms_norm_eps == meant.rms_norm_eps
+    assert found.rope_theta == meant.rope_theta
+    assert found.max_position_embeddings == meant.max_position_embeddings
+    assert found.tie_word_embeddings == meant.tie_word_embeddings
+    assert found.init_std == meant.initializer_range
+    assert found.num_kv_heads == meant.num_key_value_heads
+    assert meant.hidden_act == "silu"
+    (tmp_path / "config.json").write_text(
+        json.dumps(bare | {"rope_parameters": {"rope_theta": 5e5}})
+    )
+    assert read_hf_config(tmp_path, patch_embed_dim=8).model.rope_theta == 5e5
 
 
 def release_weights(megatron: Path, folder: Path) -> None:
@@ -321,7 +348,21 @@ def test_the_official_layout(full_release: Any, tmp_path: Path, gloo1: Any) -> N
     )
     assert "auto_map" not in processor
     assert not list(out.glob("*.py"))
-    gloo1.run(run_import, out, tmp_path / "again")
+    assert gloo1.run(run_import, out, tmp_path / "again") == ["fp32"]
+    assert compare_tensors(folder, tmp_path / "again").differences == ()
+    assert logits_gap(folder, out) == logits_gap(out, folder) == 0
+    state = load_file(out / "model.safetensors")
+    state["model.layers.1.moe_mlp.down_proj.weight"] *= 2  # of vision tokens alone
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    assert logits_gap(folder, out) > 1e-4
+    del state["model.norm.weight"]
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"official lacks model\.norm\.weight"):
+        logits_gap(folder, out)
+    tower = out / config["mm_vision_tower"] / "preprocessor_config.json"
+    tower.write_text("{}")
+    with pytest.raises(CheckpointError, match="does not say patch_stride and dense_stride"):
+        plan_import(out, IMPORT)
 
 
 def test_a_new_patch_embedding_is_the_models_own(tmp_path: Path, gloo1: Any) -> None:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from checkpoints_convert.names import moe_part, tensor_rules, text_twin
-from checkpoints_convert.tensors import eve_shape, eve_to_hf, hf_to_eve, merge_qkv, split_qkv
+from checkpoints_convert.tensors import (
+    EveView,
+    eve_shape,
+    eve_to_hf,
+    hf_to_eve,
+    merge_qkv,
+    split_qkv,
+)
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import ModelConfig, SplitConfig
 from megatron_eve.errors import CheckpointError
@@ -173,3 +180,16 @@ def test_tied_checkpoint_may_repeat_its_head_but_not_contradict_it() -> None:
     state["lm_head.weight"][0, 0] += 1
     with pytest.raises(CheckpointError, match=r"tie_word_embeddings is true, but 'lm_head.weight'"):
         hf_to_eve(state, model)
+    without = {name: tensor for name, tensor in state.items() if "embed_tokens" not in name}
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors: model\.embed_tokens\.weight"):
+        hf_to_eve(without, model)
+
+
+def test_a_dry_run_sees_that_a_tied_head_has_another_shape() -> None:
+    model = tiny_model(layers=1, tied=True)
+    headers = {name: tensor.to("meta") for name, tensor in hf_state(model).items()}
+    headers["lm_head.weight"] = headers["model.embed_tokens.weight"]
+    EveView(headers, model, resize_vocabulary=False)
+    headers["lm_head.weight"] = headers["lm_head.weight"][:-1]
+    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' differs from"):
+        EveView(headers, model, resize_vocabulary=False)

@@ -219,6 +219,12 @@ TRAINING = [
         "checkpoint.load_weights_from=runs/eve7b_stage2_2/checkpoints",
         "lies in this run's run_dir=runs/eve7b_stage2_2, from which it resumes by itself",
     ),
+    (
+        S22,
+        "checkpoint.keep_every_steps=5000 checkpoint.save_every_steps=2000",
+        "checkpoint.keep_every_steps=5000 is not a multiple of checkpoint.save_every_steps=2000; only saved steps can "
+        "be kept, so use 6000",
+    ),
 ]
 
 GPU = [

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.tokenizer import train_bpe
+from megatron_eve.data.conversation import encode_sample
+from megatron_eve.data.sample import Turn
 from megatron_eve.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_eve.errors import ConfigError
 
@@ -61,3 +64,36 @@ def test_eos_decides_the_fingerprint_and_must_exist(tmp_path: Path, qwen: Tokeni
     path.write_text(json.dumps({**settings, "pad_token": "<nothing>"}))
     with pytest.raises(ConfigError, match="pad_token is '<nothing>'"):
         load_tokenizer(folder)
+
+
+def test_reserved_tokens_of_another_tokenizer_can_take_the_jobs(tmp_path: Path) -> None:
+    """docs/conversion.md on Llama-3's: refused as it is, and what it needs is two names in two files."""
+    train_bpe(["What is it? It is a circle."] * 3, tmp_path / "llama-3", 280)
+    names = {
+        "<|im_end|>": "<|reserved_special_token_0|>",
+        "<|im_start|>": "<|reserved_special_token_1|>",
+    }
+    table, settings = (tmp_path / "llama-3" / f"tokenizer{end}.json" for end in ("", "_config"))
+    for path in (table, settings):
+        for ours, theirs in names.items():
+            path.write_text(path.read_text().replace(ours, theirs))
+    theirs_only = {"eos_token": "<|endoftext|>", "pad_token": None}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | theirs_only))
+    with pytest.raises(ConfigError, match=r"pad_token is None in tokenizer_config\.json"):
+        load_tokenizer(tmp_path / "llama-3")
+    pad = names["<|im_start|>"]
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"pad_token": pad}))
+    turns = [Turn("human", "What is it?"), Turn("gpt", "It is a circle.")]
+    options = {"num_images": 0, "template": "qwen2", "max_text_tokens": 300}
+    with pytest.raises(
+        ConfigError, match=r"no token '<\|im_end\|>', which the conversation template"
+    ):
+        encode_sample(turns, tokenizer=load_tokenizer(tmp_path / "llama-3"), **options)
+
+    table.write_text(table.read_text().replace(names["<|im_end|>"], "<|im_end|>"))
+    stop = {"eos_token": "<|im_end|>"}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | stop))
+    found = load_tokenizer(tmp_path / "llama-3")
+    assert found.decode([found.eos_id, found.pad_id]) == f"<|im_end|>{pad}"
+    sample = encode_sample(turns, tokenizer=found, **options)
+    assert (sample.ids[-1], sample.labels[-1]) == (found.eos_id, found.eos_id)

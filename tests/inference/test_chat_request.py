@@ -65,6 +65,20 @@ def test_defaults_and_neutral_fields() -> None:
         "temperature": None, "metadata": {"a": "b"},
     }  # fmt: skip
     assert parse_chat_request({"messages": ASK, **neutral}) == plain
+    answered = {
+        "role": "assistant",
+        "content": "b",
+        "refusal": None,
+        "annotations": [],
+        "tool_calls": None,
+    }
+    shown = {"type": "image_url", "image_url": {"url": "1", "detail": "high"}}
+    chat = parse_chat_request(
+        {"messages": [{"role": "user", "name": "me", "content": [shown]}, answered, *ASK]}
+    )
+    assert [(message.text, message.images) for message in chat.messages] == [
+        ("", ("1",)), ("b", ()), ("What?", ()),
+    ]  # fmt: skip
     assert parse_chat_request({"messages": ASK, "stop": "x"}).stop == ("x",)
 
 
@@ -89,6 +103,16 @@ def test_defaults_and_neutral_fields() -> None:
             {"messages": [{"role": "user", "content": [image(None)]}]},
             "messages",
             r"content\[0\].image_url.url is missing, expected a string",
+        ),
+        (
+            {"messages": [*ASK, {"role": "assistant", "content": "b", "tool_calls": [{}]}, *ASK]},
+            "messages",
+            r"messages\[1\] has the unknown field 'tool_calls'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "1", "size": 2}}]}]},
+            "messages",
+            r"content\[0\].image_url has the unknown field 'size'",
         ),
         (
             {"messages": [{"role": "system", "content": [image()]}, *ASK]},

@@ -34,8 +34,14 @@ def test_says_what_the_converter_reads(released_folder: Path) -> None:
     info = read_release(released_folder)
     assert info.model == read_hf_config(released_folder, patch_embed_dim=1).model
     assert (info.images.edge, info.images.resize_rule) == (16, "train")
-    assert (info.repetition_penalty, info.max_new_tokens) == (1.0, 128)
+    assert info.repetition_penalty == 1.0
     assert len(info.stop_ids) == 1
+
+
+def test_a_repetition_penalty_of_the_folder_is_known(copy: Path) -> None:
+    for given, found in ((1.05, 1.05), (2, 2.0), (None, 1.0)):
+        edit(copy / "generation_config.json", repetition_penalty=given)
+        assert read_release(copy).repetition_penalty == found
 
 
 def test_needs_nothing_but_data(copy: Path) -> None:
@@ -56,6 +62,11 @@ def test_needs_nothing_but_data(copy: Path) -> None:
         ("config.json", {"num_hidden_layers": True}, r"num_hidden_layers is True"),
         ("config.json", {"add_moe": None}, r"add_moe is None"),
         ("generation_config.json", {"eos_token_id": "x"}, r"eos_token_id is 'x'"),
+        (
+            "generation_config.json",
+            {"repetition_penalty": "strong"},
+            r"repetition_penalty is 'strong', expected a float",
+        ),
         ("preprocessor_config.json", {"resize_rule": "any"}, r"resize_rule is 'any'"),
         ("preprocessor_config.json", {"image_mean": [0.5]}, r"image_mean is \[0.5\]"),
         ("preprocessor_config.json", {"max_size": "big"}, r"max_size is 'big'"),

@@ -3,6 +3,7 @@
 
 import json
 import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -104,6 +105,30 @@ def test_over_budget_is_killed_and_counted(tmp_path: Path) -> None:
     assert records(tmp_path)[0]["outcome"] == "over budget"
     pid = int((tmp_path / "evaluations/step_00000001/pid").read_text())
     assert ends(pid)
+
+
+TRAINER_THAT_DIES = """
+import os, pathlib, sys, time
+from megatron_eve.config.schema import EvaluationConfig
+from megatron_eve.loop.evaluation import Evaluations
+run_dir = pathlib.Path(sys.argv[1])
+config = EvaluationConfig(command=sys.argv[2], timeout_s=4)
+found = Evaluations(config, run_dir=run_dir, is_starter=True)
+found.saved(1)
+found.poll()
+while not (run_dir / "evaluations/step_00000001/pid").exists():
+    time.sleep(0.01)
+os._exit(9)
+"""
+
+
+def test_the_budget_is_kept_when_the_trainer_is_gone(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    note = "echo $$ > $0/part && mv $0/part $0/pid && exec sleep 1000"  # a shell starts within the budget
+    command = f"sh -c '{note}' {{out}} {{checkpoint}}"
+    trainer = [sys.executable, "-c", TRAINER_THAT_DIES, str(tmp_path), command]
+    assert subprocess.run(trainer, timeout=60).returncode == 9
+    assert ends(int((tmp_path / "evaluations/step_00000001/pid").read_text()))
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ time is asserted."""
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.repo.tree import text_of
 from tests.support.tiny import ALL, DENSE, SplitConfig
 
 LOSS_RTOL, GRAD_RTOL = 1e-6, 1e-5
@@ -399,3 +401,10 @@ def test_help_shows_an_example(name: str, capsys: pytest.CaptureFixture[str]) ->
         run_program(name, ["--help"])
     assert asked.value.code == 0
     assert f"example: python -m tools.bench.{name} --out runs/bench" in capsys.readouterr().out
+
+
+def test_make_bench_shows_every_table() -> None:
+    makefile = text_of("Makefile")
+    (names,) = re.findall(r"for name in ([a-z_ ]+); do", makefile)
+    (shown,) = re.findall(r"cat ([a-z_. ]+) > tables\.md", makefile)
+    assert shown.split() == [f"{name}.md" for name in names.split()]

@@ -2,12 +2,16 @@
 """tools.demo: its plans, its command line, and one run of the whole path."""
 
 import json
+import re
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.repo.tree import REPO
+from megatron_eve.config.schema import EvaluationConfig
+from megatron_eve.loop.evaluation import Evaluations
+from tests.repo.tree import REPO, text_of
 from tools.demo.__main__ import main
 from tools.demo.pipelines import DEMOS, DemoOptions
 from tools.demo.scoring import OPEN
@@ -74,6 +78,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.timeout(600)
 def test_the_whole_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,3 +112,24 @@ def test_the_whole_path(
     assert "+ python" not in capfd.readouterr().out
     assert main([*command, "--override", "train.steps=3"]) == 2
     assert "step text was done with other options" in capfd.readouterr().err
+    assert_documented_evaluation(out)
+
+
+def assert_documented_evaluation(demo: Path) -> None:
+    """The command that docs/evaluation.md gives to `evaluation.command`, started as a run starts it on its checkpoint:
+    its figures are the demo's own, of the same weights."""
+    (command,) = re.findall(r'"evaluation\.command=python (.*?)"', text_of("docs/evaluation.md"))
+    for documented, here in (("runs/demo/", f"{demo}/"), (" --images 50", " --images 8")):
+        assert documented in command
+        command = command.replace(documented, here)
+    config = EvaluationConfig(command=f"{sys.executable} {command}", timeout_s=300)
+    found = Evaluations(config, run_dir=demo / "stage3", is_starter=True)
+    found.saved(2)
+    found.finish(give_up=lambda: False)
+    out = demo / "stage3/evaluations/step_00000002"
+    log = (out / "log.txt").read_text()
+    rows = json.loads((demo / "results.json").read_text())["rows"]
+    expected = {f"evaluation/{row['name']}": row["right_image"] for row in rows}
+    about = {"evaluated_step": 2.0, "evaluations_unfinished": 0.0}
+    assert found.news() == expected | about, log
+    assert (out / "answers.jsonl").read_text() == (demo / "answers.jsonl").read_text()

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from data_prep.tokenizer import train_bpe
+from megatron_eve.errors import ConfigError
 from tests.checkpoints_convert.conftest import CORPUS, release_model, write_reference_release
 from tests.repo.tree import REPO, text_of
 from tests.support.reference_eve import build_reference
@@ -23,7 +24,7 @@ from tests.support.tiny import ALL
 from tools.demo.evaluate import main as evaluate
 from tools.demo.scoring import GROUPS
 from tools.lmms_eval.__main__ import _parse, command_line, main
-from tools.lmms_eval.asking import Asked, AskSettings, ReleasedFolder
+from tools.lmms_eval.asking import Asked, AskSettings, Decoding, ReleasedFolder
 from tools.lmms_eval.models import AVAILABLE_MODELS
 from tools.lmms_eval.tasks.easy_vqa import questions
 
@@ -100,9 +101,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def decoding_of_task() -> Any:
-    from tools.lmms_eval.asking import Decoding
-
+def decoding_of_task() -> Decoding:
     return Decoding(max_new_tokens=4)
 
 
@@ -222,6 +221,32 @@ def test_no_results_is_a_failure(tmp_path: Path, capfd: pytest.CaptureFixture[st
     out = str(tmp_path / "out")
     assert main([str(tmp_path / "nothing"), "--tasks", "easy_vqa", "--out", out]) == 1
     assert "wrote no results" in capfd.readouterr().err
+
+
+@needs_lmms_eval
+def test_what_a_task_asks_for_and_the_model_does_not_do_is_refused() -> None:
+    """Decoding that would be ignored, several rounds, and what is no image."""
+    from tools.lmms_eval.models.eve import Eve, decoding
+
+    greedy = {
+        "max_new_tokens": 9,
+        "temperature": 0.2,
+        "top_p": 0.5,
+        "do_sample": False,
+        "until": "Q:",
+    }
+    assert decoding(greedy) == Decoding(max_new_tokens=9, until=("Q:",))
+    sampled = decoding({"temperature": 0.2, "top_p": 0.5, "num_beams": 2, "until": ["a", "b"]})
+    assert sampled == Decoding(until=("a", "b"), temperature=0.2, top_p=0.5, num_beams=2)
+    with pytest.raises(ConfigError, match=r"generation_kwargs \['top_k'\] are not known; use do_s"):
+        decoding({"top_k": 5})
+    model = Eve.__new__(Eve)
+    with pytest.raises(ConfigError, match=r"2 requests are of several rounds\. Leave the task out"):
+        model.generate_until_multi_round([None, None])
+    model.task_dict = {"films": {"test": ["record"]}}
+    asked = model._asked(("What happens?", {}, lambda record: ["film.mp4"], 0, "films", "test"))
+    with pytest.raises(ConfigError, match="task films gives str; model eve reads PIL images only"):
+        asked.load_images()
 
 
 def test_plugin_has_the_layout_that_lmms_eval_reads() -> None:
