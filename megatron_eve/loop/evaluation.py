@@ -182,8 +182,11 @@ class Evaluations:
         metrics: dict[str, float] | None = None,
     ) -> None:
         record = {"step": step, "outcome": outcome, "seconds": round(seconds, 3)}
-        with (self._run_dir / RECORDS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record | {"metrics": metrics or {}}) + "\n")
+        try:
+            with (self._run_dir / RECORDS_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record | {"metrics": metrics or {}}) + "\n")
+        except OSError as error:  # the log and the next record have them
+            _LOG.warning("evaluation of step %d is not in %s: %s", step, RECORDS_FILE, error)
         figures = "".join(f" | {name} {value:.4f}" for name, value in (metrics or {}).items())
         _LOG.info("evaluation of step %d %s after %.0f s%s", step, outcome, seconds, figures)
         self._unfinished += outcome != "done"

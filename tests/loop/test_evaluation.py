@@ -230,6 +230,17 @@ def test_a_full_disk_does_not_end_the_run(tmp_path: Path) -> None:
     assert records(tmp_path)[0]["outcome"] == "failed"
 
 
+def test_a_record_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(tmp_path, 1)
+    (tmp_path / "evaluations.jsonl").mkdir()
+    found = evaluations(tmp_path, WRITE + "(out / 'metrics.json').write_text('{\"score\": 2}')")
+    found.saved(1)
+    assert until_news(found)["evaluation/score"] == 2.0
+    assert "evaluation of step 1 is not in evaluations.jsonl: " in caplog.text
+
+
 def test_steps_and_ranks_that_evaluate(tmp_path: Path) -> None:
     found = evaluations(tmp_path, "pass", every_steps=4)
     other = Evaluations(EvaluationConfig(command="x"), run_dir=tmp_path, is_starter=False)
