@@ -3,11 +3,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from megatron_eve.checkpoint import weights
 from megatron_eve.checkpoint.manifest import check_folder
+from megatron_eve.checkpoint.sharding import sharded_weights
 from megatron_eve.checkpoint.weights import load_weights, save_weights, weights_folder
 from megatron_eve.config.schema import ModelConfig, ParallelConfig
 from megatron_eve.errors import CheckpointError
@@ -22,16 +26,19 @@ def resave(model: ModelConfig, parallel: ParallelConfig, source: str, out: str) 
 
 
 def load_into(
-    model: ModelConfig, source: str, copy_text_to_vision: bool
+    model: ModelConfig,
+    source: str,
+    copy_text_to_vision: bool,
+    parallel: ParallelConfig | None = None,
 ) -> dict[str, torch.Tensor]:
-    (chunk,), *_ = build(run_config(model, layout()), weights=None)
+    (chunk,), *_ = build(run_config(model, parallel or layout()), weights=None)
     load_weights([chunk], source, copy_text_to_vision=copy_text_to_vision)
     return {name: p.detach() for name, p in chunk.named_parameters()}
 
 
-def refusal(model: ModelConfig, source: str) -> str:
+def refusal(model: ModelConfig, source: str, parallel: ParallelConfig | None = None) -> str:
     with pytest.raises(CheckpointError) as caught:
-        load_into(model, source, False)
+        load_into(model, source, False, parallel)
     return str(caught.value)
 
 
@@ -76,6 +83,35 @@ def test_wrong_shape_is_refused(gloo1, tmp_path):  # type: ignore[no-untyped-def
     gloo1.run(save_fresh, run_config(tiny_model(layers=2), layout()), str(tmp_path / "two"))
     (message,) = gloo1.run(refusal, tiny_model(layers=4), str(tmp_path / "two"))
     assert f"cannot load {tmp_path / 'two'} into this model" in message
+
+
+@pytest.mark.parametrize("name", ["patch_embedding.conv1.bias", "final_layernorm.weight"])
+def test_a_wrong_shape_that_one_of_two_ranks_reads_is_refused_by_both(gloo1, gloo2, tmp_path, name):  # type: ignore[no-untyped-def]
+    """The other one, which reads other tensors, would wait for it."""
+    folder = tmp_path / "weights"
+    gloo1.run(save_fresh, run_config(tiny_model(), layout()), str(folder))
+    for message in gloo2.run(refusal_of_one, name, str(folder)):
+        assert f"cannot load {folder} into this model" in message
+        assert name in message
+
+
+def refusal_of_one(name: str, source: str) -> str:
+    """Of a model in which one parameter is twice as long."""
+
+    def with_a_longer_one(chunks: Any) -> Any:
+        sharded = sharded_weights(chunks)
+        for value in sharded["model"].values():
+            if value.key == name:
+                longer = torch.zeros(2 * value.data.numel())
+                value.data, value.local_shape, value.global_shape = (
+                    longer,
+                    longer.shape,
+                    longer.shape,
+                )
+        return sharded
+
+    with patch.object(weights, "sharded_weights", with_a_longer_one):
+        return refusal(tiny_model(), source, layout(data=2))
 
 
 def test_a_taken_folder_is_refused(gloo1, tmp_path):  # type: ignore[no-untyped-def]
