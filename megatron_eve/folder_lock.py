@@ -42,7 +42,7 @@ def _acquire(file: FileIO, *, folder: Path, what: str, patience_s: float) -> boo
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-        except BlockingIOError as error:
+        except (BlockingIOError, PermissionError) as error:  # EACCES on some network file systems
             file.seek(0)
             holder = file.read().decode(errors="replace").strip() or "unknown process"
             if time.monotonic() > until:

@@ -142,6 +142,14 @@ def test_a_file_system_without_locks_is_told(
     )
 
 
+def test_a_file_system_that_calls_a_held_lock_forbidden(run_dir: Path) -> None:
+    with (
+        patch.object(fcntl, "flock", side_effect=PermissionError(13, "Permission denied")),
+        pytest.raises(ConfigError, match="in use by another run: process"),
+    ):
+        claim(run_dir)
+
+
 def test_a_child_keeps_what_it_inherits(tmp_path: Path) -> None:
     with only_one(tmp_path, what="demo") as lock:
         child = subprocess.Popen(["sleep", "1000"], pass_fds=[lock.fileno()])
