@@ -18,9 +18,8 @@ from megatron_eve.config.text_form import config_text, flatten
 from megatron_eve.errors import CheckpointError, ConfigError
 from megatron_eve.folder_lock import only_one
 
-_PATIENCE_S = (
-    30.0  # of a restart with the processes that it follows, which the system is still ending
-)
+# Of a restart with the processes that it follows, which the system is still ending.
+_PATIENCE_S = 30.0
 
 
 @contextmanager
