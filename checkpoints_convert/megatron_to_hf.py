@@ -18,9 +18,9 @@ from checkpoints_convert.official_layout import refuse_other_heads, write_offici
 from checkpoints_convert.release import Release, fitting_tokenizer, write_release
 from checkpoints_convert.run_record import read_history
 from checkpoints_convert.tensors import HfView
-from megatron_eve.checkpoint.run_folder import step_of
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.errors import CheckpointError, ConfigError
+from megatron_eve.run_folder import step_of
 
 _TORCH_NAMES: dict[str, Literal["bfloat16", "float32"]] = {"bf16": "bfloat16", "fp32": "float32"}
 Layout = Literal["automodel", "official"]

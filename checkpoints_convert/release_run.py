@@ -21,9 +21,9 @@ from checkpoints_convert.model_text import model_from_text, run_from_text
 from checkpoints_convert.new_folder import new_folder
 from checkpoints_convert.run_record import read_history
 from megatron_eve.checkpoint.manifest import CONFIG
-from megatron_eve.checkpoint.run_folder import step_of
 from megatron_eve.checkpoint.weights import read_config_text, weights_folder
 from megatron_eve.errors import CheckpointError
+from megatron_eve.run_folder import step_of
 
 CHECKSUMS = "SHA256SUMS"
 SOFTWARE = ("megatron-eve", "megatron-core", "torch", "transformers")

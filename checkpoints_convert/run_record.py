@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eve.checkpoint.manifest import CONFIG
-from megatron_eve.checkpoint.run_folder import CHECKPOINTS, step_of
 from megatron_eve.metrics.sinks import METRICS_FILE, read_metrics
+from megatron_eve.run_folder import CHECKPOINTS, step_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,7 +30,6 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_eve.checkpoint.canonical import canonical_hashes
 from megatron_eve.checkpoint.manifest import Manifest, sync_path, write_atomically
-from megatron_eve.checkpoint.run_folder import CHECKPOINTS, LATEST, checkpoints_of, step_name
 from megatron_eve.checkpoint.training_state import (
     TrainingState,
     layout_of,
@@ -45,6 +44,7 @@ from megatron_eve.checkpoint.verify import (
 )
 from megatron_eve.checkpoint.writer import Contents, FolderWrite, raise_together
 from megatron_eve.errors import CheckpointError
+from megatron_eve.run_folder import CHECKPOINTS, LATEST, checkpoints_of, step_name
 
 __all__ = ["LATEST_STEP_FILE", "CheckpointManager", "Resumed", "TrainingState"]
 _LOG = logging.getLogger(__name__)

@@ -21,9 +21,9 @@ import xxhash
 
 from megatron_eve.checkpoint.canonical import TensorHash
 from megatron_eve.errors import CheckpointError
+from megatron_eve.run_folder import COMPLETE as COMPLETE
+from megatron_eve.run_folder import CONFIG as CONFIG
 
-COMPLETE = "complete.json"
-CONFIG = "config.txt"
 FORMAT = 2  # 1: sizes only
 _READ_BYTES = 1 << 22
 

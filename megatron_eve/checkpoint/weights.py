@@ -19,12 +19,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_eve.checkpoint.canonical import TensorHash, canonical_hashes
 from megatron_eve.checkpoint.manifest import CONFIG, Manifest, check_folder
-from megatron_eve.checkpoint.run_folder import checkpoints_of
 from megatron_eve.checkpoint.sharding import chunk_key, load_sharded, sharded_weights
 from megatron_eve.checkpoint.verify import refuse_differences, verify_folder
 from megatron_eve.checkpoint.writer import Contents, FolderWrite
 from megatron_eve.errors import CheckpointError
 from megatron_eve.model.eve_model import EveModel
+from megatron_eve.run_folder import checkpoints_of
 
 LOAD_ERRORS = (
     CheckpointingException,

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_eve.checkpoint.run_folder import CHECKPOINTS, checkpoints_of, step_name
 from megatron_eve.config.schema import EvaluationConfig
 from megatron_eve.metrics.definitions import EVALUATION_PREFIX
 from megatron_eve.metrics.sinks import read_metrics
+from megatron_eve.run_folder import CHECKPOINTS, checkpoints_of, step_name
 
 RECORDS_FILE, FOLDER, METRICS_JSON, LOG_FILE = (
     "evaluations.jsonl",

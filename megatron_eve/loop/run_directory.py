@@ -12,11 +12,11 @@ from megatron_eve.checkpoint.manifest import (
     read_manifest,
     write_atomically,
 )
-from megatron_eve.checkpoint.run_folder import checkpoints_of
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.text_form import config_text, flatten
 from megatron_eve.errors import CheckpointError, ConfigError
 from megatron_eve.folder_lock import only_one
+from megatron_eve.run_folder import checkpoints_of
 
 # Of a restart with the processes that it follows, which the system is still ending.
 _PATIENCE_S = 30.0

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of a run's checkpoints: RUN_DIR/checkpoints/step_00000100, and `latest`, which holds the newest one's name."""
+"""Names of a run's checkpoints: RUN_DIR/checkpoints/step_00000100, and `latest`, which holds the newest one's name; and
+of the two files that every checkpoint has. No torch: a dry run reads them, too."""
 
 import re
 from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
+COMPLETE = "complete.json"  # written last: a folder without it is no checkpoint
+CONFIG = "config.txt"  # the resolved configuration of the run, or the model of a converter
 
 _STEP = re.compile(r"step_(\d{8})")
 
