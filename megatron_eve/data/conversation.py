@@ -59,6 +59,11 @@ class EncodedSample:
     def num_text(self) -> int:
         return int(self.ids.size) - self.num_images
 
+    @property
+    def num_labels(self) -> int:
+        """Tokens to predict; nothing predicts the first."""
+        return int(np.count_nonzero(self.labels[1:] != IGNORE))
+
 
 @dataclass(frozen=True, slots=True)
 class _Segment:

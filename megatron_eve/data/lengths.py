@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many vision and text tokens each sample has, and which samples are unfit: what the plan needs.
+"""How many vision, text and label tokens each sample has, and which samples are unfit: what the plan needs.
 
 Comes in: a ShardTable, a tokenizer, the settings that decide. Every sample's text is encoded once; image sizes come
 from the rows; no image byte is read. Goes out: `SampleLengths`. Cached per source as `lengths-<fingerprint>.npz` beside
@@ -30,7 +30,7 @@ from megatron_eve.data.shards import ShardTable
 from megatron_eve.data.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
-_FORMAT = 1  # change it when the same settings would give other numbers
+_FORMAT = 2  # change it when the same settings would give other numbers
 _CHUNK = 2048  # samples that go through the tokenizer together
 _LOG_EVERY = 100_000
 
@@ -72,6 +72,7 @@ class SampleLengths:
 
     num_vision: NDArray[np.int32]  # [num_samples]; 0 where unfit
     num_text: NDArray[np.int32]  # [num_samples] with each sample's padding; 0 where unfit
+    num_labels: NDArray[np.int32]  # [num_samples] of these, tokens to predict; 0 where unfit
     unfit: dict[int, Quarantined]  # global sample index -> why
 
     @property
@@ -119,6 +120,7 @@ def load_lengths(
     ]
     num_vision = np.concatenate([part.num_vision for part in parts])
     num_text = np.concatenate([part.num_text for part in parts])
+    num_labels = np.concatenate([part.num_labels for part in parts])
     unfit: dict[int, Quarantined] = {}
     for source, part in enumerate(parts):
         begin, _ = table.source_range(source)
@@ -132,7 +134,9 @@ def load_lengths(
         unfit[i] = Quarantined(header.id, header.source, "too_long", message)
     fit = np.ones(num_text.size, dtype=bool)
     fit[list(unfit)] = False
-    return SampleLengths(num_vision * fit, num_text * fit, dict(sorted(unfit.items())))
+    return SampleLengths(
+        num_vision * fit, num_text * fit, num_labels * fit, dict(sorted(unfit.items()))
+    )
 
 
 def _too_long(
@@ -180,6 +184,7 @@ def _compute(
     begin, end = table.source_range(source)
     num_vision = np.zeros(end - begin, np.int32)
     num_text = np.zeros(end - begin, np.int32)
+    num_labels = np.zeros(end - begin, np.int32)
     unfit: dict[int, Quarantined] = {}
     _LOG.info("counting the tokens of %s samples in %s", f"{end - begin:,}", table.folders[source])
     for first in range(begin, end, _CHUNK):
@@ -190,16 +195,17 @@ def _compute(
                 entry = Quarantined(header.id, header.source, result.reason, result.message)
                 unfit[first - begin + i] = entry
             else:
-                num_vision[first - begin + i], num_text[first - begin + i] = result
+                at = first - begin + i
+                num_vision[at], num_text[at], num_labels[at] = result
         if (first - begin) // _LOG_EVERY != (first - begin + _CHUNK) // _LOG_EVERY:
             _LOG.info("counted %s of %s samples", f"{first - begin + _CHUNK:,}", f"{end - begin:,}")
-    return SampleLengths(num_vision, num_text, unfit)
+    return SampleLengths(num_vision, num_text, num_labels, unfit)
 
 
 def _measure(
     headers: list[Sample], *, settings: LengthSettings, tokenizer: Tokenizer
-) -> Iterator[tuple[int, tuple[int, int] | SampleError]]:
-    """(number, (vision tokens, text tokens) or the reason why not) of each sample."""
+) -> Iterator[tuple[int, tuple[int, int, int] | SampleError]]:
+    """(number, (vision, text, label tokens) or the reason why not) of each sample."""
     encoded = encode_samples(
         headers,
         template=settings.template,
@@ -217,7 +223,8 @@ def _measure(
             continue
         pixels = settings.pixels_per_token
         vision = sum(image_token_count(h, w, pixels_per_token=pixels) for h, w in sizes)
-        yield i, (vision, text.num_text + settings.padding(vision + text.num_text))
+        padding = settings.padding(vision + text.num_text)
+        yield i, (vision, text.num_text + padding, text.num_labels)
 
 
 def _save(lengths: SampleLengths, path: Path) -> None:
@@ -229,6 +236,7 @@ def _save(lengths: SampleLengths, path: Path) -> None:
             file,
             num_vision=lengths.num_vision,
             num_text=lengths.num_text,
+            num_labels=lengths.num_labels,
             unfit=np.frombuffer(json.dumps(unfit).encode(), np.uint8),
         )
         file.flush()
@@ -242,5 +250,6 @@ def _load(path: Path) -> SampleLengths:
         return SampleLengths(
             num_vision=arrays["num_vision"],
             num_text=arrays["num_text"],
+            num_labels=arrays["num_labels"],
             unfit={i: Quarantined(**entry) for i, entry in unfit},
         )

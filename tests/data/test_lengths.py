@@ -13,7 +13,7 @@ from megatron_eve.data.assemble import expand
 from megatron_eve.data.conversation import encode_sample
 from megatron_eve.data.lengths import LengthSettings, SampleLengths, load_lengths, target_sizes
 from megatron_eve.data.packing import PackShape
-from megatron_eve.data.sample import Sample, Turn
+from megatron_eve.data.sample import IGNORE, Sample, Turn
 from megatron_eve.data.shards import ShardTable
 from megatron_eve.data.tokenizer import Tokenizer
 from tests.data.conftest import WriteShards, make_sample, mixed_samples
@@ -49,9 +49,11 @@ def test_lengths_are_those_of_the_expanded_sample(
             max_text_tokens=80,
         )
         grids = [(h // 32, w // 32) for h, w in target_sizes(sample, settings=SETTINGS)]
-        is_vision = expand(encoded, grids=grids).is_vision
+        expanded = expand(encoded, grids=grids)
+        is_vision = expanded.is_vision
         assert lengths.num_vision[index] == is_vision.sum()
         assert lengths.num_text[index] == (~is_vision).sum()
+        assert lengths.num_labels[index] == (expanded.labels[1:] != IGNORE).sum() > 0
 
 
 @pytest.mark.parametrize("sample_align", [4, 32])

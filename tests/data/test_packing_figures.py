@@ -17,18 +17,19 @@ from tools.bench.packing import (
     balance,
     decoder_cost,
     fill,
+    made_up_lengths,
     make_plan,
     plan_epoch,
     training_cost,
 )
-from tools.bench.size_mixes import REALISTIC, draw
+from tools.bench.size_mixes import REALISTIC
 
 COUNT = 24_000
 PACKS = BatchConfig(unit="packs", size=RANKS)
 
 
 def lengths_of(name: str) -> SampleLengths:
-    return SampleLengths(*draw(REALISTIC[name], count=COUNT, seed=1), unfit={})
+    return made_up_lengths(REALISTIC[name], count=COUNT, seed=1)
 
 
 def in_order_of_arrival(lengths: SampleLengths, shape: PackShape) -> list[PlannedPack]:

@@ -65,6 +65,12 @@ def training_cost(config: RunConfig) -> PackCost:
     return PackCost.of_model(config.model, trainable=config.stage.trainable)
 
 
+def made_up_lengths(mix: SizeMix, *, count: int, seed: int) -> SampleLengths:
+    """Samples drawn from a mix; every text token carries a label, as training_cost() takes it."""
+    num_vision, num_text = draw(mix, count=count, seed=seed)
+    return SampleLengths(num_vision, num_text, num_labels=num_text, unfit={})
+
+
 def make_plan(
     config: RunConfig, *, lengths: SampleLengths, batch: BatchConfig, cost: PackCost
 ) -> PackPlan:
@@ -254,7 +260,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _measure_mixes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     mixes = {**REALISTIC, **STRESS}
     lengths = {
-        name: SampleLengths(*draw(mix, count=arguments.samples, seed=arguments.seed), unfit={})
+        name: made_up_lengths(mix, count=arguments.samples, seed=arguments.seed)
         for name, mix in mixes.items()
     }
     epochs: dict[str, list[Epoch]] = {name: [] for name in mixes}
