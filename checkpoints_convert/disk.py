@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from megatron_eve.checkpoint.manifest import sync_path
+from megatron_eve.whole import sync_path
 
 
 class WriteBack:

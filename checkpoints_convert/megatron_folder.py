@@ -27,13 +27,13 @@ from megatron_eve.checkpoint.manifest import (
     check_folder,
     file_entry,
     read_manifest,
-    write_atomically,
     write_manifest,
 )
 from megatron_eve.checkpoint.weights import read_config_text, weights_folder
 from megatron_eve.config.schema import ModelConfig, RunConfig
 from megatron_eve.errors import CheckpointError
 from megatron_eve.parallel.groups import init_distributed
+from megatron_eve.whole import write_text
 
 Dtype = Literal["bf16", "fp32"]
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -84,7 +84,7 @@ def write_megatron(
 
 def _complete(folder: Path, *, config_text: str) -> None:
     """Bytes are hashed, tensors are not: what a converter writes is compared with its source by `verify`."""
-    write_atomically(folder / CONFIG, config_text)
+    write_text(folder / CONFIG, config_text)
     with WriteBack() as disk:
         paths = sorted(folder.iterdir())
         for path in paths:

@@ -8,26 +8,25 @@
 
 Every entry of the input ends in exactly one of shards and quarantine. A build that was killed goes on where it was: run
 the same command again; finished parts are kept, and the result has the same bytes as an uninterrupted build. Refused: a
-folder that holds something else, or parts of another input or other options; two builds in one folder at a time.
+folder that holds something else, or parts of another input or other options; two builds in one folder at a time. With
+`overwrite` a finished folder stays until the new one is whole: that is built beside it, restartable in the same way.
 """
 
 import itertools
 import json
-import os
 import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from data_prep.build_options import BuildOptions
-from data_prep.output import TEMPORARY_PREFIX, write_json
-from data_prep.ownership import DATASET_FILE, claim
+from data_prep.ownership import DATASET_FILE, claim, is_whole, staging_folder
 from data_prep.parts import (
     INDEX_FILE,
     QUARANTINE_FILE,
@@ -43,6 +42,7 @@ from data_prep.samples import check_entry
 from data_prep.workers import part_builders
 from megatron_eve.errors import DataError
 from megatron_eve.folder_lock import only_one
+from megatron_eve.whole import publish_folder, whole_file, write_json
 
 DRY_RUN_SAMPLES = 256
 
@@ -84,10 +84,22 @@ def build_shards(options: BuildOptions, *, overwrite: bool = False) -> BuildRepo
     for line in options.plan_lines(summary):
         print(line, file=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)
+    identity = options.identity(summary)
     with only_one(options.out, what="build"):
-        claim(options.out, identity=options.identity(summary), overwrite=overwrite)
-        num_kept = _build_parts(options, summary=summary)
-        return _finish(options, summary=summary, num_kept=num_kept)
+        if overwrite and is_whole(options.out, identity=identity):
+            staged = replace(options, out=staging_folder(options.out, identity=identity))
+            with only_one(staged.out, what="build"):
+                report = _build(staged, summary=summary)
+            publish_folder(staged.out, final=options.out)
+            return report
+        claim(options.out, identity=identity, overwrite=overwrite)
+        return _build(options, summary=summary)
+
+
+def _build(options: BuildOptions, *, summary: InputSummary) -> BuildReport:
+    """Build in a folder that is this build's already."""
+    num_kept = _build_parts(options, summary=summary)
+    return _finish(options, summary=summary, num_kept=num_kept)
 
 
 def _build_parts(options: BuildOptions, *, summary: InputSummary) -> int:
@@ -202,13 +214,9 @@ def _finish(options: BuildOptions, *, summary: InputSummary, num_kept: int) -> B
 
 def _join_files(paths: list[Path], *, out: Path) -> None:
     """Write the files one after another; `out` appears whole or not at all."""
-    temporary = out.parent / f"{TEMPORARY_PREFIX}{out.name}"
-    with temporary.open("wb") as file:
+    with whole_file(out, "wb") as file:
         for path in paths:
             file.write(path.read_bytes())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, out)
 
 
 def _part_shards(folder: Path) -> list[dict[str, Any]]:

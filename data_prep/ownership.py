@@ -7,16 +7,22 @@ keeps a second process out.
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
-from data_prep.output import TEMPORARY_PREFIX, write_json
 from data_prep.parts import INDEX_FILE, QUARANTINE_FILE
 from megatron_eve.errors import ConfigError
 from megatron_eve.folder_lock import LOCK_FILE
+from megatron_eve.whole import TEMPORARY_PREFIX, temporary_name, write_json
 
 DATASET_FILE = "dataset.json"
 Identity = dict[str, object]
+_OURS = re.compile(
+    rf"{INDEX_FILE}|{DATASET_FILE}|{QUARANTINE_FILE}|{re.escape(LOCK_FILE)}|part-\d+|(lengths|counts)\b.*|"
+    rf"{re.escape(TEMPORARY_PREFIX)}.*"
+)
+"""Names in a shard folder that a build, or the trainer's cached counts, gave."""
 
 
 def claim(out: Path, *, identity: Identity, overwrite: bool) -> None:
@@ -41,6 +47,31 @@ def claim(out: Path, *, identity: Identity, overwrite: bool) -> None:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if not (out / DATASET_FILE).exists():
         write_json(out / DATASET_FILE, {**identity, "complete": False})
+
+
+def is_whole(out: Path, *, identity: Identity) -> bool:
+    """Whether `out` holds a finished build, of whatever input.
+
+    Raises: ConfigError if it also holds what is no build's, which would be deleted with it."""
+    if _read_identity(out, fields=tuple(identity)) is None or not (out / INDEX_FILE).exists():
+        return False
+    foreign = [name for name in sorted(os.listdir(out)) if not _OURS.fullmatch(name)]
+    if foreign:
+        raise ConfigError(
+            f"{out} also holds {', '.join(foreign[:3])}, which --overwrite would delete; move that away or choose "
+            "another folder."
+        )
+    return True
+
+
+def staging_folder(out: Path, *, identity: Identity) -> Path:
+    """Where a build is made that shall replace the finished one in `out`: beside it, with the parts of an earlier start
+    of the same build, and of no other."""
+    staging = temporary_name(out.resolve())
+    staging.mkdir(exist_ok=True)
+    found = _read_identity(staging, fields=tuple(identity))
+    claim(staging, identity=identity, overwrite=found is not None and found != identity)
+    return staging
 
 
 def _clear(out: Path) -> None:

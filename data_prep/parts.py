@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from data_prep.output import TEMPORARY_PREFIX, publish_folder
 from data_prep.quarantine import QuarantineRecord
 from data_prep.readers import RawEntry
 from data_prep.samples import SampleContext, check_entry
@@ -23,6 +22,7 @@ from megatron_eve.data.row import MDS_COLUMNS, to_row
 from megatron_eve.data.sample import Sample
 from megatron_eve.data.streaming_import import MDSWriter
 from megatron_eve.errors import DataError
+from megatron_eve.whole import TEMPORARY_PREFIX, publish_folder
 
 SHARD_HASH = "xxh3_64"
 PART_FILE, QUARANTINE_FILE, INDEX_FILE = "part.json", "quarantine.jsonl", "index.json"

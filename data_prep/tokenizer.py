@@ -29,8 +29,9 @@ from tokenizers import (
     trainers,
 )
 
-from data_prep.output import new_folder, write_json
+from data_prep.output import new_folder
 from megatron_eve.errors import ConfigError, DataError
+from megatron_eve.whole import write_json
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTROL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
@@ -50,6 +51,7 @@ QWEN25_ADDED = (
     *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
     *("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),
 )
+
 QWEN25_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
 QWEN25_VOCAB_SIZE = 151_665
 QWEN25_MAX_LENGTH = 131_072

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from megatron_eve.whole import write_text
+
 
 class StopFlag:
     """Set by SIGUSR2 and SIGTERM; the loop looks at it between steps."""
@@ -28,13 +30,6 @@ class StopFlag:
 
     def _set(self, _number: int, _frame: FrameType | None) -> None:
         self.is_set = True
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def rehearse(
@@ -56,12 +51,12 @@ def rehearse(
             raise SystemExit(f"rank {rank} fails at step {step}, as asked with --fail-at")
         stopping = stop.is_set or (run_dir / "STOP").exists()
         if rank == 0 and (stopping or step % save_every == 0 or step == steps):
-            write_atomically(latest, str(step))
+            write_text(latest, str(step))
         if stopping:
             print(f"rank {rank} stops at step {step}", flush=True)
             return
     if rank == 0:
-        (run_dir / "DONE").write_text("done\n")
+        write_text(run_dir / "DONE", "done\n")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

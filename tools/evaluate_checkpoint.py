@@ -9,7 +9,6 @@ is removed again; answers and results stay in OUT. Exit codes: 0 metrics.json is
 usage."""
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from checkpoints_convert.evaluation_results import Figure, read_results
 from megatron_eve.errors import EveError
+from megatron_eve.whole import write_json
 
 METRICS_JSON, RELEASED = "metrics.json", "evaluated_release"
 
@@ -37,9 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     finally:
         shutil.rmtree(released, ignore_errors=True)
-    partial = arguments.out / f"{METRICS_JSON}.partial"
-    partial.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    partial.replace(arguments.out / METRICS_JSON)
+    write_json(arguments.out / METRICS_JSON, metrics)
     print(f"wrote {len(metrics)} metrics to {arguments.out / METRICS_JSON}")
     return 0
 

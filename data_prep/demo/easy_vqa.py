@@ -34,7 +34,8 @@ from data_prep.demo.shape_facts import (
     caption,
     derive_facts,
 )
-from data_prep.output import new_folder, write_json
+from data_prep.output import new_folder
+from megatron_eve.whole import write_json
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")

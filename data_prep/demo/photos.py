@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.demo.packages import package_folder
-from data_prep.output import new_folder, write_json
+from data_prep.output import new_folder
 from megatron_eve.errors import DataError
+from megatron_eve.whole import write_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_eve.checkpoint.canonical import canonical_hashes
-from megatron_eve.checkpoint.manifest import Manifest, sync_path, write_atomically
+from megatron_eve.checkpoint.manifest import Manifest
 from megatron_eve.checkpoint.training_state import (
     TrainingState,
     layout_of,
@@ -45,6 +45,7 @@ from megatron_eve.checkpoint.verify import (
 from megatron_eve.checkpoint.writer import Contents, FolderWrite, raise_together
 from megatron_eve.errors import CheckpointError
 from megatron_eve.run_folder import CHECKPOINTS, LATEST, checkpoints_of, step_name
+from megatron_eve.whole import replace_folder, write_text
 
 __all__ = ["LATEST_STEP_FILE", "CheckpointManager", "Resumed", "TrainingState"]
 _LOG = logging.getLogger(__name__)
@@ -156,10 +157,7 @@ class CheckpointManager:
         return final
 
     def _publish(self, temporary: Path, final: Path, *, step: int) -> None:
-        if final.exists():
-            _discard(final)
-        os.replace(temporary, final)
-        sync_path(self.folder)
+        replace_folder(temporary, final=final)
         self._point_to(final, step=step)
         steps = self.complete_steps()
         for old in steps[: -self._keep_last]:
@@ -167,8 +165,8 @@ class CheckpointManager:
                 _discard(self.folder / step_name(old))
 
     def _point_to(self, final: Path, *, step: int) -> None:
-        write_atomically(self.folder / LATEST, final.name + "\n")
-        write_atomically(self._run_dir / LATEST_STEP_FILE, f"{step}\n")
+        write_text(self.folder / LATEST, final.name + "\n")
+        write_text(self._run_dir / LATEST_STEP_FILE, f"{step}\n")
 
     def close(self) -> None:
         """For a run that failed: stop what this rank writes, if anything, and remove it. Not collective; what other

@@ -9,9 +9,7 @@
 Folders written before there were hashes have sizes only (`files` by name: bytes); sizes are then all that is checked.
 """
 
-import errno
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from megatron_eve.checkpoint.canonical import TensorHash
 from megatron_eve.errors import CheckpointError
 from megatron_eve.run_folder import COMPLETE as COMPLETE
 from megatron_eve.run_folder import CONFIG as CONFIG
+from megatron_eve.whole import write_text
 
 FORMAT = 2  # 1: sizes only
 _READ_BYTES = 1 << 22
@@ -54,7 +53,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "files": {n: {"bytes": f.bytes, "xxh3_128": f.hash} for n, f in manifest.files.items()},
     }
     content["seal"] = _seal(content)
-    write_atomically(folder / COMPLETE, json.dumps(content, indent=1))
+    write_text(folder / COMPLETE, json.dumps(content, indent=1))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -134,26 +133,3 @@ def hash_file(path: Path) -> str:
 def file_entry(path: Path) -> FileEntry:
     """Of a file as it is now. Raises: OSError."""
     return FileEntry(path.stat().st_size, hash_file(path))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file; after a crash it holds the old or the new text. Raises: OSError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def sync_path(path: Path) -> None:
-    """A file's bytes, or the names in a folder where the file system can. Raises: OSError naming it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno == errno.EINVAL and path.is_dir():  # some network file systems
-            return
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(descriptor)

@@ -39,12 +39,11 @@ from megatron_eve.checkpoint.manifest import (
     FileEntry,
     Manifest,
     file_entry,
-    sync_path,
-    write_atomically,
     write_manifest,
 )
 from megatron_eve.checkpoint.sharding import spread_over_replicas
 from megatron_eve.errors import CheckpointError
+from megatron_eve.whole import sync_path, write_text
 
 _GIB = 1 << 30
 _STOP_S = 10.0  # a disk that hangs must not keep a process whose run has failed
@@ -253,7 +252,7 @@ class FolderWrite:
         try:
             self._writer.finish(self._metadata, [rank.results for rank in everyone])
             save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
-            write_atomically(self.folder / CONFIG, self._contents.config_text)
+            write_text(self.folder / CONFIG, self._contents.config_text)
             files = {name: entry for rank in everyone for name, entry in rank.files.items()}
             for path in sorted(self.folder.iterdir()):
                 if path.name not in files:

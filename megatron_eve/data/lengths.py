@@ -28,6 +28,7 @@ from megatron_eve.data.quarantine import Quarantined, SampleError
 from megatron_eve.data.sample import Sample, image_token_count
 from megatron_eve.data.shards import ShardTable
 from megatron_eve.data.tokenizer import Tokenizer
+from megatron_eve.whole import whole_file
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 2  # change it when the same settings would give other numbers
@@ -230,8 +231,7 @@ def _measure(
 def _save(lengths: SampleLengths, path: Path) -> None:
     """Write the cache under a temporary name, then rename: a reader never sees half a file."""
     unfit = [[i, asdict(entry)] for i, entry in lengths.unfit.items()]
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with temporary.open("wb") as file:
+    with whole_file(path, "wb", shared=True) as file:
         np.savez(
             file,
             num_vision=lengths.num_vision,
@@ -239,9 +239,6 @@ def _save(lengths: SampleLengths, path: Path) -> None:
             num_labels=lengths.num_labels,
             unfit=np.frombuffer(json.dumps(unfit).encode(), np.uint8),
         )
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _load(path: Path) -> SampleLengths:

@@ -46,6 +46,7 @@ from megatron_eve.model.stages import freeze
 from megatron_eve.optim.build import build_optimizer, build_schedule
 from megatron_eve.parallel.groups import ParallelState, init_distributed, init_model_parallel
 from megatron_eve.parallel.wrap import wrap_for_training
+from megatron_eve.whole import write_text
 
 _LOG = logging.getLogger(__name__)
 
@@ -252,7 +253,7 @@ def _finish(run: Run, *, done: int) -> None:
     if run.state.rank != 0:
         return
     if done >= run.steps:
-        (run.run_dir / DONE_FILE).write_text(f"{done}\n")
+        write_text(run.run_dir / DONE_FILE, f"{done}\n")
         _LOG.info("done: %d steps, checkpoints in %s", done, run.checkpoints.folder)
     else:
         _LOG.info("stopped on request after step %d of %d; start again to go on", done, run.steps)

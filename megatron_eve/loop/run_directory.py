@@ -10,13 +10,13 @@ from megatron_eve.checkpoint.manifest import (
     CONFIG,
     check_bytes,
     read_manifest,
-    write_atomically,
 )
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.text_form import config_text, flatten
 from megatron_eve.errors import CheckpointError, ConfigError
 from megatron_eve.folder_lock import only_one
 from megatron_eve.run_folder import checkpoints_of
+from megatron_eve.whole import write_text
 
 # Of a restart with the processes that it follows, which the system is still ending.
 _PATIENCE_S = 30.0
@@ -30,7 +30,7 @@ def claimed(run_dir: Path, config: RunConfig) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     with only_one(run_dir, what="run", patience_s=_PATIENCE_S):
         _refuse_other_run(config, run_dir=run_dir)
-        write_atomically(run_dir / CONFIG, config_text(config))
+        write_text(run_dir / CONFIG, config_text(config))
         yield
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.text_form import flatten
 from megatron_eve.errors import ConfigError
+from megatron_eve.whole import write_text
 
 RUN_ID_FILE = "wandb_run_id.txt"
 
@@ -71,7 +72,7 @@ def _run_id(path: Path) -> str:
     if known:
         return known
     run_id = secrets.token_hex(8)
-    path.write_text(f"{run_id}\n")
+    write_text(path, f"{run_id}\n")
     return run_id
 
 

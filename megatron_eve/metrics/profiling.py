@@ -8,7 +8,6 @@
 A process that records nothing pays three flag checks a step. `tools.profile` starts captures and reads them."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,6 +29,7 @@ from megatron_eve.metrics.ranges import (
     TorchEmitter,
 )
 from megatron_eve.parallel.groups import ParallelState
+from megatron_eve.whole import write_json
 
 device.install()
 
@@ -100,7 +100,7 @@ class Capture:
         trace = capture_file(self._folder, rank=self._state.rank, suffix=".kineto.json")
         recorder.finish(trace)
         sidecar = capture_file(self._folder, rank=self._state.rank, suffix=".steps.json")
-        sidecar.write_text(json.dumps(self._facts(), indent=1) + "\n")
+        write_json(sidecar, self._facts())
         _LOG.info("captured steps %s into %s", [int(s["step"]) for s in self._steps], self._folder)
 
     def _facts(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ step twice. It is replaced atomically, and each record is flushed at once: a kil
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Protocol, Self, TextIO
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.metrics.console import console_line
 from megatron_eve.metrics.definitions import EVALUATION_PREFIX, METRICS
+from megatron_eve.whole import write_text
 
 METRICS_FILE = "metrics.jsonl"
 _LOG = logging.getLogger(__name__)
@@ -144,9 +144,4 @@ def _drop_records_after(path: Path, *, step: int) -> None:
         return
     dropped = text.count("\n") - kept.count("\n")
     _LOG.info("%s: dropped %d records after step %d, to be written again", path, dropped, step)
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text(path, kept)

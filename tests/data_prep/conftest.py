@@ -4,8 +4,8 @@
 import pytest
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _no_waiting_for_the_disk():  # type: ignore[no-untyped-def]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_prep.output._sync", lambda path: None)
+        patch.setattr("megatron_eve.whole.sync_path", lambda path: None)
         yield

@@ -221,6 +221,37 @@ def test_overwrite_builds_anew(data: Path, built: Path, tmp_path: Path) -> None:
     build_shards(_options(data, out, samples_per_part=3))
     build_shards(_options(data, out), overwrite=True)
     assert tree(out) == tree(built)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_overwriting_keeps_the_old_shards_until_the_new_ones_stand(
+    data: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    build_shards(_options(data, out, samples_per_part=3))
+    old = tree(out)
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.build_shards._finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build_shards(_options(data, out), overwrite=True)
+    assert tree(out) == old
+    report = build_shards(_options(data, out), overwrite=True)
+    assert report.num_kept_parts == 8  # of the build that was killed
+    assert tree(out) == tree(built)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_overwriting_deletes_nothing_that_is_no_builds(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build_shards(_options(data, out))
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"also holds thesis\.txt"):
+        build_shards(_options(data, out), overwrite=True)
+    assert (out / "thesis.txt").exists()
 
 
 def test_a_second_build_at_the_same_time_is_refused(data: Path, tmp_path: Path) -> None:

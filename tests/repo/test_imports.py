@@ -10,7 +10,7 @@ import sys
 from tests.repo.tree import PACKAGES, REPO, python_files, text_of
 
 LAYERS = (
-    ("errors", "run_folder"),
+    ("errors", "run_folder", "whole"),
     ("config", "device", "folder_lock"),
     ("data", "model", "parallel", "optim", "kernels"),
     ("checkpoint", "metrics"),

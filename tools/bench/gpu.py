@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eve.errors import EveError
+from megatron_eve.whole import write_json
 from tools.bench.report import BenchmarkError, hardware
 
 BUDGET_S = 480
@@ -123,9 +124,7 @@ def _run_here(name: str, *, size: Any, backend: Any, rows_file: Path, seconds: f
     from tools.bench.gpu_setting import SETTINGS, Rows, Setting
 
     def save(rows: list[dict[str, Any]]) -> None:
-        temporary = rows_file.with_suffix(".new")
-        temporary.write_text(json.dumps(rows))
-        temporary.replace(rows_file)
+        write_json(rows_file, rows)
 
     setting: Setting = SETTINGS[size]
     if backend:
@@ -204,7 +203,7 @@ def _measure(options: argparse.Namespace) -> int:
         names, size=options.size, backend=options.backend, budget_s=options.budget_s
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(path, result)
     print(f"GPU benchmark written to {path}")
     return int(has_failed(result["parts"]))
 

@@ -7,7 +7,6 @@ of the process stands beside wall time: on a machine that others use too it move
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import statistics
@@ -22,6 +21,7 @@ import torch
 
 from megatron_eve import device
 from megatron_eve.errors import EveError
+from megatron_eve.whole import write_json
 
 
 class BenchmarkError(EveError):
@@ -151,4 +151,4 @@ def _write_result(path: Path, *, settings: Mapping[str, Any], rows: Sequence[Any
         "settings": dict(settings),
         "rows": list(rows),
     }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(path, result)

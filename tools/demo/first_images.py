@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.output import write_json
 from data_prep.readers import iterate_entries
 from megatron_eve.errors import DataError, EveError
+from megatron_eve.whole import write_json
 
 
 def first_images(source: Path, dest: Path, *, num_images: int) -> int:

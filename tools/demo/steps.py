@@ -6,7 +6,6 @@ holds something else, and two demos in one folder at a time.
 """
 
 import json
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import IO, Any
 
 from megatron_eve.errors import ConfigError
 from megatron_eve.folder_lock import only_one
+from megatron_eve.whole import write_json
 from tools.demo.process import Command, CommandFailed, run_command
 
 STEPS_FOLDER = "steps"
@@ -63,10 +63,7 @@ class Progress:
     def write(self, step: Step, *, seconds: float, done: bool) -> None:
         """Replace the step's record, atomically."""
         record = StepRecord(commands=self._texts(step), seconds=round(seconds, 2), done=done)
-        path = self._path(step)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(record), indent=1) + "\n")
-        os.replace(temporary, path)
+        write_json(self._path(step), asdict(record))
 
     def _path(self, step: Step) -> Path:
         return self.out / STEPS_FOLDER / f"{step.name}.json"

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_prep.output import write_json
 from megatron_eve.errors import DataError
 from megatron_eve.metrics.sinks import METRICS_FILE, read_metrics
+from megatron_eve.whole import write_json
 from tools.demo.pipelines import Stage
 from tools.demo.scoring import aligned
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from data_prep.output import write_json
 from megatron_eve.data.tokenizer import load_tokenizer
 from megatron_eve.errors import EveError
+from megatron_eve.whole import write_json
 from tools.demo.scoring import aligned
 
 PASSAGES = (

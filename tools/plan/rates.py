@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eve.errors import ConfigError
+from megatron_eve.whole import write_json
 from tools.plan.cluster import Gpu
 
 _GEMM_SHARE = 0.75  # of the peak, large products; Megatron-like runs reach 0.7 to 0.8
@@ -53,7 +54,7 @@ def assumed(gpu: Gpu) -> Rates:
 def write_calibration(path: Path, *, rates: Rates, facts: dict[str, Any]) -> None:
     """`facts`: device, date, runs with their measured and fitted step times."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts, "rates": asdict(rates)}, indent=1) + "\n")
+    write_json(path, {**facts, "rates": asdict(rates)})
 
 
 def read_calibration(path: Path) -> Rates:

@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_eve.errors import ConfigError, EveError
 from megatron_eve.metrics.captured import PROFILE_FOLDER
+from megatron_eve.whole import write_json
 from tools.profile.compare import (
     changes,
     comparison_table,
@@ -114,7 +115,7 @@ def _write_report(folder: Path, *, out: Path, overwrite: bool, peak_tflops: floa
     captured = load(folder)
     report = make_report(captured, peak_flops=peak_tflops * 1e12 if peak_tflops else None)
     out.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(target, report)
     text = markdown(report)
     (out / "report.md").write_text(text)
     draw_timeline([one.figures for one in captured], out=out / "timeline.png")
