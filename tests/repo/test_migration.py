@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/migration.md: every flag of the official training scripts has a row, every key that a row names exists, every
-official defect has a row with a test."""
+official defect has a row with a test, and so has every difference on purpose."""
 
 import json
 import re
@@ -66,3 +66,12 @@ def test_every_defect_has_a_row_and_a_test() -> None:
     for row in found:
         assert re.search(r"`tests/[\w/]+\.py::\w+`", row[3]), row[0]
         assert row[1] and row[2]
+
+
+def test_every_difference_on_purpose_has_both_sides_and_a_test() -> None:
+    """That the named tests exist is tests/repo/test_docs.py's."""
+    found = rows("Where we differ on purpose")[1:]
+    assert len(found) >= 5
+    for subject, there, here, shown in found:
+        assert subject and there and here, subject
+        assert re.search(r"`tests/[\w/]+\.py::\w+`", shown), subject
