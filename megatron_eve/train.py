@@ -19,6 +19,7 @@ from megatron_eve.config.resolve import resolve
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.text_form import config_text
 from megatron_eve.errors import ConfigError, EveError
+from megatron_eve.start_checks import check_start
 
 EXAMPLE = """example:
   python -m megatron_eve.train eve7b_stage2_2 optim.peak_lr=1e-5 --dry-run
@@ -31,9 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _log_to_stderr()
     try:
         config = configure(args.recipe, overrides=args.overrides)
-    except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
-        return 2
+        check_start(config, dry_run=args.dry_run)
+    except EveError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
     if args.dry_run:
         print(config_text(config))
         print(plan_text(config, epoch=None))

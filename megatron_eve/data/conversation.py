@@ -31,12 +31,12 @@ from numpy.typing import NDArray
 from megatron_eve.config.schema import TemplateName
 from megatron_eve.data.quarantine import SampleError
 from megatron_eve.data.sample import IGNORE, Sample, Turn
+from megatron_eve.data.tokenizer import STOP_TEXT as STOP_TEXT
 from megatron_eve.data.tokenizer import Tokenizer
 
 IMAGE_MARK = "<image>"
 IMAGE_PLACEHOLDER = -200
 """Stands for one image in `EncodedSample.ids` (official IMAGE_TOKEN_INDEX)."""
-STOP_TEXT = "<|im_end|>"
 SYSTEM_TEXT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."

@@ -17,6 +17,9 @@ import tokenizers
 
 from megatron_eve.errors import ConfigError
 
+STOP_TEXT = "<|im_end|>"
+"""What ends an answer: a token that every tokenizer of a training run must have."""
+
 _FEW_TEXTS = 64
 
 
@@ -95,6 +98,28 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         special_tokens=tuple(token.content for _, token in sorted(added.items()) if token.special),
         fingerprint=digest[:16],
+    )
+
+
+def refuse_ids_beyond(tokenizer: Tokenizer, *, vocab_size: int) -> None:
+    """Every id must have a row of the embedding and output layer before those are padded to the tensor-parallel size:
+    padding rows are zeros, train nothing, and are cut at export.
+
+    Raises: ConfigError naming the highest token and each special one that has no row."""
+    if tokenizer.vocab_size <= vocab_size:
+        return
+    highest = tokenizer.vocab_size - 1
+    special = [
+        f"{text} ({number})"
+        for text in tokenizer.special_tokens
+        if (number := tokenizer.backend.token_to_id(text)) is not None and number >= vocab_size
+    ]
+    named = f", special ones among them: {', '.join(special[:8])}" if special else ""
+    raise ConfigError(
+        f"data.tokenizer={tokenizer.folder} has ids up to {highest} ({tokenizer.backend.id_to_token(highest)!r}), but "
+        f"model.vocab_size={vocab_size} has rows for 0 to {vocab_size - 1} only{named}; use the tokenizer that the "
+        f"weights were trained with, or a model.vocab_size of at least {tokenizer.vocab_size} (existing weights: "
+        f"`hf-to-megatron --vocab-size {tokenizer.vocab_size}`)."
     )
 
 

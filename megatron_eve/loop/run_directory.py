@@ -29,12 +29,12 @@ def claimed(run_dir: Path, config: RunConfig) -> Iterator[None]:
     Raises: ConfigError if it is another run's, or another process has it; OSError."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with only_one(run_dir, what="run", patience_s=_PATIENCE_S):
-        _refuse_other_run(config, run_dir=run_dir)
+        refuse_other_run(config, run_dir=run_dir)
         write_text(run_dir / CONFIG, config_text(config))
         yield
 
 
-def _refuse_other_run(config: RunConfig, *, run_dir: Path) -> None:
+def refuse_other_run(config: RunConfig, *, run_dir: Path) -> None:
     """A run directory belongs to one recipe, model and stage; lengths, learning rates and layouts may change.
 
     Raises: ConfigError naming the fields that differ from those of the run that is there."""

@@ -15,7 +15,8 @@ LAYERS = (
     ("data", "model", "parallel", "optim", "kernels"),
     ("checkpoint", "metrics"),
     ("inference", "loop"),
-    ("generate", "train"),
+    ("generate", "start_checks"),
+    ("train",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # device.py puts the CPU's stand-in for Transformer Engine's FusedAdam where megatron-core looks for it.
