@@ -3,10 +3,34 @@
 
 import os
 from collections.abc import Iterator
+from importlib.metadata import distributions
 
 import pytest
 
 os.environ.setdefault("WANDB_MODE", "offline")
+ENVIRONMENT = pytest.StashKey[dict[str, str]]()
+
+
+def installed_packages() -> dict[str, str]:
+    """Of this environment: version and, for an editable one, where it points, by place of its metadata."""
+    found = distributions()
+    return {
+        str(each.locate_file("")) + each.name: f"{each.version} {each.read_text('direct_url.json')}"
+        for each in found
+    }
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.stash[ENVIRONMENT] = installed_packages()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """No test changes the environment that runs it."""
+    before, after = session.stash[ENVIRONMENT], installed_packages()
+    changed = sorted(key for key in before | after if before.get(key) != after.get(key))
+    if changed:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print(f"\nFAILED: a test installed or removed packages here: {', '.join(changed[:5])}")
 
 
 @pytest.fixture(scope="session")

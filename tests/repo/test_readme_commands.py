@@ -6,15 +6,20 @@ under the names that the README uses."""
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from tests.conftest import ENVIRONMENT, installed_packages, pytest_sessionfinish
 from tests.repo.tree import REPO, commands, text_of
 
 SMALL_RUN = (
@@ -56,16 +61,32 @@ def run(command: str, *, cwd: Path, code: int = 0, **environment: str) -> str:
     return result.stdout
 
 
+MARKER = re.compile(r"^\w+_SET := \$\(VENV\)/(\S+)$", re.MULTILINE)
+"""A line of the Makefile that names what is left when a set of packages is installed."""
+STAND_IN = """#!/bin/sh
+echo "$*" >> {calls}
+case "$*" in *"-m pip"*|*"-m venv"*) echo "a test must not install: $*" >&2; exit 97;; esac
+exec {python} "$@"
+"""
+"""Python of a finished environment: notes its calls, refuses to install, else is this interpreter."""
+
+
+def finished_environment(folder: Path) -> Path:
+    """A folder that make takes for a finished environment, whatever sets the Makefile has."""
+    (folder / "bin").mkdir()
+    python = folder / "bin/python"
+    python.write_text(STAND_IN.format(calls=folder / "calls", python=shlex.quote(sys.executable)))
+    python.chmod(0o755)
+    now = time.time()
+    for name in MARKER.findall(text_of("Makefile")):
+        (folder / name).touch()
+        os.utime(folder / name, (now, now))  # none older than one that it is made from
+    return folder
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that make takes for a finished environment; its python is this one."""
-    venv = tmp_path_factory.mktemp("venv")
-    (venv / "bin").mkdir()
-    (venv / "bin/python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    (venv / "bin/python").chmod(0o755)
-    for name in (".installed-cpu", ".installed-test"):  # in the order in which make makes them
-        (venv / name).touch()
-    return venv
+    return finished_environment(tmp_path_factory.mktemp("venv"))
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +143,31 @@ def run_make(command: str, installed: Path, tmp_path: Path) -> None:
     }
     arguments = " ".join(shlex.quote(f"{name}={value}") for name, value in bounds.items())
     printed = run(f"{command} VENV={installed} {arguments}", cwd=REPO)
+    calls = (installed / "calls").read_text()
+    assert "-m tools.demo" in calls or "-m pytest" in calls
+    assert "-m pip" not in calls
     expected = "stopped after easy-vqa" if "demo" in command else "test_readme_commands.py"
     assert expected in printed
+
+
+def test_an_environment_that_lacks_a_set_is_not_filled_by_a_test(tmp_path: Path) -> None:
+    """Were a marker forgotten above, make would call pip: it is refused, and the test fails."""
+    unfinished = finished_environment(tmp_path)
+    (unfinished / ".installed-eval").unlink()
+    run(f"make test VENV={unfinished} PYTEST_ARGS=--version", cwd=REPO, code=2)
+    assert "-m pip" in (unfinished / "calls").read_text()
+
+
+def test_a_session_that_changes_its_environment_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    found = installed_packages()
+    assert any(key.endswith("pytest") for key in found)
+    session: Any = SimpleNamespace(stash={ENVIRONMENT: found}, exitstatus=0)
+    pytest_sessionfinish(session)
+    assert session.exitstatus == 0
+    session.stash[ENVIRONMENT] = found | {"/site/intruder": "1.0 None"}
+    pytest_sessionfinish(session)
+    assert session.exitstatus == pytest.ExitCode.TESTS_FAILED
+    assert "/site/intruder" in capsys.readouterr().out
 
 
 def plan(command: str, installed: Path, tmp_path: Path) -> None:
