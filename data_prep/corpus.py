@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.readers import iterate_entries
-from megatron_eve.data.conversation import IMAGE_MARK, SYSTEM_TEXT
+from megatron_eve.data.conversation import SYSTEM_TEXT
+from megatron_eve.data.media_names import IMAGE_MARK
 from megatron_eve.errors import ConfigError, DataError
 
 

@@ -19,7 +19,7 @@ from data_prep.images import ImageLimits, check_image
 from data_prep.quarantine import QuarantineRecord, Rejected
 from data_prep.readers import RawEntry
 from data_prep.tokenizer import CONTROL_TOKENS
-from megatron_eve.data.conversation import IMAGE_MARK
+from megatron_eve.data.media_names import IMAGE_MARK
 from megatron_eve.data.sample import Sample, Turn
 from megatron_eve.errors import DataError
 

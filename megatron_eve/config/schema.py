@@ -89,7 +89,7 @@ class DataConfig:
         int  # M of the official resize rules: the area is capped at M * M pixels (800 or 1600)
     )
     max_aspect_ratio: float  # images beyond it are quarantined
-    max_text_tokens: int  # text of a sample is cut to this many tokens, image tokens not counted
+    max_text_tokens: int  # a sample is cut to this many tokens, in which each image counts as one
     pack_tokens: int  # T: tokens of one pack (micro-batch), a multiple of `align`
     align: int  # vision and text segments of a pack are padded to multiples of this
     sample_align: int  # every sample is padded with text to a multiple of this: 1, or 2 * parallel.context times any

@@ -3,7 +3,8 @@
 
 Comes in: the turns of a sample and its number of images. Goes out: ids in which every image is ONE
 placeholder, and labels. Refuses, as `SampleError`: every case in which the official code silently
-drops a sample, feeds the next sample's image, or computes a NaN loss.
+drops a sample, feeds the next sample's image, or computes a NaN loss (text_rules.py, which the build
+of shards asks, too).
 
   plain   <image>CAPTION\n                      trained: the caption and its newline; no end token; human text unused
   qwen2   SYSTEM USER: Q ASSISTANT: A<|im_end|>USER: Q2 ASSISTANT: A2<|im_end|>
@@ -17,9 +18,15 @@ segment starts with a space, where byte-level BPE splits anyway) and at <|im_end
 Hence an answer that contains ` ASSISTANT:` is fine here; the official code masks that whole sample.
 
 Images: a turn with one mark is cleaned as in the official code: the mark is removed, the text
-stripped, `<image>\n` put in front. A turn with several marks, which the official code would
-collapse into one, keeps each at its place. A text-only sample in `plain` has labels on all its
-text.
+stripped, `<image>\n` put in front; a question that is only an image has no newline in training (the
+official clean-up strips once more) but has it in a prompt (official inference does not clean). A turn
+with several marks, which the official code would collapse into one, keeps each at its place. A
+text-only sample in `plain` has labels on all its text.
+
+A leading system turn stands in front of the first question, behind its images, as the system message
+of a request does at inference; the template's own system text stays. `plain` has no place for it.
+
+The limit of text counts an image's placeholder as one token, as the official collator does.
 """
 
 from collections.abc import Sequence
@@ -29,12 +36,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_eve.config.schema import TemplateName
+from megatron_eve.data.media_names import IMAGE_MARK
 from megatron_eve.data.quarantine import SampleError
 from megatron_eve.data.sample import IGNORE, Sample, Turn
+from megatron_eve.data.text_rules import (
+    check_conversation,
+    check_marks,
+    check_texts,
+    spoken_turns,
+    system_turns,
+)
 from megatron_eve.data.tokenizer import STOP_TEXT as STOP_TEXT
 from megatron_eve.data.tokenizer import Tokenizer
 
-IMAGE_MARK = "<image>"
 IMAGE_PLACEHOLDER = -200
 """Stands for one image in `EncodedSample.ids` (official IMAGE_TOKEN_INDEX)."""
 SYSTEM_TEXT = (
@@ -85,7 +99,7 @@ def encode_sample(
     """Token ids and labels of one training sample. Raises SampleError if it cannot be trained
     on."""
     segments = _training_segments(
-        turns, num_images=num_images, template=template, special=tokenizer.special_tokens
+        turns, num_images=num_images, template=template, tokenizer=tokenizer
     )
     ids, trained = _tokenize([segments], tokenizer=tokenizer)[0]
     return _cut(ids, trained, max_text_tokens=max_text_tokens)
@@ -112,7 +126,7 @@ def encode_samples(
                     sample.turns,
                     num_images=len(sample.image_sizes),
                     template=template,
-                    special=tokenizer.special_tokens,
+                    tokenizer=tokenizer,
                 )
             )
             results.append(None)
@@ -139,60 +153,72 @@ def encode_prompt(
     `qwen2`: turns alternate and end with a human one; the prompt ends with `ASSISTANT:`, no space.
     `plain`: the images alone, whatever the one human turn says. Raises SampleError like
     `encode_sample`."""
-    _check_text(turns, special=tokenizer.special_tokens)
-    _check_marks(turns, num_images=num_images)
-    if template == "plain":
-        segments = [_Segment(IMAGE_MARK, False)] * num_images
-    else:
-        segments = _qwen2_segments(turns, open_ended=True)
+    check_texts(turns, end_texts=tokenizer.end_texts)
+    check_marks(turns, num_images=num_images, template="qwen2")
+    images_alone = [_Segment(IMAGE_MARK, False)] * num_images
+    segments = images_alone if template == "plain" else _prompt_segments(turns)
     return _tokenize([segments], tokenizer=tokenizer)[0][0]
 
 
 def _training_segments(
-    turns: Sequence[Turn], *, num_images: int, template: TemplateName, special: Sequence[str]
+    turns: Sequence[Turn], *, num_images: int, template: TemplateName, tokenizer: Tokenizer
 ) -> list[_Segment]:
-    _check_text(turns, special=special)
-    _check_marks(turns, num_images=num_images)
-    if not any(turn.role == "gpt" for turn in turns):
-        raise SampleError("no_answer", f"{len(turns)} turns, none from gpt")
+    check_conversation(turns, num_images=num_images, template=template)
+    check_texts(turns, end_texts=tokenizer.end_texts)  # of a tokenizer with ends of its own
     if template == "plain":
-        return _plain_segments(turns, num_images=num_images)
-    return _qwen2_segments(turns, open_ended=False)
+        caption = spoken_turns(turns)[1].text.strip()
+        return [_Segment(IMAGE_MARK, False)] * num_images + [_Segment(caption + "\n", True)]
+    spoken = spoken_turns(turns)
+    questions = _questions(turns, strip_lone_mark=True)
+    segments: list[_Segment] = []
+    for question, answer in zip(questions, spoken[1::2], strict=True):
+        segments += _split_at_marks(question)
+        segments += [_Segment(f" {answer.text}", True), _Segment(STOP_TEXT, True)]
+    return segments
 
 
-def _plain_segments(turns: Sequence[Turn], *, num_images: int) -> list[_Segment]:
-    if [turn.role for turn in turns] != ["human", "gpt"]:
-        roles = [turn.role for turn in turns]
-        raise SampleError(
-            "not_two_turns", f"template plain takes a human and a gpt turn, found {roles}"
-        )
-    caption = turns[1].text.strip()
-    if not caption:
-        raise SampleError("empty_answer", "the caption is empty")
-    return [_Segment(IMAGE_MARK, False)] * num_images + [_Segment(caption + "\n", True)]
-
-
-def _qwen2_segments(turns: Sequence[Turn], *, open_ended: bool) -> list[_Segment]:
-    """Segments of a Vicuna-style conversation; `open_ended`: the last turn is a question to be
-    answered."""
-    turns = turns[1:] if turns and turns[0].role == "gpt" else turns  # as the official code does
-    roles = [turn.role for turn in turns]
+def _prompt_segments(turns: Sequence[Turn]) -> list[_Segment]:
+    """A Vicuna-style conversation whose last turn is a question to be answered."""
+    spoken = spoken_turns(turns)
+    roles = [turn.role for turn in spoken]
     if roles != ["human" if i % 2 == 0 else "gpt" for i in range(len(roles))]:
         raise SampleError("turns_not_alternating", f"roles are {roles}")
-    if not open_ended and (not roles or roles[-1] == "human"):
-        raise SampleError("unanswered_turn", f"the conversation ends with a human turn ({roles})")
-    if open_ended and (not roles or roles[-1] == "gpt"):
+    if not roles or roles[-1] == "gpt":
         raise SampleError("no_answer", f"a prompt must end with a human turn, roles are {roles}")
     segments: list[_Segment] = []
-    for i in range(0, len(turns), 2):
-        opening = f"{SYSTEM_TEXT} " if i == 0 else ""
-        question = f"{opening}USER: {_clean(turns[i].text)} ASSISTANT:"
+    for number, question in enumerate(_questions(turns, strip_lone_mark=False)):
         segments += _split_at_marks(question)
-        if i + 1 < len(turns):
-            if not turns[i + 1].text.strip():
-                raise SampleError("empty_answer", f"turn {i + 1} of the conversation is empty")
-            segments += [_Segment(f" {turns[i + 1].text}", True), _Segment(STOP_TEXT, True)]
+        if 2 * number + 1 < len(spoken):
+            answer = spoken[2 * number + 1].text
+            if not answer.strip():
+                raise SampleError("empty_answer", f"answer {number} of the prompt has no text")
+            segments += [_Segment(f" {answer}", True), _Segment(STOP_TEXT, True)]
     return segments
+
+
+def _questions(turns: Sequence[Turn], *, strip_lone_mark: bool) -> list[str]:
+    """The questions as the template writes them, from `USER:` to `ASSISTANT:`; the system texts are in the first."""
+    system = "".join(turn.text for turn in system_turns(turns)).strip()
+    questions = []
+    for number, turn in enumerate(spoken_turns(turns)[::2]):
+        text = _clean(turn.text)
+        if number == 0:
+            text = _behind_marks(text, system)
+        if strip_lone_mark and text == f"{IMAGE_MARK}\n":
+            text = IMAGE_MARK
+        opening = f"{SYSTEM_TEXT} " if number == 0 else ""
+        questions.append(f"{opening}USER: {text} ASSISTANT:")
+    return questions
+
+
+def _behind_marks(question: str, system: str) -> str:
+    """The question with a system text in front of its words, behind the marks that it starts with."""
+    if not system:
+        return question
+    words, marks = question, ""
+    while words.startswith(f"{IMAGE_MARK}\n"):
+        words, marks = words.removeprefix(f"{IMAGE_MARK}\n"), f"{marks}{IMAGE_MARK}\n"
+    return marks + "\n".join(text for text in (system, words) if text)
 
 
 def _clean(text: str) -> str:
@@ -208,29 +234,6 @@ def _split_at_marks(text: str) -> list[_Segment]:
     for piece in pieces[1:]:
         segments += [_Segment(IMAGE_MARK, False), _Segment(piece, False)]
     return segments
-
-
-def _check_text(turns: Sequence[Turn], *, special: Sequence[str]) -> None:
-    for number, turn in enumerate(turns):
-        if turn.role not in ("human", "gpt"):
-            raise SampleError("unknown_role", f"turn {number} is from {turn.role!r}")
-        found = next((token for token in special if token in turn.text), None)
-        if found is not None:
-            raise SampleError("special_text", f"turn {number} contains the special token {found}")
-        if turn.role == "gpt" and IMAGE_MARK in turn.text:
-            raise SampleError("mark_in_answer", f"turn {number}, from gpt, contains {IMAGE_MARK}")
-
-
-def _check_marks(turns: Sequence[Turn], *, num_images: int) -> None:
-    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
-    if marks == num_images:
-        return
-    found = f"{marks} marks {IMAGE_MARK}, {num_images} images"
-    if marks == 0:
-        raise SampleError("image_without_mark", found)
-    raise SampleError(
-        "fewer_marks_than_images" if marks < num_images else "more_marks_than_images", found
-    )
 
 
 def _tokenize(
@@ -263,17 +266,13 @@ def _tokenize(
 def _cut(
     ids: NDArray[np.int64], trained: NDArray[np.bool_], *, max_text_tokens: int
 ) -> EncodedSample:
-    """Labels, after cutting the text to its first `max_text_tokens` tokens; images are not
-    counted."""
-    is_text = ids != IMAGE_PLACEHOLDER
-    kept = int(np.searchsorted(np.cumsum(is_text), max_text_tokens, side="right"))
-    if not is_text[kept:].all():
-        raise SampleError(
-            "cut_image", f"an image comes after the first {max_text_tokens} text tokens"
-        )
-    labels = np.where(trained, ids, IGNORE)[:kept]
+    """Labels, after cutting to the first `max_text_tokens` tokens; an image counts as one."""
+    if (ids[max_text_tokens:] == IMAGE_PLACEHOLDER).any():
+        raise SampleError("cut_image", f"an image comes after the first {max_text_tokens} tokens")
+    ids, was_cut = ids[:max_text_tokens], ids.size > max_text_tokens
+    labels = np.where(trained[:max_text_tokens], ids, IGNORE)
     if not (labels[1:] != IGNORE).any():
         raise SampleError(
-            "cut_labels", f"no token to predict among the first {max_text_tokens} text tokens"
+            "cut_labels", f"no token to predict among the first {max_text_tokens} tokens"
         )
-    return EncodedSample(ids=ids[:kept], labels=labels, was_cut=kept < ids.size)
+    return EncodedSample(ids=ids, labels=labels, was_cut=was_cut)

@@ -31,7 +31,7 @@ from megatron_eve.data.tokenizer import Tokenizer
 from megatron_eve.whole import whole_file
 
 _LOG = logging.getLogger(__name__)
-_FORMAT = 2  # change it when the same settings would give other numbers
+_FORMAT = 3  # change it when the same settings would give other numbers
 _CHUNK = 2048  # samples that go through the tokenizer together
 _LOG_EVERY = 100_000
 

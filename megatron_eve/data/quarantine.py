@@ -19,13 +19,16 @@ Reason = Literal[
     "fewer_marks_than_images",
     "more_marks_than_images",
     "mark_in_answer",  # <image> in a turn of the model
-    "unknown_role",  # neither human nor gpt
+    "mark_in_system",  # <image> in the system text
+    "unread_mark",  # a text holds a mark of media that nobody reads: <video>, <image_1>
+    "unknown_role",  # neither human nor gpt, nor system
     "turns_not_alternating",
     "unanswered_turn",  # the conversation ends with a human turn
     "no_answer",  # no turn of the model at all
     "not_two_turns",  # template plain takes one human turn and one caption
+    "empty_question",  # template qwen2: a question without any text
     "empty_answer",
-    "special_text",  # text that spells a special token of the tokenizer
+    "special_text",  # text that spells a token that ends or pads a text
     "cut_image",  # max_text_tokens would cut before an image
     "cut_labels",  # max_text_tokens would leave nothing to learn from
     "bad_image_size",  # no pixels

@@ -23,7 +23,7 @@ IGNORE = -100
 class Turn:
     """One turn of a conversation; `text` may hold the mark `<image>` (constants in conversation.py)."""
 
-    role: str  # "human" or "gpt"
+    role: str  # "human" or "gpt"; "system" for a leading one
     text: str
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import tokenizers
 
+from megatron_eve.data.text_rules import END_TEXTS
 from megatron_eve.errors import ConfigError
 
 STOP_TEXT = "<|im_end|>"
@@ -33,6 +34,7 @@ class Tokenizer:
     pad_id: int
     vocab_size: int  # highest id + 1, added tokens included
     special_tokens: tuple[str, ...]  # text of every token marked as special
+    end_texts: tuple[str, ...]  # tokens that end or pad a text; no text of a sample may spell them
     fingerprint: str  # changes when any text could be tokenised differently
 
     def encode(self, text: str) -> list[int]:
@@ -88,6 +90,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         key: _configured_id(settings, key, backend=backend, path=path)
         for key in ("eos_token", "pad_token")
     }
+    own_ends = (backend.id_to_token(ids["eos_token"]), backend.id_to_token(ids["pad_token"]))
     added = backend.get_added_tokens_decoder()
     digest = hashlib.sha256(content + repr(sorted(ids.items())).encode()).hexdigest()
     return Tokenizer(
@@ -97,6 +100,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         pad_id=ids["pad_token"],
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         special_tokens=tuple(token.content for _, token in sorted(added.items()) if token.special),
+        end_texts=tuple(dict.fromkeys((*END_TEXTS, *own_ends))),
         fingerprint=digest[:16],
     )
 

@@ -18,9 +18,10 @@ from PIL import Image
 
 from megatron_eve.config.schema import ModelConfig, TemplateName
 from megatron_eve.data.assemble import expand
-from megatron_eve.data.conversation import IMAGE_MARK, EncodedSample, encode_prompt
+from megatron_eve.data.conversation import EncodedSample, encode_prompt
 from megatron_eve.data.image import decode_reference, image_size
 from megatron_eve.data.image_size import MAX_IMAGE_PIXELS, eval_size, train_size
+from megatron_eve.data.media_names import IMAGE_MARK
 from megatron_eve.data.patches import patchify
 from megatron_eve.data.quarantine import SampleError
 from megatron_eve.data.sample import Turn

@@ -145,24 +145,26 @@ def test_leading_answer_is_dropped(qwen: Tokenizer) -> None:
     assert sample.ids.tolist() == official_ids(qwen, "Hi", "Yes.")
 
 
-def test_text_is_cut_and_images_are_not_counted(qwen: Tokenizer) -> None:
+def test_the_cut_counts_an_image_as_one_token(qwen: Tokenizer) -> None:
+    """The official collator cuts ids in which an image is one placeholder (train.py, model_max_length)."""
     full = encode(qwen, "<image>\nWhat?", "one two three four five")
-    cut = encode(
-        qwen, "<image>\nWhat?", "one two three four five", max_text_tokens=full.num_text - 3
-    )
+    limit = full.ids.size - 3
+    cut = encode(qwen, "<image>\nWhat?", "one two three four five", max_text_tokens=limit)
     assert cut.was_cut
     assert not full.was_cut
     assert cut.num_images == 1
-    assert cut.ids.tolist() == full.ids[:-3].tolist()
-    assert cut.labels.tolist() == full.labels[:-3].tolist()
+    assert cut.ids.tolist() == full.ids[:limit].tolist()
+    assert cut.labels.tolist() == full.labels[:limit].tolist()
+    plain = encode(qwen, "<image>", "one two three", template="plain", max_text_tokens=3)
+    assert trace(qwen, plain) == "<IMG> one* Ġtwo*"
 
 
 def test_cut_before_an_image_or_before_every_label_is_refused(qwen: Tokenizer) -> None:
     texts = ("<image>\nWhat?", "one", "<image> and?", "two")
-    with pytest.raises(SampleError, match="cut_image: an image comes after the first 40 text"):
+    with pytest.raises(SampleError, match="cut_image: an image comes after the first 40 tokens"):
         encode(qwen, *texts, num_images=2, max_text_tokens=40)
-    kept = encode(qwen, "<image>\nWhat?", "one").num_text - 2  # the answer and its end are cut
-    with pytest.raises(SampleError, match=f"cut_labels: no token .* the first {kept} text"):
+    kept = encode(qwen, "<image>\nWhat?", "one").ids.size - 2  # the answer and its end are cut
+    with pytest.raises(SampleError, match=f"cut_labels: no token .* the first {kept} tokens"):
         encode(qwen, "<image>\nWhat?", "one", max_text_tokens=kept)
 
 
@@ -178,6 +180,12 @@ REFUSED = [
     ("more_marks_than_images", ("<image>\nWhat?", "Yes."), 0),
     ("mark_in_answer", ("What?", "See <image>"), 1),
     ("empty_answer", ("<image>\nWhat?", " \n"), 1),
+    ("empty_answer", ("<image>\nWhat?", "Yes", "Why?", ""), 1),
+    ("empty_question", ("", "Yes"), 0),
+    ("empty_question", ("<image>\nWhat?", "Yes", "", "No"), 1),
+    ("unread_mark", ("<video>\nWhat?", "Yes"), 0),
+    ("unread_mark", ("<image> or <image_2>?", "Yes"), 1),
+    ("unread_mark", ("What?", "See [IMG]"), 0),
     ("special_text", ("<image>\nWhat?", "Yes<|im_end|>"), 1),
     ("special_text", ("<image>\nWhat <|endoftext|>?", "Yes"), 1),
     ("unanswered_turn", ("<image>\nWhat?", "Yes", "Why?"), 1),
@@ -205,11 +213,78 @@ def test_refused_roles(qwen: Tokenizer) -> None:
             )
         return error.value.reason
 
-    assert reason("system", "human", "gpt") == "unknown_role"
+    assert reason("user", "assistant") == "unknown_role"
+    assert reason("human", "gpt", "system") == "turns_not_alternating"
     assert reason("human", "human", "gpt") == "turns_not_alternating"
-    assert reason("gpt") == "unanswered_turn"
+    assert reason("gpt") == "no_answer"
+    assert reason("system", "gpt") == "no_answer"
     assert reason("human", "gpt", "human", "gpt", template="plain") == "not_two_turns"
-    assert reason("gpt", "human", template="plain") == "not_two_turns"
+    assert reason("gpt", "human", template="plain") == "no_answer"
+    assert reason("gpt", "human", "gpt", template="plain") == "not_two_turns"
+
+
+def test_a_question_that_is_only_an_image_has_no_newline_in_training(qwen: Tokenizer) -> None:
+    """The official clean-up strips again after it put `<image>` and a newline in front; official inference does not."""
+    texts = ("Hello.", "Good day.", " <image>\n", "A boat.")
+    assert trace(qwen, encode(qwen, *texts)).endswith(
+        "USER : Ġ <IMG> ĠASS IST ANT : ĠA* Ġboat* .* <|im_end|>*"
+    )
+    prompt = encode_prompt(turns_of("<image>"), num_images=1, template="qwen2", tokenizer=qwen)
+    assert qwen.decode(prompt[prompt.tolist().index(IMAGE_PLACEHOLDER) + 1 :]) == "\n ASSISTANT:"
+
+
+def test_a_caption_needs_no_mark_in_plain(qwen: Tokenizer) -> None:
+    """The official `plain` puts the mark itself, whatever the question says."""
+    for question in ("", "Say what there is.", "<image>\nSay it."):
+        sample = encode(qwen, question, "A bus.", template="plain")
+        assert trace(qwen, sample) == "<IMG> A* Ġbus* .Ċ*"
+
+
+def test_a_blank_answer_among_others_is_trained_with_its_end(qwen: Tokenizer) -> None:
+    sample = encode(qwen, "<image>\nRed?", "Yes.", "Blue?", "  ")
+    assert trace(qwen, sample).endswith("ĠBlue ? ĠASS IST ANT : ĠĠĠ* <|im_end|>*")
+    assert sample.ids.tolist() == official_ids(qwen, "<image>\nRed?", "Yes.", "Blue?", "  ")
+
+
+def test_words_of_the_vocabulary_are_trained(qwen: Tokenizer) -> None:
+    """Grounding data is made of such words; they are single tokens, as in the official code."""
+    texts = (
+        "<image>\nWhere is <|quad_start|>?",
+        "<|box_start|>(1,2)<|box_end|> <tool_call> <|im_start|>",
+    )
+    sample = encode(qwen, *texts)
+    assert sample.ids.tolist() == official_ids(qwen, *texts)
+    assert "<|box_start|>* (* 1* ,* 2* )* <|box_end|>*" in trace(qwen, sample)
+
+
+@pytest.mark.parametrize(
+    ("question", "num_images", "written"),
+    [
+        ("Which?", 0, "Be brief.\nWhich?"),
+        ("<image>\nWhich?", 1, "<image>\nBe brief.\nWhich?"),
+        ("Which <image>", 1, "<image>\nBe brief.\nWhich"),
+        ("<image>", 1, "<image>\nBe brief."),
+        ("<image>\n<image>\nWhich?", 2, "<image>\n<image>\nBe brief.\nWhich?"),
+        ("Is <image> as <image>?", 2, "Be brief.\nIs <image> as <image>?"),
+        ("", 0, "Be brief."),
+    ],
+)
+def test_a_system_turn_stands_in_front_of_the_first_question(
+    qwen: Tokenizer, question: str, num_images: int, written: str
+) -> None:
+    turns = (Turn("system", "Be brief. "), *turns_of(question, "Yes.", "And?", "No."))
+    sample = encode_sample(
+        turns, num_images=num_images, template="qwen2", tokenizer=qwen, max_text_tokens=4096
+    )
+    assert sample.ids.tolist() == official_ids(qwen, written, "Yes.", "And?", "No.")
+    prompt = encode_prompt(turns[:2], num_images=num_images, template="qwen2", tokenizer=qwen)
+    assert sample.ids[: prompt.size].tolist() == prompt.tolist()
+
+
+def test_plain_has_no_place_for_a_system_text(qwen: Tokenizer) -> None:
+    turns = (Turn("system", "Be brief."), *turns_of("<image>", "A bus."))
+    sample = encode_sample(turns, num_images=1, template="plain", tokenizer=qwen, max_text_tokens=9)
+    assert trace(qwen, sample) == "<IMG> A* Ġbus* .Ċ*"
 
 
 def test_many_equals_one_by_one_with_errors_in_place(qwen: Tokenizer) -> None:

@@ -101,7 +101,7 @@ def test_unfit_samples_have_their_reason_and_no_length(
     assert lengths.reasons["too_long"] == 1
     assert np.flatnonzero(~lengths.usable).tolist() == list(expected)
     assert (lengths.num_text[list(expected)] == 0).all()
-    assert lengths.num_text[6] == 80  # cut, not refused
+    assert lengths.num_text[6] == 79  # cut to 80 with its image, not refused
 
 
 def test_cache_is_read_and_belongs_to_its_settings(

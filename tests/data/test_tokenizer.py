@@ -21,6 +21,7 @@ def test_published_ids(qwen: Tokenizer) -> None:
     assert qwen.encode(" Hello world") == [21927, 1879]
     assert "<|im_end|>" in qwen.special_tokens
     assert "<tool_call>" not in qwen.special_tokens
+    assert qwen.end_texts == ("<|im_end|>", "<|endoftext|>")
 
 
 def test_round_trip_and_batch_equal_single(qwen: Tokenizer) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.demo.shape_facts import COLORS, SHAPES, YES_NO
-from megatron_eve.data.conversation import IMAGE_MARK
+from megatron_eve.data.media_names import IMAGE_MARK
 from megatron_eve.errors import DataError, EveError
 from megatron_eve.whole import write_json
 from tools.demo.scoring import (

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which names and marks stand for media: pictures, video, sound, documents.
+
+`<image>` is the one mark that is read. Everything else that looks like a mark (`<video>`, `<image_1>`, `<|image_pad|>`,
+`[IMG]`, `{image}` in a question) is found by `unread_mark`, so that a sample whose media nobody reads never becomes a
+sample of text alone. In: a text, or the name of a key. Out: the mark or the kind of medium, None if there is none.
+
+Code and mark-up are texts, too: a tag with attributes (`<img src="a.png">`), a closing tag (`</video>`), a name of
+something (`<image_name>`), a type (`List<Image>`) or a component (`<VideoPlayer>`) is no mark. A bare `<video>` is.
+"""
+
+import functools
+import re
+
+IMAGE_MARK = "<image>"
+PICTURE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".jp2", ".j2k", ".jxl", ".heic", ".heif", ".avif", ".svg", ".ico", ".tga", ".ppm", ".pgm", ".exr", ".dcm"),
+)  # fmt: skip
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".flv", ".wmv", ".mpg", ".mpeg", ".3gp", ".ogv", ".ts"),
+)  # fmt: skip
+AUDIO_SUFFIXES = (
+    ".wav",
+    ".mp3",
+    ".flac",
+    ".ogg",
+    ".oga",
+    ".opus",
+    ".m4a",
+    ".aac",
+    ".wma",
+    ".aiff",
+    ".mid",
+)
+OTHER_SUFFIXES = (".pdf", ".djvu", ".ply", ".obj", ".glb", ".gltf", ".stl", ".pcd", ".las")
+SUFFIX_KINDS = {
+    suffix: kind
+    for kind, suffixes in (
+        ("picture", PICTURE_SUFFIXES),
+        ("video", VIDEO_SUFFIXES),
+        ("sound", AUDIO_SUFFIXES),
+        ("document", OTHER_SUFFIXES),
+    )
+    for suffix in suffixes
+}
+_WORDS = {
+    "picture": "image img picture pic photo photograph screenshot thumbnail jpg jpeg png webp pixel vision visual",
+    "video": "video vid clip frame gif mp4",
+    "sound": "audio sound speech voice music wav mp3 waveform spectrogram",
+    "document": "pdf pointcloud lidar media multimedia multimodal attachment",
+}
+WORD_KINDS = {word: kind for kind, words in _WORDS.items() for word in words.split()}
+"""A word of a name, in the singular and in lower case -> the kind of medium."""
+_WEAK = {
+    **dict.fromkeys(("figure", "fig", "depth"), "picture"),
+    **dict.fromkeys(("movie", "film"), "video"),
+    **dict.fromkeys(("song",), "sound"),
+    **dict.fromkeys(("mesh", "scan", "document"), "document"),
+}
+"""Words that mark-up and metadata use for other things (`<figure>`, `"movie": "Titanic"`): they stand for a medium only
+in a mark with a number, a bar or a word such as `pad`."""
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+DESCRIPTIVE = _words(
+    "id name path file filename url uri link src source dir folder root type format size width height ratio resolution "
+    "shape channel count num number total index idx hash md5 sha sha1 sha256 phash caption description desc title "
+    "label tag category class score similarity quality aspect duration length fps rate time timestamp start end author "
+    "license licence lang language split set dataset has is alt text token per date year key status"
+)
+"""With one of these, a name says something about a medium (`image_width`) rather than holding it."""
+HOLDS = _words("path file filename url uri link src source dir folder root")
+"""Of these, those under which a medium itself may stand (`video_path`)."""
+_COMPANIONS = _words(
+    "here pad placeholder place holder token start end begin bos eos of the patch context content feature embed "
+    "embedding soft newline row sep mark input slot fake around history query global local latent"
+)
+"""Words that stand beside a medium in marks written in capitals of the middle, as `<ImageHere>`."""
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+_ANGLE = re.compile(r"<\s*(\|?)\s*([A-Za-z][A-Za-z0-9_\-:#. ]{0,40}?)\s*\|?\s*/?>")
+_SQUARE = re.compile(
+    r"\[\s*/?(?:images?|img|pictures?|photos?|videos?|audios?)[ _-]?\d*\s*\](?!\()", re.I
+)
+_CURLY = re.compile(r"\{\s*(?:images?|img|pictures?|photos?|videos?|audios?)[ _-]?\d*\s*\}", re.I)
+_CHINESE = re.compile(r"[<\[【《](?:图片|图像|照片|圖片|视频|音频|语音)[ _-]?\d*[>\]】》]")
+_DATA_URL = re.compile(r"data:(?:image|video|audio)/[\w.+-]+;base64,")
+_MARKDOWN = re.compile(r"!\[[^\]\n]{0,200}\]\(\s*[^)\s]{1,400}")
+_GENERIC = re.compile(
+    r"(?:\b[A-Z]\w*|\b(?:vector|list|array|set|map|deque|span|optional|unique_ptr|shared_ptr))$"
+)
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a name in lower case, plurals as singulars: `imagePaths_2` -> image, path, 2."""
+    words = [word.lower() for word in _WORD.findall(name)]
+    return [word[:-1] if len(word) > 3 and word.endswith("s") else word for word in words]
+
+
+def media_kind(name: str) -> str | None:
+    """The kind of medium that a name (of a key, of a mark) speaks of."""
+    words = words_of(name)
+    if "point" in words and "cloud" in words:
+        return "document"
+    return next((WORD_KINDS[word] for word in words if word in WORD_KINDS), None)
+
+
+def suffix_kind(path: str) -> str | None:
+    """The kind of medium that a path or an address ends in: a text of one line whose suffix is that of a media file."""
+    if len(path) > 4096 or "\n" in path:
+        return None
+    bare = path.split("?", 1)[0].split("#", 1)[0].rstrip().lower()
+    stem, dot, suffix = bare.rpartition(".")
+    return SUFFIX_KINDS.get(dot + suffix) if stem and len(suffix) <= 4 else None
+
+
+def unread_mark(text: str, *, in_question: bool) -> str | None:
+    """The first thing in `text` that stands for a medium and is not `<image>`.
+
+    Curly brackets and Markdown pictures count in questions only: answers that write code are full of them."""
+    if "<" in text:
+        for match in _ANGLE.finditer(text):
+            if match.group() == IMAGE_MARK or not _is_mark(*match.groups()):
+                continue
+            if match.group(2).isalpha() and _GENERIC.search(text[: match.start()][-80:]):
+                continue  # a type: List<Image>
+            return match.group()
+    patterns = (
+        [_SQUARE, _CHINESE] if "[" in text or "<" in text or "【" in text or "《" in text else []
+    )
+    patterns += [_DATA_URL] if "data:" in text else []
+    if in_question:
+        patterns += [_CURLY] if "{" in text else []
+        patterns += [_MARKDOWN] if "![" in text else []
+    found = (pattern.search(text) for pattern in patterns)
+    return next((match.group()[:60] for match in found if match is not None), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_mark(bar: str, name: str) -> bool:
+    """Whether what stands between angle brackets (and bars) is a mark of media."""
+    words = words_of(name)
+    weak = [word for word in words if word in _WEAK]
+    if name != "im_patch" and media_kind(name) is None and not weak:
+        return False
+    others = [w for w in words if w not in WORD_KINDS and w not in weak and not w.isdigit()]
+    if bar:
+        return True
+    if " " in name:  # an attribute (<video controls>), unless the word belongs to a mark
+        return all(word in _COMPANIONS for word in others)
+    if any(word in DESCRIPTIVE and word not in _COMPANIONS for word in others):
+        return False
+    if not others:
+        return not weak or len(words) > 1
+    is_camel = "_" not in name and "-" not in name
+    return not (is_camel or weak) or all(word in _COMPANIONS for word in others)
