@@ -2,7 +2,8 @@
 """Train: `python -m megatron_eve.train RECIPE [section.key=value ...] [--dry-run]`.
 
 On one process as it is; on several under torchrun or the files in slurm/. Exit codes: 0 the run is done or was asked to
-stop (RUN_DIR/DONE tells which) or the dry run is printed, 1 the run failed, 2 wrong usage or configuration."""
+stop (RUN_DIR/DONE tells which) or the dry run is printed, 1 the run failed, 2 wrong usage or configuration, 130 Ctrl-C
+before the first step, or a second one."""
 
 import argparse
 import logging
@@ -12,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
+from megatron_eve.command import end_with
 from megatron_eve.config.overrides import apply_overrides
 from megatron_eve.config.plan import plan_text
 from megatron_eve.config.recipes import RECIPES
@@ -20,6 +22,7 @@ from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.text_form import config_text
 from megatron_eve.errors import ConfigError, EveError
 from megatron_eve.start_checks import check_start
+from megatron_eve.stop_signals import StopSignals
 
 EXAMPLE = """example:
   python -m megatron_eve.train eve7b_stage2_2 optim.peak_lr=1e-5 --dry-run
@@ -63,20 +66,26 @@ def _train(config: RunConfig) -> int:
         os.environ.setdefault(
             "NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0"
         )  # megatron-core refuses TE without
-    from megatron_eve.loop.run import run  # torch and megatron-core: not for a dry run
+    rank = int(os.environ.get("RANK", 0))
+    with StopSignals(rank=rank) as signals:
+        from megatron_eve.loop.run import run  # torch and megatron-core: not for a dry run
 
-    code = 1
-    try:
-        run(config)
-    except EveError as error:
-        code = 2 if isinstance(error, ConfigError) else 1
-        print(f"rank {os.environ.get('RANK', 0)}: {type(error).__name__}: {error}", file=sys.stderr)
-    except Exception:
-        print(f"rank {os.environ.get('RANK', 0)}:\n{traceback.format_exc()}", file=sys.stderr)
-    else:
-        return 0
-    sys.stderr.flush()
-    os._exit(code)  # destructors of a wedged communicator can hang for ever
+        try:
+            run(config, signals=signals)
+        except Exception as error:
+            code = 2 if isinstance(error, ConfigError) else 1
+            print(f"rank {rank}: {_told(error, signals)}", file=sys.stderr)
+        else:
+            return 0
+        sys.stderr.flush()
+        os._exit(code)  # destructors of a wedged communicator can hang for ever
+
+
+def _told(error: Exception, signals: StopSignals) -> str:
+    """An error of ours, or of a rank that was interrupted together with its peers, as a line; a defect in full."""
+    if isinstance(error, EveError) or signals.interrupted:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if signals.interrupted else error}"
+    return f"\n{traceback.format_exc()}"
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -105,4 +114,4 @@ def _log_to_stderr() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

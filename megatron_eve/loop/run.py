@@ -34,7 +34,7 @@ from megatron_eve.loop.evaluation import Evaluations
 from megatron_eve.loop.feed import next_step
 from megatron_eve.loop.non_finite import SkipGuard
 from megatron_eve.loop.run_directory import claimed
-from megatron_eve.loop.signals import DONE_FILE, StopFlag, stop_on_signal
+from megatron_eve.loop.signals import DONE_FILE, StopFlag
 from megatron_eve.loop.step import train_step
 from megatron_eve.metrics.peak import peak_flops
 from megatron_eve.metrics.profiling import Capture
@@ -46,6 +46,7 @@ from megatron_eve.model.stages import freeze
 from megatron_eve.optim.build import build_optimizer, build_schedule
 from megatron_eve.parallel.groups import ParallelState, init_distributed, init_model_parallel
 from megatron_eve.parallel.wrap import wrap_for_training
+from megatron_eve.stop_signals import StopSignals
 from megatron_eve.whole import write_text
 
 _LOG = logging.getLogger(__name__)
@@ -65,19 +66,25 @@ class Run:
     steps: int
 
 
-def run(config: RunConfig) -> None:
+def run(config: RunConfig, *, signals: StopSignals) -> None:
     """Train as `config` (resolved) says; resumes from the newest checkpoint of its run directory.
 
     Returns when the run is done or was asked to stop; RUN_DIR/DONE tells which.
     """
     refuse_missing_accelerators(config)
     init_distributed(timeout_s=config.train.distributed_timeout_s)
-    state = init_model_parallel(config.parallel, seed=config.train.seed)
+    state = init_model_parallel(
+        config.parallel,
+        seed=config.train.seed,
+        timeout_s=config.train.distributed_timeout_s,
+    )
     random.seed(config.train.seed)  # a checkpoint holds its state; megatron-core seeds torch's
     torch.use_deterministic_algorithms(config.train.deterministic)
     run_dir = Path(config.run_dir)
     ours = claimed(run_dir, config) if state.rank == 0 else nullcontext()
-    with ours, stop_on_signal(run_dir) as stop:
+    with ours:
+        signals.catch_stops()
+        stop = StopFlag(run_dir, signals)
         assembled = _assemble(config, state=state, run_dir=run_dir)
         try:
             _train(assembled, stop=stop)
@@ -172,6 +179,8 @@ def _resume(run: Run) -> int:
 
 def _train(run: Run, *, stop: StopFlag) -> None:
     done = _resume(run)
+    torch.distributed.barrier()  # no rank may save while another would still end at once
+    stop.may_save()
     sinks = Sinks.open(
         run.config,
         run_dir=run.run_dir,

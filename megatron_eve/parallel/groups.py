@@ -66,8 +66,11 @@ def init_distributed(*, timeout_s: int) -> None:
         torch.distributed.init_process_group(backend, timeout=timeout)
 
 
-def init_model_parallel(parallel: ParallelConfig, *, seed: int) -> ParallelState:
-    """Build every group of the layout and seed the random generators.
+def init_model_parallel(
+    parallel: ParallelConfig, *, seed: int, timeout_s: int = 1800
+) -> ParallelState:
+    """Build every group of the layout and seed the random generators. No collective of any group waits longer than
+    `timeout_s`.
 
     Raises: ParallelError if the number of processes is not the layout's.
     """
@@ -87,6 +90,8 @@ def init_model_parallel(parallel: ParallelConfig, *, seed: int) -> ParallelState
         virtual_pipeline_model_parallel_size=interleaved,
         context_parallel_size=parallel.context,
         create_gloo_process_groups=device.has_gpu(),
+        # Groups do not inherit the world's limit; a fraction is as good as a whole number of minutes.
+        distributed_timeout_minutes=timeout_s / 60,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     pp_rank = groups.pp.rank()

@@ -127,7 +127,7 @@ def test_kill_and_resume_gives_the_same_bits(overrides, tmp_path):  # type: igno
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("how", ["SIGUSR2", "SIGTERM", "STOP file"])
+@pytest.mark.parametrize("how", ["SIGUSR2", "SIGTERM", "SIGINT", "STOP file"])
 def test_stops_on_request_after_a_step_and_goes_on(overrides, tmp_path, how):  # type: ignore[no-untyped-def]
     run_dir = tmp_path / "run"
     trainer = start([*overrides, "train.steps=4000", "checkpoint.save_every_steps=1000"])
@@ -145,6 +145,38 @@ def test_stops_on_request_after_a_step_and_goes_on(overrides, tmp_path, how):  #
     code, output = train([*overrides, f"train.steps={step + 2}"])
     assert code == 0, output
     assert (run_dir / "DONE").read_text().strip() == str(step + 2)
+
+
+def test_ctrl_c_under_torchrun_saves_too(overrides, tmp_path):  # type: ignore[no-untyped-def]
+    """torchrun alone hears it and passes it on; its own traceback is the only one."""
+    run_dir = tmp_path / "run"
+    parallel = ["parallel.gpus_per_node=2", "parallel.tensor=2"]
+    trainer = start([*overrides, *parallel, "train.steps=4000"], processes=2)
+    trainer.wait_for_step(run_dir, 1)
+    trainer.process.send_signal(signal.SIGINT)
+    trainer.wait()
+    step = int((run_dir / "latest_step").read_text())
+    assert records(run_dir)[-1]["step"] == step, trainer.output
+    assert trainer.output.count("Ctrl-C: the run stops after this step and saves") == 1
+    assert f"stopped on request after step {step} of 4000" in trainer.output
+    assert trainer.output.count("Traceback") == 1
+    assert "torch/distributed/elastic" in trainer.output.split("Traceback")[1]
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(overrides, tmp_path):  # type: ignore[no-untyped-def]
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with held(run_dir):  # the run waits for it
+        trainer = start(overrides)
+        deadline = time.monotonic() + TIMEOUT_S
+        while "waiting 30 s for another run" not in trainer.output:
+            assert time.monotonic() < deadline, trainer.output
+            time.sleep(0.05)
+        trainer.process.send_signal(signal.SIGINT)
+        assert trainer.wait() == 130
+    told = trainer.output.splitlines()[-1]
+    assert told.endswith("interrupted before the first step; nothing is lost")
+    assert "Traceback" not in trainer.output
 
 
 def test_a_broken_newest_checkpoint_is_skipped(overrides, tmp_path):  # type: ignore[no-untyped-def]

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a command of this package ends: `if __name__ == "__main__": end_with(main)`.
+
+The first Ctrl-C is raised in `main` as KeyboardInterrupt, so that what is half-written is removed on the way out; then
+one line says so and the exit code is 130. The second ends the process at once, whatever it is removing or waiting for.
+The trainer has more to do at a Ctrl-C (stop_signals.py). No torch."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C has ended: 128 + SIGINT, as shells say it."""
+
+
+def end_with(main: Callable[[], int], *, after_interrupt: str = "") -> NoReturn:
+    """Leave the process with main's exit code. `after_interrupt`: what a person can do who pressed Ctrl-C."""
+    interrupts = _Interrupts()
+    signal.signal(signal.SIGINT, interrupts)
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    if code != INTERRUPTED and not interrupts.came:
+        sys.exit(code)
+    print("; ".join(filter(None, ["interrupted", after_interrupt])), file=sys.stderr)
+    _leave()
+
+
+class _Interrupts:
+    """Handler of SIGINT: the first is an exception, the second the end."""
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.came:
+            os._exit(INTERRUPTED)
+        self.came = True
+        raise KeyboardInterrupt
+
+
+def _leave() -> NoReturn:
+    """At once: the interpreter would wait for threads that are still at work."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # whoever read it has gone, too
+            continue
+    os._exit(INTERRUPTED)
