@@ -18,12 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_prep.build_options import BuildOptions
-from data_prep.build_shards import build_shards, dry_run, report_lines
 from data_prep.corpus import read_texts
 from data_prep.images import ImageLimits
-from data_prep.inspect_shards import describe, find_samples, iterate_samples
+from data_prep.ownership import refuse_foreign
 from data_prep.tokenizer import TokenizerSummary, build_qwen25, train_bpe
-from data_prep.verify_shards import verify_shards
 from megatron_eve.errors import ConfigError, EveError
 
 Command = Callable[[argparse.Namespace], int]
@@ -239,6 +237,9 @@ def _build(arguments: argparse.Namespace) -> int:
         ),
         workers=arguments.workers,
     )
+    refuse_foreign(options.out)
+    from data_prep.build_shards import build_shards, dry_run, report_lines  # torch, by streaming
+
     if arguments.dry_run:
         lines = dry_run(options)
     else:
@@ -249,6 +250,8 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from data_prep.verify_shards import verify_shards
+
     result = verify_shards(arguments.shards)
     for problem in result.problems:
         print(f"problem: {problem}", file=sys.stderr)
@@ -261,6 +264,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    from data_prep.inspect_shards import describe, find_samples, iterate_samples
+
     if arguments.sample is not None:
         samples = find_samples(arguments.shards, sample_id=arguments.sample)
     else:

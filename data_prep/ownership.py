@@ -11,11 +11,11 @@ import re
 import shutil
 from pathlib import Path
 
-from data_prep.parts import INDEX_FILE, QUARANTINE_FILE
 from megatron_eve.errors import ConfigError
 from megatron_eve.folder_lock import LOCK_FILE
 from megatron_eve.whole import TEMPORARY_PREFIX, temporary_name, write_json
 
+INDEX_FILE, QUARANTINE_FILE = "index.json", "quarantine.jsonl"
 DATASET_FILE = "dataset.json"
 Identity = dict[str, object]
 _OURS = re.compile(
@@ -30,12 +30,8 @@ def claim(out: Path, *, identity: Identity, overwrite: bool) -> None:
 
     Raises: ConfigError if the folder holds something else, or belongs to another build and `overwrite` is false.
     """
+    refuse_foreign(out)
     found = _read_identity(out, fields=tuple(identity))
-    foreign = sorted(set(os.listdir(out)) - {LOCK_FILE, f"{TEMPORARY_PREFIX}{DATASET_FILE}"})
-    if found is None and foreign:
-        raise ConfigError(
-            f"{out} is not a shard folder but holds {foreign[:3]}; give an empty or new folder."
-        )
     if found is not None and overwrite:
         _clear(out)
     elif found is not None and found != identity:
@@ -72,6 +68,19 @@ def staging_folder(out: Path, *, identity: Identity) -> Path:
     found = _read_identity(staging, fields=tuple(identity))
     claim(staging, identity=identity, overwrite=found is not None and found != identity)
     return staging
+
+
+def refuse_foreign(out: Path) -> None:
+    """Raises: ConfigError if `out` is a file, or a folder that no build began but holds something."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; give an empty or new folder.")
+    if not out.is_dir() or (out / DATASET_FILE).exists():
+        return
+    foreign = sorted(set(os.listdir(out)) - {LOCK_FILE, f"{TEMPORARY_PREFIX}{DATASET_FILE}"})
+    if foreign:
+        raise ConfigError(
+            f"{out} is not a shard folder but holds {foreign[:3]}; give an empty or new folder."
+        )
 
 
 def _clear(out: Path) -> None:

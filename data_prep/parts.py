@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from data_prep.ownership import INDEX_FILE as INDEX_FILE
+from data_prep.ownership import QUARANTINE_FILE
 from data_prep.quarantine import QuarantineRecord
 from data_prep.readers import RawEntry
 from data_prep.samples import SampleContext, check_entry
@@ -25,7 +27,7 @@ from megatron_eve.errors import DataError
 from megatron_eve.whole import TEMPORARY_PREFIX, publish_folder
 
 SHARD_HASH = "xxh3_64"
-PART_FILE, QUARANTINE_FILE, INDEX_FILE = "part.json", "quarantine.jsonl", "index.json"
+PART_FILE = "part.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of a run's checkpoints: RUN_DIR/checkpoints/step_00000100, and `latest`, which holds the newest one's name; and
-of the two files that every checkpoint has. No torch: a dry run reads them, too."""
+"""Names of a run's checkpoints: RUN_DIR/checkpoints/step_00000100, and `latest`, which holds the newest one's name; of
+the two files that every checkpoint has; and of those by which a run and what started it talk. No torch: a dry run and
+the launcher read them, too."""
 
 import re
 from pathlib import Path
@@ -9,6 +10,8 @@ CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 COMPLETE = "complete.json"  # written last: a folder without it is no checkpoint
 CONFIG = "config.txt"  # the resolved configuration of the run, or the model of a converter
+STOP_FILE = "STOP"  # in RUN_DIR: asks a run to stop
+DONE_FILE = "DONE"  # in RUN_DIR: the run's last step is done and saved
 
 _STEP = re.compile(r"step_(\d{8})")
 

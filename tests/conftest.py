@@ -2,6 +2,7 @@
 """Fixtures for every test."""
 
 import os
+import sysconfig
 from collections.abc import Iterator
 from importlib.metadata import distributions
 
@@ -12,11 +13,10 @@ ENVIRONMENT = pytest.StashKey[dict[str, str]]()
 
 
 def installed_packages() -> dict[str, str]:
-    """Of this environment: version and, for an editable one, where it points, by place of its metadata."""
-    found = distributions()
+    """Of this environment: version by name and, of an editable one, where it points."""
     return {
-        str(each.locate_file("")) + each.name: f"{each.version} {each.read_text('direct_url.json')}"
-        for each in found
+        found.name: f"{found.version} {found.read_text('direct_url.json')}"
+        for found in distributions(path=[sysconfig.get_path("purelib")])
     }
 
 

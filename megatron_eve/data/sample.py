@@ -8,9 +8,13 @@ Two orders of the T tokens of a pack:
   modality order   all vision tokens, then all text tokens, both in sequence order; what everything else sees.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # data_prep has samples, and no need of torch before its first one
+    from torch import Tensor
 
 VISION_PAD, VISION_PATCH, VISION_CLS, VISION_SPL = 0, 1, 2, 3
 """What a vision token is: padding (a zero row), a patch, the class token of an image, the end of a row of patches."""

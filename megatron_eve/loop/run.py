@@ -34,7 +34,7 @@ from megatron_eve.loop.evaluation import Evaluations
 from megatron_eve.loop.feed import next_step
 from megatron_eve.loop.non_finite import SkipGuard
 from megatron_eve.loop.run_directory import claimed
-from megatron_eve.loop.signals import DONE_FILE, StopFlag
+from megatron_eve.loop.signals import StopFlag
 from megatron_eve.loop.step import train_step
 from megatron_eve.metrics.peak import peak_flops
 from megatron_eve.metrics.profiling import Capture
@@ -46,6 +46,7 @@ from megatron_eve.model.stages import freeze
 from megatron_eve.optim.build import build_optimizer, build_schedule
 from megatron_eve.parallel.groups import ParallelState, init_distributed, init_model_parallel
 from megatron_eve.parallel.wrap import wrap_for_training
+from megatron_eve.run_folder import DONE_FILE
 from megatron_eve.stop_signals import StopSignals
 from megatron_eve.whole import write_text
 

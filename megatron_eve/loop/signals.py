@@ -7,9 +7,8 @@ non-zero one would make srun --kill-on-bad-exit kill the ranks that still save."
 
 from pathlib import Path
 
+from megatron_eve.run_folder import STOP_FILE
 from megatron_eve.stop_signals import StopSignals
-
-STOP_FILE, DONE_FILE = "STOP", "DONE"
 
 
 class StopFlag:

@@ -16,6 +16,7 @@ from tests.repo.tree import REPO, commands, documents, text_of
 
 MAX_README_LINES = 220
 SHELL_WORDS = {"mkdir", "git", "cd"}
+HEAVY = {"torch", "megatron.core", "transformers", "streaming", "matplotlib", "scipy"}
 
 
 def python_commands() -> list[list[str]]:
@@ -33,9 +34,13 @@ def python_commands() -> list[list[str]]:
 
 @cache
 def help_text(*module_and_subcommands: str) -> str:
-    command = [sys.executable, "-m", *module_and_subcommands, "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", *module_and_subcommands, "--help"]
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, f"{' '.join(command)}: {result.stderr}"
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+    if not module_and_subcommands[0].startswith("tools.bench"):  # they measure torch
+        slow = HEAVY & imported
+        assert not slow, f"{' '.join(command)} imports {slow} before it knows what is asked"
     return result.stdout
 
 

@@ -160,14 +160,14 @@ def test_an_environment_that_lacks_a_set_is_not_filled_by_a_test(tmp_path: Path)
 
 def test_a_session_that_changes_its_environment_fails(capsys: pytest.CaptureFixture[str]) -> None:
     found = installed_packages()
-    assert any(key.endswith("pytest") for key in found)
+    assert "pytest" in found
     session: Any = SimpleNamespace(stash={ENVIRONMENT: found}, exitstatus=0)
     pytest_sessionfinish(session)
     assert session.exitstatus == 0
-    session.stash[ENVIRONMENT] = found | {"/site/intruder": "1.0 None"}
+    session.stash[ENVIRONMENT] = found | {"intruder": "1.0 None"}
     pytest_sessionfinish(session)
     assert session.exitstatus == pytest.ExitCode.TESTS_FAILED
-    assert "/site/intruder" in capsys.readouterr().out
+    assert "intruder" in capsys.readouterr().out
 
 
 def plan(command: str, installed: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from megatron_eve.errors import ConfigError
 from megatron_eve.metrics.peak import peak_flops
 
+WORKSPACE = 2.5e9
 _DEFAULT_NETWORK = 50e9
 
 

@@ -23,9 +23,9 @@ from dataclasses import dataclass, fields
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.sizes import BYTES_PER_VALUE, memory_estimate, padded_vocab_size
+from tools.plan.cluster import WORKSPACE
 from tools.plan.mix import PackRows
 
-WORKSPACE = 2.5e9
 _FP32 = 4
 
 
