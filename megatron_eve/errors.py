@@ -21,3 +21,7 @@ class CheckpointError(EveError):
 
 class ParallelError(EveError):
     """The parallel layout cannot be set up on the processes that are there."""
+
+
+class ElsewhereError(EveError):
+    """Another process has failed and tells why; this one only ends."""

@@ -20,7 +20,7 @@ from megatron_eve.config.recipes import RECIPES
 from megatron_eve.config.resolve import resolve
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.text_form import config_text
-from megatron_eve.errors import ConfigError, EveError
+from megatron_eve.errors import ConfigError, ElsewhereError, EveError
 from megatron_eve.start_checks import check_start
 from megatron_eve.stop_signals import StopSignals
 
@@ -74,7 +74,8 @@ def _train(config: RunConfig) -> int:
             run(config, signals=signals)
         except Exception as error:
             code = 2 if isinstance(error, ConfigError) else 1
-            print(f"rank {rank}: {_told(error, signals)}", file=sys.stderr)
+            if not isinstance(error, ElsewhereError):
+                print(f"rank {rank}: {_told(error, signals)}", file=sys.stderr)
         else:
             return 0
         sys.stderr.flush()

@@ -65,7 +65,12 @@ _NOT_NEGATIVE = (
     "gpu.bf16_first_layers",
     "gpu.bf16_last_layers",
 )
-_BELOW_ONE = ("optim.warmup_fraction", "optim.adam_beta1", "optim.adam_beta2")
+_BELOW_ONE = (
+    "data.max_unreadable",
+    "optim.warmup_fraction",
+    "optim.adam_beta1",
+    "optim.adam_beta2",
+)
 _NOT_EMPTY = (
     "recipe",
     "run_dir",

@@ -98,6 +98,9 @@ class DataConfig:
     num_workers: int  # threads that read and decode ahead of the trainer
     prefetch_steps: int  # steps that may lie ready ahead of the trainer
     seed: int
+    max_unreadable: float = 0.01
+    """Share of the samples of all sources, rounded up, that may be unreadable (missing or damaged files and rows)
+    before the run stops. A share, because what such rows cost is a share of the data; 0: none at all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -91,6 +91,16 @@ def pad_sample(sample: ExpandedSample, count: int, *, pad_id: int) -> ExpandedSa
     )
 
 
+def blank_sample(num_vision: int, num_text: int, *, pad_id: int) -> ExpandedSample:
+    """So many tokens that hold nothing: what stands in the place of a sample that cannot be read."""
+    kinds = np.repeat(np.array([VISION_PAD, _TEXT], np.uint8), [num_vision, num_text])
+    return ExpandedSample(
+        kinds=kinds,
+        ids=np.where(kinds == _TEXT, pad_id, IMAGE_PLACEHOLDER),
+        labels=np.full(kinds.size, IGNORE, dtype=np.int64),
+    )
+
+
 def assemble_pack(
     members: Sequence[PackMember],
     *,
@@ -151,11 +161,7 @@ def _padding_after(
     num_vision = shape.segment(real_vision)
     pad_vision = num_vision - real_vision
     pad_text = shape.pack_tokens - num_vision - real_text
-    padding = ExpandedSample(
-        kinds=np.repeat(np.array([VISION_PAD, _TEXT], np.uint8), [pad_vision, pad_text]),
-        ids=np.repeat(np.array([IMAGE_PLACEHOLDER, pad_id]), [pad_vision, pad_text]),
-        labels=np.full(pad_vision + pad_text, IGNORE, dtype=np.int64),
-    )
+    padding = blank_sample(pad_vision, pad_text, pad_id=pad_id)
     return padding, num_vision, (real_vision, real_text)
 
 

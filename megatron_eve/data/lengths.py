@@ -1,39 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many vision, text and label tokens each sample has, and which samples are unfit: what the plan needs.
 
-Comes in: a ShardTable, a tokenizer, the settings that decide. Every sample's text is encoded once; image sizes come
-from the rows; no image byte is read. Goes out: `SampleLengths`. Cached per source as `lengths-<fingerprint>.npz` beside
-its index.json, or, where that folder cannot be written, in the user's cache folder. A lock lets one process compute
-while the others wait. Text is encoded as conversation.py does it for training, so the two cannot disagree.
+Comes in: a ShardTable, a tokenizer, the settings that decide. Goes out: `SampleLengths`. What depends on text comes
+from counting.py, which counts every sample once and keeps it; what the training resize makes of the images is
+computed here from their sizes, at every start and once for each size, and so are padding and what does not fit into a
+pack.
+
+The trainer counts at its start at most `START_LIMIT` samples: about a minute on one core, and nobody waits in a
+collective for it (loop/data_start.py). For more, the refusal names the command that counts with all cores.
 """
 
-import hashlib
-import json
-import logging
-import os
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-import filelock
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_eve.config.schema import DataConfig, ModelConfig, TemplateName
-from megatron_eve.data.conversation import EncodedSample, encode_samples
+from megatron_eve.data.counting import Alive, CountedSource, TextSettings, too_many_unreadable
+from megatron_eve.data.counts_file import SourceCounts
 from megatron_eve.data.image_size import check_image_size, train_size
 from megatron_eve.data.packing import PackShape
-from megatron_eve.data.quarantine import Quarantined, SampleError
+from megatron_eve.data.quarantine import UNREADABLE, Quarantined, SampleError
 from megatron_eve.data.sample import Sample, image_token_count
 from megatron_eve.data.shards import ShardTable
 from megatron_eve.data.tokenizer import Tokenizer
-from megatron_eve.whole import whole_file
+from megatron_eve.errors import DataError
 
-_LOG = logging.getLogger(__name__)
-_FORMAT = 3  # change it when the same settings would give other numbers
-_CHUNK = 2048  # samples that go through the tokenizer together
-_LOG_EVERY = 100_000
+START_LIMIT = 250_000
+"""Samples that the trainer counts at its start."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +58,11 @@ class LengthSettings:
             )
             for source in data.sources
         )
+
+    @property
+    def text(self) -> TextSettings:
+        """The part that decides about text."""
+        return TextSettings(template=self.template, max_text_tokens=self.max_text_tokens)
 
     def padding(self, num_tokens: int) -> int:
         """Padding tokens behind a sample of `num_tokens`."""
@@ -91,18 +93,22 @@ class SampleLengths:
 
 def target_sizes(sample: Sample, *, settings: LengthSettings) -> list[tuple[int, int]]:
     """(height, width) in pixels of each image after the training resize. Raises SampleError for an unfit image."""
-    sizes = []
-    for height, width in sample.image_sizes:
+    return resized(sample.image_sizes, settings=settings)
+
+
+def resized(sizes: Sequence[tuple[int, int]], *, settings: LengthSettings) -> list[tuple[int, int]]:
+    """The same of sizes in the row."""
+    targets = []
+    for height, width in sizes:
         check_image_size(height, width, max_aspect_ratio=settings.max_aspect_ratio)
-        sizes.append(
-            train_size(
-                height,
-                width,
-                edge=settings.image_edge,
-                pixels_per_token=settings.pixels_per_token,
-            )
-        )
-    return sizes
+        edge, pixels = settings.image_edge, settings.pixels_per_token
+        targets.append(train_size(height, width, edge=edge, pixels_per_token=pixels))
+    return targets
+
+
+def unreadable_limit(share: float, *, num_samples: int) -> int:
+    """data.max_unreadable as a number of samples, rounded up: a run bears no such row only if the share is 0."""
+    return math.ceil(round(share * num_samples, 6))
 
 
 def load_lengths(
@@ -111,32 +117,126 @@ def load_lengths(
     settings: Sequence[LengthSettings],
     tokenizer: Tokenizer,
     shape: PackShape,
+    max_unreadable: int,
+    start_limit: int | None = None,
+    share: float = 0.0,
+    alive: Alive = lambda: None,
 ) -> SampleLengths:
-    """Lengths of all samples of a table, from the caches where they exist; what no pack holds is `too_long`.
+    """Lengths of all samples of a table; what was not counted yet is counted. What no pack holds is `too_long`.
 
-    `settings`: of each source."""
-    parts = [
-        _cached_source_lengths(table, source, settings=of_source, tokenizer=tokenizer)
+    `settings`: of each source. `start_limit`: refuse to count more samples than that. `share`, `alive`: see
+    counting.CountedSource. Raises: DataError, also if more than `max_unreadable` rows could not be read."""
+    counted = [
+        CountedSource(
+            table,
+            source,
+            settings=of_source.text,
+            tokenizer=tokenizer,
+            max_unreadable=max_unreadable,
+        )
         for source, of_source in enumerate(settings)
     ]
-    num_vision = np.concatenate([part.num_vision for part in parts])
-    num_text = np.concatenate([part.num_text for part in parts])
-    num_labels = np.concatenate([part.num_labels for part in parts])
-    unfit: dict[int, Quarantined] = {}
-    for source, part in enumerate(parts):
-        begin, _ = table.source_range(source)
-        unfit.update({begin + i: entry for i, entry in part.unfit.items()})
-    for i in _too_long(num_vision, num_text, shape=shape):
-        message = (
-            f"{num_vision[i]} vision and {num_text[i]} text tokens, padded to multiples of "
-            f"{shape.align}, do not fit into a pack of {shape.pack_tokens}"
-        )
-        header = table.read_header(i)
-        unfit[i] = Quarantined(header.id, header.source, "too_long", message)
-    fit = np.ones(num_text.size, dtype=bool)
-    fit[list(unfit)] = False
-    return SampleLengths(
-        num_vision * fit, num_text * fit, num_labels * fit, dict(sorted(unfit.items()))
+    if start_limit is not None:
+        _refuse_long_counting(counted, limit=start_limit, tokenizer=tokenizer)
+    lengths = _Lengths(table)
+    for source, (counts, of_source) in enumerate(zip(counted, settings, strict=True)):
+        lengths.add(source, counts.load(share=share, alive=alive), settings=of_source)
+    return lengths.finished(shape=shape, max_unreadable=max_unreadable)
+
+
+class _Lengths:
+    """Lengths of a table, source by source."""
+
+    def __init__(self, table: ShardTable) -> None:
+        self._table = table
+        self._columns: list[NDArray[np.int32]] = []  # of each source [3, num_samples]
+        self._unfit: dict[int, Quarantined] = {}
+
+    def add(self, source: int, counts: SourceCounts, *, settings: LengthSettings) -> None:
+        begin, _ = self._table.source_range(source)
+        num_vision, bad_images = _vision_tokens(counts, settings=settings)
+        num_text = counts.num_text + (-(num_vision + counts.num_text) % settings.sample_align)
+        self._columns.append(np.stack([num_vision, num_text, counts.num_labels]))
+        self._unfit.update({begin + i: entry for i, entry in counts.unfit.items()})
+        for i, error in bad_images.items():
+            if i not in counts.unfit:
+                self._leave_out(begin + i, error)
+
+    def finished(self, *, shape: PackShape, max_unreadable: int) -> SampleLengths:
+        unreadable = [entry for entry in self._unfit.values() if entry.reason in UNREADABLE]
+        if len(unreadable) > max_unreadable:
+            then = "Repair them and run `python -m data_prep count` with --again"
+            raise too_many_unreadable(unreadable, allowed=max_unreadable, then=then)
+        num_vision, num_text, num_labels = np.concatenate(self._columns, axis=1)
+        for i in _too_long(num_vision, num_text, shape=shape):
+            message = (
+                f"{num_vision[i]} vision and {num_text[i]} text tokens, padded to multiples of "
+                f"{shape.align}, do not fit into a pack of {shape.pack_tokens}"
+            )
+            if i not in self._unfit:
+                self._leave_out(i, SampleError("too_long", message))
+        fit = np.ones(num_text.size, dtype=bool)
+        fit[list(self._unfit)] = False
+        unfit = dict(sorted(self._unfit.items()))
+        return SampleLengths(num_vision * fit, num_text * fit, num_labels * fit, unfit)
+
+    def _leave_out(self, index: int, error: SampleError) -> None:
+        file, row = self._table.place(index)
+        self._unfit[index] = Quarantined("", "", error.reason, error.message, str(file), row)
+
+
+def _vision_tokens(
+    counts: SourceCounts, *, settings: LengthSettings
+) -> tuple[NDArray[np.int32], dict[int, SampleError]]:
+    """[num_samples] vision tokens, and why not of the samples with an image that is unfit (its first such image's)."""
+    heights, widths = counts.image_sizes.astype(np.uint64).T
+    sizes, size_of = np.unique(heights << 32 | widths, return_inverse=True)
+    measured = list(_image_tokens(sizes, settings=settings))
+    is_bad = np.array([not isinstance(tokens, int) for tokens in measured], bool)
+    tokens = np.array([tokens if isinstance(tokens, int) else 0 for tokens in measured], np.int64)
+    before = np.append(0, np.cumsum(tokens[size_of]))  # [images + 1]
+    begins = np.append(0, np.cumsum(counts.num_images, dtype=np.int64))
+    num_vision = (before[begins[1:]] - before[begins[:-1]]).astype(np.int32)
+    errors: dict[int, SampleError] = {}
+    for image in np.flatnonzero(is_bad[size_of]).tolist():
+        error = measured[size_of[image]]
+        assert isinstance(error, SampleError)
+        errors.setdefault(int(np.searchsorted(begins, image, side="right")) - 1, error)
+    return num_vision, errors
+
+
+def _image_tokens(
+    sizes: NDArray[np.uint64], *, settings: LengthSettings
+) -> Iterator[int | SampleError]:
+    """Tokens of an image of each height << 32 | width, or why it is unfit."""
+    for size in sizes.tolist():
+        try:
+            ((rows, cols),) = resized([divmod(size, 1 << 32)], settings=settings)
+        except SampleError as error:
+            yield error
+        else:
+            yield image_token_count(rows, cols, pixels_per_token=settings.pixels_per_token)
+
+
+def _refuse_long_counting(
+    counted: Sequence[CountedSource], *, limit: int, tokenizer: Tokenizer
+) -> None:
+    """Raises DataError with the command that counts, if there is more to count than the trainer does."""
+    missing = {source: source.missing_samples() for source in counted if source.missing_samples()}
+    total = sum(missing.values())
+    if total <= limit:
+        return
+    groups: dict[TextSettings, list[str]] = {}
+    for source in missing:
+        groups.setdefault(source.settings, []).append(str(source.folder))
+    commands = " && ".join(
+        f"python -m data_prep count {' '.join(folders)} --tokenizer {tokenizer.folder} "
+        f"--template {text.template} --max-text-tokens {text.max_text_tokens}"
+        for text, folders in groups.items()
+    )
+    raise DataError(
+        f"the tokens of {total:,} samples are not counted yet, and the trainer counts at most {limit:,} at its start; "
+        f"run this once, which keeps what it counts, and start again: {commands}"
     )
 
 
@@ -147,106 +247,3 @@ def _too_long(
     blocks = np.maximum(-(-num_vision // align), 1) + np.maximum(-(-num_text // align), 1)
     too_long: list[int] = np.flatnonzero(blocks * align > shape.pack_tokens).tolist()
     return too_long
-
-
-def _cached_source_lengths(
-    table: ShardTable, source: int, *, settings: LengthSettings, tokenizer: Tokenizer
-) -> SampleLengths:
-    """Lengths of one source, numbered from its own first sample."""
-    folder = table.folders[source]
-    index_text = (folder / "index.json").read_bytes()
-    decisive = repr((_FORMAT, tokenizer.fingerprint, sorted(asdict(settings).items())))
-    fingerprint = hashlib.sha256(index_text + decisive.encode()).hexdigest()[:16]
-    path = _cache_folder(folder) / f"lengths-{fingerprint}.npz"
-    if path.is_file():
-        return _load(path)
-    with filelock.FileLock(path.with_suffix(".lock")):
-        if not path.is_file():
-            lengths = _compute(table, source, settings=settings, tokenizer=tokenizer)
-            _save(lengths, path)
-        return _load(path)
-
-
-def _cache_folder(folder: Path) -> Path:
-    """The source's own folder, or one below the user's cache folder if that cannot be written."""
-    if os.access(folder, os.W_OK):
-        return folder
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    cache = root / "megatron_eve" / "lengths" / name
-    cache.mkdir(parents=True, exist_ok=True)
-    _LOG.info("lengths of %s are kept in %s, because the former cannot be written", folder, cache)
-    return cache
-
-
-def _compute(
-    table: ShardTable, source: int, *, settings: LengthSettings, tokenizer: Tokenizer
-) -> SampleLengths:
-    begin, end = table.source_range(source)
-    num_vision = np.zeros(end - begin, np.int32)
-    num_text = np.zeros(end - begin, np.int32)
-    num_labels = np.zeros(end - begin, np.int32)
-    unfit: dict[int, Quarantined] = {}
-    _LOG.info("counting the tokens of %s samples in %s", f"{end - begin:,}", table.folders[source])
-    for first in range(begin, end, _CHUNK):
-        headers = [table.read_header(i) for i in range(first, min(first + _CHUNK, end))]
-        for i, result in _measure(headers, settings=settings, tokenizer=tokenizer):
-            if isinstance(result, SampleError):
-                header = headers[i]
-                entry = Quarantined(header.id, header.source, result.reason, result.message)
-                unfit[first - begin + i] = entry
-            else:
-                at = first - begin + i
-                num_vision[at], num_text[at], num_labels[at] = result
-        if (first - begin) // _LOG_EVERY != (first - begin + _CHUNK) // _LOG_EVERY:
-            _LOG.info("counted %s of %s samples", f"{first - begin + _CHUNK:,}", f"{end - begin:,}")
-    return SampleLengths(num_vision, num_text, num_labels, unfit)
-
-
-def _measure(
-    headers: list[Sample], *, settings: LengthSettings, tokenizer: Tokenizer
-) -> Iterator[tuple[int, tuple[int, int, int] | SampleError]]:
-    """(number, (vision, text, label tokens) or the reason why not) of each sample."""
-    encoded = encode_samples(
-        headers,
-        template=settings.template,
-        tokenizer=tokenizer,
-        max_text_tokens=settings.max_text_tokens,
-    )
-    for i, (header, text) in enumerate(zip(headers, encoded, strict=True)):
-        if not isinstance(text, EncodedSample):
-            yield i, text
-            continue
-        try:
-            sizes = target_sizes(header, settings=settings)
-        except SampleError as error:
-            yield i, error
-            continue
-        pixels = settings.pixels_per_token
-        vision = sum(image_token_count(h, w, pixels_per_token=pixels) for h, w in sizes)
-        padding = settings.padding(vision + text.num_text)
-        yield i, (vision, text.num_text + padding, text.num_labels)
-
-
-def _save(lengths: SampleLengths, path: Path) -> None:
-    """Write the cache under a temporary name, then rename: a reader never sees half a file."""
-    unfit = [[i, asdict(entry)] for i, entry in lengths.unfit.items()]
-    with whole_file(path, "wb", shared=True) as file:
-        np.savez(
-            file,
-            num_vision=lengths.num_vision,
-            num_text=lengths.num_text,
-            num_labels=lengths.num_labels,
-            unfit=np.frombuffer(json.dumps(unfit).encode(), np.uint8),
-        )
-
-
-def _load(path: Path) -> SampleLengths:
-    with np.load(path, allow_pickle=False) as arrays:
-        unfit = json.loads(arrays["unfit"].tobytes())
-        return SampleLengths(
-            num_vision=arrays["num_vision"],
-            num_text=arrays["num_text"],
-            num_labels=arrays["num_labels"],
-            unfit={i: Quarantined(**entry) for i, entry in unfit},
-        )

@@ -3,27 +3,36 @@
 
 `next(loader)` is this data-parallel rank's micro-batches of the next global step. All ranks compute the same plan and
 take their share, so the ranks' packs together are the same for any number of ranks, and the packs' bytes are the same
-for any number of worker threads. The state is that after the last step returned, however far ahead the threads are.
-An image that cannot be decoded keeps its sample's place in the pack, with mean-grey pixels and no labels, and is
-reported; anything else that goes wrong in a thread surfaces at `next`, naming the sample.
+for any number of worker threads. The state is that after the last step returned, however far ahead the threads are. A
+sample that cannot be read or decoded keeps its place in the pack, without labels, and is reported (pack_builder.py);
+anything else that goes wrong in a thread surfaces at `next`. How many samples may be unreadable is
+data.max_unreadable: what is known at the start is held against it here, what turns up in training in
+loop/unreadable.py, over all ranks.
 """
 
 import logging
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from megatron_eve.config.schema import BatchConfig, DataConfig, ModelConfig, TrainableGroup
 from megatron_eve.config.sizes import EpochSize
-from megatron_eve.data.lengths import LengthSettings, SampleLengths, load_lengths
+from megatron_eve.data.counting import Alive, too_many_unreadable
+from megatron_eve.data.lengths import (
+    START_LIMIT,
+    LengthSettings,
+    SampleLengths,
+    load_lengths,
+    unreadable_limit,
+)
 from megatron_eve.data.pack_builder import PackBuilder
 from megatron_eve.data.packing import PackCost, PackShape, PlannedPack, deal
 from megatron_eve.data.plan import PackPlan, SampleOrder
-from megatron_eve.data.quarantine import Quarantined, append_report
+from megatron_eve.data.quarantine import UNREADABLE, Quarantined, QuarantineReport, SampleError
 from megatron_eve.data.sample import Pack
 from megatron_eve.data.shards import ShardTable
 from megatron_eve.data.tokenizer import Tokenizer
@@ -71,18 +80,34 @@ class PackLoader:
         data_size: int,
         device: Literal["cpu", "cuda"],
         quarantine_report: Path | None = None,
+        alive: Alive = lambda: None,
     ) -> None:
         """`trainable`: the stage's, because a frozen branch costs less and packs are to cost the same.
-        `quarantine_report`: a quarantine.jsonl to append to; what the plan leaves out by data rank 0 alone."""
+        `quarantine_report`: a quarantine.jsonl to append to; what the plan leaves out by data rank 0 alone.
+        `alive`: called while tokens are counted (counting.py)."""
         if not 0 <= data_rank < data_size:
             raise DataError(f"data_rank={data_rank} is not one of data_size={data_size} ranks")
         self._data_rank, self._data_size = data_rank, data_size
-        self._report = quarantine_report
+        self._report = QuarantineReport(quarantine_report) if quarantine_report else None
+        self.stats = LoaderStats()
         self._shape = PackShape(pack_tokens=data.pack_tokens, align=data.align)
         self._cost = PackCost.of_model(model, trainable=trainable)
         table = ShardTable.open([source.path for source in data.sources])
         settings = LengthSettings.of_sources(data, model=model)
-        lengths = load_lengths(table, settings=settings, tokenizer=tokenizer, shape=self._shape)
+        limit = unreadable_limit(data.max_unreadable, num_samples=len(table))
+        lengths = load_lengths(
+            table,
+            settings=settings,
+            tokenizer=tokenizer,
+            shape=self._shape,
+            max_unreadable=limit,
+            start_limit=START_LIMIT,
+            share=data_rank / data_size,
+            alive=alive,
+        )
+        self._table = table
+        self._report_left_out(lengths, num_total=len(table))
+        num_unreadable = self._refuse_lost_files(lengths, limit=limit)
         order = SampleOrder(table=table, lengths=lengths, data=data)
         self._plan = PackPlan(
             order=order,
@@ -107,10 +132,10 @@ class PackLoader:
             else None
         )
         self._pending: deque[_PendingStep] = deque()
+        self._retries_taken = 0
         self._state = self._plan.state_dict()
         self.epoch_size = EpochSize(samples=len(order), tokens=order.num_tokens)
-        self.stats = LoaderStats(quarantined=Counter(lengths.reasons))
-        self._report_left_out(lengths, num_total=len(table))
+        self.unreadable_left = limit - num_unreadable  # samples that may turn out so in an epoch
 
     def __iter__(self) -> Iterator[list[Pack]]:
         return self
@@ -183,19 +208,67 @@ class PackLoader:
         stats.real_tokens += sum(pack.num_real_vision + pack.num_real_text for pack in packs)
         stats.total_tokens += sum(pack.num_tokens for pack in packs)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the plan; loaders with the same plan its packs among them."""
+        return self._plan.fingerprint
+
+    def take_retries(self) -> int:
+        """Reads that were tried again since the last call."""
+        retries = self._table.patience.num_retries
+        taken, self._retries_taken = retries - self._retries_taken, retries
+        return taken
+
+    def _refuse_lost_files(self, lengths: SampleLengths, *, limit: int) -> int:
+        """How many samples the plan leaves out because they are unreadable.
+
+        Raises: DataError if these and what damaged files lack now, which will be masked, are more than `limit`."""
+        known = [entry for entry in lengths.unfit.values() if entry.reason in UNREADABLE]
+        num_left_out = len(known)
+        for index in self._table.lost_samples():
+            if index not in lengths.unfit:
+                file, row = self._table.place(index)
+                shard = self._table.shard_of(index)
+                message = self._table.damaged[shard]
+                known.append(Quarantined("", "", "unreadable_file", message, str(file), row))
+        if len(known) > limit:
+            raise too_many_unreadable(known, allowed=limit, then="Copy these files again")
+        return num_left_out
+
     def _report_left_out(self, lengths: SampleLengths, *, num_total: int) -> None:
-        if self._data_rank != 0 or not lengths.unfit:
+        self.stats.quarantined.update(lengths.reasons)
+        if self._data_rank != 0:
+            return
+        for problem in self._table.damaged.values():
+            _LOG.warning("%s; samples in it that cannot be read are masked", problem)
+        if not lengths.unfit:
             return
         counts = ", ".join(f"{reason} {count:,}" for reason, count in lengths.reasons.most_common())
         _LOG.warning(
             "%s of %s samples left out: %s", f"{len(lengths.unfit):,}", f"{num_total:,}", counts
         )
         if self._report is not None:
-            append_report(self._report, lengths.unfit.values())
+            indices = {entry.key: index for index, entry in lengths.unfit.items()}
+            missing = self._report.missing(lengths.unfit.values())
+            self._report.add([self._named(entry, indices[entry.key]) for entry in missing])
+
+    def _named(self, entry: Quarantined, index: int) -> Quarantined:
+        """With the sample's own id, where lengths did not need its row."""
+        if entry.id:
+            return entry
+        try:
+            header = self._table.read_header(index)
+        except SampleError:
+            return replace(entry, id=self._table.name_of(index))
+        return replace(entry, id=header.id, source=header.source)
 
     def _report_masked(self, entries: Sequence[Quarantined]) -> None:
         for entry in entries:
             self.stats.quarantined[entry.reason] += 1
+        if self._report is None:
+            new = entries
+        else:
+            new = self._report.missing(entries)
+            self._report.add(new)
+        for entry in new:
             _LOG.warning("sample %s masked: %s: %s", entry.id, entry.reason, entry.message)
-        if self._report is not None:
-            append_report(self._report, entries)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A planned pack to a `Pack`: read the samples, decode their images, encode their text, assemble. Thread-safe.
 
-An image that cannot be decoded leaves its sample in place, so that the plan holds: mean-grey pixels, no labels, and an
-entry for the report. Everything else that differs from what the plan was made of is a DataError that names the sample.
+A sample that turns out to be unusable leaves its place as it was planned, so that the plan, every shape and every
+other sample stay the same on all ranks: no labels, and an entry for the report. Where an image cannot be decoded, its
+pixels are mean-grey. Where the row cannot be read, or is no longer the one whose tokens were counted, the planned
+numbers of vision and text tokens are padding.
 """
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
@@ -19,6 +22,7 @@ from megatron_eve.data.assemble import (
     ExpandedSample,
     PackMember,
     assemble_pack,
+    blank_sample,
     expand,
     pad_sample,
 )
@@ -31,7 +35,6 @@ from megatron_eve.data.quarantine import Quarantined, SampleError
 from megatron_eve.data.sample import Pack, Sample
 from megatron_eve.data.shards import ShardTable
 from megatron_eve.data.tokenizer import Tokenizer
-from megatron_eve.errors import DataError
 
 _MEAN_GREY = (122, 116, 104)
 """Pixels in place of an undecodable image: int(255 * CLIP mean), about 0 after normalisation (official dummy image)."""
@@ -67,22 +70,23 @@ class PackBuilder:
         self._decoders: dict[int, ImageDecoder] = {}
 
     def build(self, planned: PlannedPack) -> tuple[Pack, list[Quarantined]]:
-        """The pack, and the samples in it whose labels were masked. Raises DataError naming a sample."""
-        samples = [self._table.read(item.sample) for item in planned]
-        settings = [self._settings[self._table.source_of(item.sample)] for item in planned]
-        jobs = [self._jobs(*pair) for pair in zip(samples, settings, strict=True)]
-        every_job = [job for group in jobs for job in group]
+        """The pack, and the samples in it whose labels were masked."""
+        placed = [self._placed(item) for item in planned]
+        every_job = [job for one in placed for job in one.jobs]
         images = self._decoder().decode(every_job)
         members: list[PackMember] = []
         masked: list[Quarantined] = []
         of_sample = iter(images)
-        for item, sample, how, group in zip(planned, samples, settings, jobs, strict=True):
-            errors = [one for one in islice(of_sample, len(group)) if isinstance(one, SampleError)]
-            reason = errors[0].reason if errors else None
-            if errors:
-                message = errors[0].message
-                masked.append(Quarantined(sample.id, sample.source, errors[0].reason, message))
-            members.append(PackMember(sample.id, self._tokens(item, sample, how, group), reason))
+        for item, one in zip(planned, placed, strict=True):
+            decoded = islice(of_sample, len(one.jobs))
+            errors = [image for image in decoded if isinstance(image, SampleError)]
+            error = one.error or (errors[0] if errors else None)
+            if error is not None:
+                file, row = self._table.place(item.sample)
+                masked.append(
+                    Quarantined(one.id, one.source, error.reason, error.message, str(file), row)
+                )
+            members.append(PackMember(one.id, one.tokens, error.reason if error else None))
         pack = assemble_pack(
             members,
             patches=self._patches(images, every_job),
@@ -90,6 +94,19 @@ class PackBuilder:
             pad_id=self._tokenizer.pad_id,
         )
         return pack, masked
+
+    def _placed(self, item: Item) -> "_Placed":
+        """A sample as the plan counted it, or its place without it."""
+        name, source = self._table.name_of(item.sample), ""
+        try:
+            sample = self._table.read(item.sample)
+            name, source = sample.id, sample.source
+            settings = self._settings[self._table.source_of(item.sample)]
+            jobs = self._jobs(sample, settings)
+            return _Placed(name, source, self._tokens(item, sample, settings, jobs), jobs)
+        except SampleError as error:
+            tokens = blank_sample(item.num_vision, item.num_text, pad_id=self._tokenizer.pad_id)
+            return _Placed(name, source, tokens, [], error)
 
     def _decoder(self) -> ImageDecoder:
         thread = threading.get_ident()
@@ -101,7 +118,7 @@ class PackBuilder:
         try:
             targets = target_sizes(sample, settings=settings)
         except SampleError as error:
-            raise self._changed(sample, str(error)) from error
+            raise _changed(str(error)) from error
         return [
             ImageJob(data=data, source_size=source, target_size=target)
             for data, source, target in zip(sample.images, sample.image_sizes, targets, strict=True)
@@ -110,7 +127,7 @@ class PackBuilder:
     def _tokens(
         self, item: Item, sample: Sample, settings: LengthSettings, jobs: Sequence[ImageJob]
     ) -> ExpandedSample:
-        """The sample's tokens. Raises DataError if they are not those that the plan counted."""
+        """The sample's tokens. Raises SampleError if they are not those that the plan counted."""
         try:
             encoded = encode_sample(
                 sample.turns,
@@ -120,7 +137,7 @@ class PackBuilder:
                 max_text_tokens=settings.max_text_tokens,
             )
         except SampleError as error:
-            raise self._changed(sample, str(error)) from error
+            raise _changed(str(error)) from error
         edge = settings.pixels_per_token
         grids = [(job.target_size[0] // edge, job.target_size[1] // edge) for job in jobs]
         tokens = expand(encoded, grids=grids)
@@ -129,7 +146,7 @@ class PackBuilder:
         found = (int(np.count_nonzero(tokens.is_vision)), encoded.num_text + padding)
         if found != (item.num_vision, item.num_text):
             counted = (item.num_vision, item.num_text)
-            raise self._changed(sample, f"{found} (vision, text) tokens, {counted} were counted")
+            raise _changed(f"{found} (vision, text) tokens, {counted} were counted")
         return tokens
 
     def _patches(self, images: Sequence[Pixels], jobs: Sequence[ImageJob]) -> NDArray[np.uint8]:
@@ -144,9 +161,20 @@ class PackBuilder:
             patchify(image, patch_stride=patch, dense_stride=dense, out=patches[begin:end])
         return patches
 
-    def _changed(self, sample: Sample, what: str) -> DataError:
-        folders = ", ".join(str(folder) for folder in self._table.folders)
-        return DataError(
-            f"sample {sample.id!r} is not as it was when its length was counted: {what}. The shards "
-            f"changed; remove lengths-*.npz in {folders} and start again."
-        )
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """What takes the place of a planned sample."""
+
+    id: str
+    source: str
+    tokens: ExpandedSample
+    jobs: Sequence[ImageJob]
+    error: SampleError | None = None  # set: nothing of the row is used
+
+
+def _changed(what: str) -> SampleError:
+    return SampleError(
+        "changed_row",
+        f"not as it was when its tokens were counted, but its shard's index is: {what}",
+    )

@@ -236,7 +236,7 @@ class PackPlan:
         if state["fingerprint"] != self.fingerprint:
             raise DataError(
                 f"the checkpoint's data state belongs to plan {state['fingerprint']}, this run has plan "
-                f"{self.fingerprint}: sources, quarantined samples, data.seed, shuffle_block_size, "
+                f"{self.fingerprint}: sources, quarantined or unreadable samples, data.seed, shuffle_block_size, "
                 "tokenizer, template or batch.unit changed (with batch.unit=packs also pack_tokens, align, "
                 "open_bins, the model, stage.trainable, or the packer of another version). Restore them, "
                 "or start a new run from the weights (checkpoint.load_weights_from)."

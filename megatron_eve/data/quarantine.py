@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Single samples that cannot be trained on: why, how many, and the report. A bad sample never stops
 a run and is never dropped in silence: whoever finds it raises `SampleError`, whoever loops over
-samples turns that into a line of quarantine.jsonl (`{"id", "source", "reason", "message"}`) and a
-count.
+samples turns that into a line of quarantine.jsonl (`{"id", "source", "reason", "message", "file",
+"row"}`) and a count. A run's quarantine.jsonl holds each row once, however often the run starts and
+its epochs pass, and whichever process meets the row.
 """
 
+import fcntl
 import json
+import logging
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -37,8 +42,15 @@ Reason = Literal[
     "size_mismatch",  # the file's header and the shard's row disagree
     "undecodable",
     "too_long",  # more tokens than a pack holds
+    "unreadable_file",  # the system does not give the row's bytes: no such file, cut, no permission, I/O error
+    "damaged_row",  # the row's bytes are no row
+    "changed_row",  # the row is not the one whose tokens were counted
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
+UNREADABLE: frozenset[Reason] = frozenset({"unreadable_file", "damaged_row", "changed_row"})
+"""Reasons that lie in files, not in what was written to them; data.max_unreadable bounds them."""
+
+_LOG = logging.getLogger(__name__)
 
 
 class SampleError(DataError):
@@ -58,17 +70,75 @@ class Quarantined:
     source: str
     reason: Reason
     message: str
+    file: str  # the shard
+    row: int  # in the shard, from 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.file, self.row
 
 
-def append_report(path: Path, entries: Iterable[Quarantined]) -> None:
-    """Append entries to a quarantine.jsonl with one write, so that several processes may share the
-    file."""
-    lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in entries)
-    if not lines:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, lines.encode("utf-8"))
-    finally:
-        os.close(descriptor)
+class QuarantineReport:
+    """A quarantine.jsonl that several processes may append to. A disk that refuses ends no run: what could not be
+    written is tried again with the next entries."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: set[tuple[str, int]] = set()
+        self._read_until = 0  # bytes of the file that `_known` comes from
+        self._waiting: dict[tuple[str, int], Quarantined] = {}
+        self._lock = threading.Lock()
+
+    def missing(self, entries: Iterable[Quarantined]) -> list[Quarantined]:
+        """Those that are not in the file yet."""
+        with self._lock, suppress(OSError):
+            descriptor = os.open(self._path, os.O_RDONLY)
+            try:
+                self._read(descriptor)
+            finally:
+                os.close(descriptor)
+        return [entry for entry in entries if entry.key not in self._known]
+
+    def add(self, entries: Sequence[Quarantined]) -> None:
+        """Append those whose row the file does not hold."""
+        with self._lock:
+            self._waiting |= {entry.key: entry for entry in entries if entry.key not in self._known}
+            if not self._waiting:
+                return
+            try:
+                self._append()
+            except OSError as error:
+                _LOG.warning("%s: cannot be written (%s); the run goes on", self._path, error)
+
+    def _append(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            with suppress(OSError):  # file systems without locks: at worst a row stands there twice
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            is_torn = self._read(descriptor)
+            new = [entry for key, entry in self._waiting.items() if key not in self._known]
+            lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in new)
+            data = (("\n" if is_torn and lines else "") + lines).encode("utf-8", "replace")
+            while data:
+                data = data[os.write(descriptor, data) :]
+            self._known |= self._waiting.keys()
+            self._waiting.clear()
+        finally:
+            os.close(descriptor)
+
+    def _read(self, descriptor: int) -> bool:
+        """Take note of the lines that others, or earlier starts, have written; whether the last one is torn."""
+        size = os.fstat(descriptor).st_size
+        if size < self._read_until:  # somebody has emptied it
+            self._known, self._read_until = set(), 0
+        data = b""
+        while more := os.pread(descriptor, 1 << 20, self._read_until + len(data)):
+            data += more
+        whole, _, torn = data.rpartition(b"\n")
+        for line in whole.splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # of another version, or torn
+                entry = json.loads(line)
+                self._known.add((entry["file"], entry["row"]))
+        self._read_until += len(data) - len(torn)
+        return bool(torn)

@@ -51,9 +51,14 @@ def from_row(row: Mapping[str, object]) -> Sample:
     """The sample in a row that an MDS reader returned. Raises DataError if the columns do not fit each other."""
     header = header_from_row(row)
     data = row["images"]
-    assert isinstance(data, bytes)
+    assert isinstance(data, bytes)  # the encoding gives nothing else
     ends = np.asarray(row["image_ends"]).tolist()
-    if ends[0] != 0 or ends[-1] != len(data) or len(ends) != len(header.image_sizes) + 1:
+    if (
+        ends != sorted(ends)
+        or ends[0] != 0
+        or ends[-1] != len(data)
+        or len(ends) != len(header.image_sizes) + 1
+    ):
         raise DataError(
             f"sample {header.id!r}: image_ends {ends} and {len(header.image_sizes)} image_sizes do not "
             f"fit {len(data)} bytes of images; the shard is damaged or was not written by data_prep."
@@ -70,12 +75,24 @@ def header_from_row(row: Mapping[str, object]) -> Sample:
             f"MDS row lacks the columns {missing}, it has {sorted(row)}; build the shards with data_prep."
         )
     turns = row["conversations"]
-    assert isinstance(turns, list)
+    if not isinstance(turns, list):
+        raise DataError(f"conversations are {turns!r:.60}, not a list; the shard is damaged.")
     sizes = np.asarray(row["image_sizes"]).reshape(-1, 2).tolist()
     return Sample(
         id=str(row["id"]),
         images=(),
         image_sizes=tuple((height, width) for height, width in sizes[1:]),
-        turns=tuple(Turn(role=turn["from"], text=turn["value"]) for turn in turns),
+        turns=tuple(map(_turn, turns)),
         source=str(row["source"]),
     )
+
+
+def _turn(value: object) -> Turn:
+    """Raises DataError unless it has a role and a text that UTF-8 can write, as the tokenizer needs it."""
+    role, text = (
+        (value.get("from"), value.get("value")) if isinstance(value, dict) else (None, None)
+    )
+    if not isinstance(role, str) or not isinstance(text, str):
+        raise DataError(f"a turn is {value!r:.60}; the shard is damaged.")
+    text.encode()
+    return Turn(role=role, text=text)

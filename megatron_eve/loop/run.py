@@ -30,12 +30,14 @@ from megatron_eve.config.text_form import config_text
 from megatron_eve.data.loader import PackLoader
 from megatron_eve.data.tokenizer import load_tokenizer
 from megatron_eve.errors import ConfigError
+from megatron_eve.loop.data_start import open_on_all
 from megatron_eve.loop.evaluation import Evaluations
 from megatron_eve.loop.feed import next_step
 from megatron_eve.loop.non_finite import SkipGuard
 from megatron_eve.loop.run_directory import claimed
 from megatron_eve.loop.signals import StopFlag
 from megatron_eve.loop.step import train_step
+from megatron_eve.loop.unreadable import UnreadableGuard
 from megatron_eve.metrics.peak import peak_flops
 from megatron_eve.metrics.profiling import Capture
 from megatron_eve.metrics.sinks import Sinks
@@ -63,6 +65,7 @@ class Run:
     model: Sequence[DistributedDataParallel]
     training: TrainingState
     loader: PackLoader | None  # on data leaders
+    unreadable: UnreadableGuard
     checkpoints: CheckpointManager
     steps: int
 
@@ -105,7 +108,12 @@ def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
         stage=config.stage.name,
     )
     loader = _open_loader(config, state=state, run_dir=run_dir)
-    epoch = _from_rank0(loader.epoch_size if loader is not None else None)
+    epoch, unreadable_left = _from_rank0(
+        (loader.epoch_size, loader.unreadable_left) if loader is not None else None
+    )
+    guard = UnreadableGuard(
+        left=unreadable_left, epoch_samples=epoch.samples, is_teller=state.rank == 0
+    )
     steps = total_steps(config, epoch=epoch)
     if not steps:
         raise ConfigError(
@@ -141,22 +149,25 @@ def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
     mcore.grad_scale_func = optimizer.scale_loss
     schedule = build_schedule(optimizer, config=config, steps=steps)
     training = TrainingState(chunks, model, optimizer, schedule)
-    return Run(config, run_dir, state, model, training, loader, checkpoints, steps)
+    return Run(config, run_dir, state, model, training, loader, guard, checkpoints, steps)
 
 
 def _open_loader(config: RunConfig, *, state: ParallelState, run_dir: Path) -> PackLoader | None:
-    if not state.is_data_leader:
-        return None
-    return PackLoader(
-        data=config.data,
-        batch=config.batch,
-        model=config.model,
-        trainable=config.stage.trainable,
-        tokenizer=load_tokenizer(config.data.tokenizer),
-        data_rank=state.dp_rank,
-        data_size=state.dp_size,
-        device="cuda" if device.has_gpu() else "cpu",
-        quarantine_report=run_dir / "quarantine.jsonl",
+    return open_on_all(
+        lambda alive: PackLoader(
+            data=config.data,
+            batch=config.batch,
+            model=config.model,
+            trainable=config.stage.trainable,
+            tokenizer=load_tokenizer(config.data.tokenizer),
+            data_rank=state.dp_rank,
+            data_size=state.dp_size,
+            device="cuda" if device.has_gpu() else "cpu",
+            quarantine_report=run_dir / "quarantine.jsonl",
+            alive=alive,
+        ),
+        state=state,
+        timeout_s=config.train.distributed_timeout_s,
     )
 
 
@@ -209,6 +220,7 @@ def _train(run: Run, *, stop: StopFlag) -> None:
                 values, stopping = _step(run, stop=stop, capture=capture)
             capture.done(done, values)
             meter.add(values)
+            run.unreadable.count(samples=values["samples"], unreadable=values["unreadable"])
             guard.count(skipped=bool(values["skipped"]))
             last = stopping or done == run.steps
             if done % run.config.logging.every_steps == 0 or last:
@@ -242,6 +254,7 @@ def _step(run: Run, *, stop: StopFlag, capture: Capture) -> tuple[dict[str, floa
         config=run.config,
         state=run.state,
         stop_requested=stop(),
+        read_retries=run.loader.take_retries() if run.loader is not None else 0,
         ranges=capture.range,
     )
     seconds = {"step_time_s": time.perf_counter() - started, "data_wait_s": waited}

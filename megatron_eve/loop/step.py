@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_eve.config.schema import RunConfig
+from megatron_eve.data.quarantine import UNREADABLE
 from megatron_eve.data.sample import Pack
 from megatron_eve.loop.loss import micro_batch_loss
 from megatron_eve.loop.non_finite import NonFiniteLossError, origin_of_non_finite
@@ -44,6 +45,8 @@ COUNTS = (
     "text_tokens",
     "samples",
     "quarantined",
+    "unreadable",
+    "read_retries",
     "samples_checksum",
     "ideal_flops",
     "executed_flops",
@@ -123,10 +126,11 @@ def train_step(
     config: RunConfig,
     state: ParallelState,
     stop_requested: bool,
+    read_retries: int = 0,
     ranges: Callable[[str], AbstractContextManager[None]] = no_range,
 ) -> StepResult:
     """One update. `stop_requested` on any process is true in the result of every process. `ranges` marks the part of
-    the step with that name for a profiler.
+    the step with that name for a profiler. `read_retries`: of this process since the step before.
 
     Raises: NonFiniteLossError before the weights are touched, unless train.on_non_finite=skip: then the step's metric
     `skipped` is 1, and the schedule goes on.
@@ -134,7 +138,12 @@ def train_step(
     optimizer.zero_grad()
     logged = forward_backward(model, packs, config=config, state=state)
     metrics, stop = _reduce(
-        logged, packs, config=config, state=state, stop_requested=stop_requested
+        logged,
+        packs,
+        config=config,
+        state=state,
+        stop_requested=stop_requested,
+        read_retries=read_retries,
     )
     rates = _learning_rates(optimizer)
     with ranges("optimizer"):
@@ -208,6 +217,7 @@ def _reduce(
     config: RunConfig,
     state: ParallelState,
     stop_requested: bool,
+    read_retries: int,
 ) -> tuple[dict[str, float], bool]:
     """Sums over all processes, each quantity counted once: the loss on the last stage, the packs on the data leader."""
     sums = torch.zeros(3 + len(COUNTS), dtype=torch.float64, device=state.device)
@@ -215,7 +225,7 @@ def _reduce(
     if logged and state.is_last_stage and state.tp_rank == 0:
         sums[1:3] = torch.stack(list(logged)).sum(0)
     if state.is_data_leader:
-        counts = _counts(packs, config=config)
+        counts = _counts(packs, config=config) | {"read_retries": read_retries}
         sums[3:] = torch.tensor([counts[name] for name in COUNTS], dtype=torch.float64)
     torch.distributed.all_reduce(sums)
     stops, numerator, denominator, *counted = sums.tolist()
@@ -232,6 +242,7 @@ def _counts(packs: Sequence[Pack], *, config: RunConfig) -> dict[str, float]:
         "text_tokens": sum(pack.num_real_text for pack in packs),
         "samples": sum(len(pack.sample_ids) for pack in packs),
         "quarantined": sum(len(pack.quarantined) for pack in packs),
+        "unreadable": sum(r in UNREADABLE for pack in packs for _, r in pack.quarantined),
         "samples_checksum": sum(_checksum(pack.sample_ids) for pack in packs),
         "ideal_flops": sum(ideal_flops(pack, model=model, trainable=trainable) for pack in packs),
         "executed_flops": sum(executed_flops(pack, config=config) for pack in packs),

@@ -72,6 +72,12 @@ def mixed_samples(count: int, *, start: int = 0) -> list[Sample]:
     return samples
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that fails is tried once more, at once."""
+    monkeypatch.setattr("megatron_eve.data.reading.PAUSES_S", (0.0,))
+
+
 WriteShards = Callable[..., Path]
 
 

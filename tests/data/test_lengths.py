@@ -26,7 +26,8 @@ SHAPE = PackShape(pack_tokens=256, align=16)
 
 def load(table: ShardTable, qwen: Tokenizer, **changes: object) -> SampleLengths:
     settings = dataclasses.replace(SETTINGS, **changes)  # type: ignore[arg-type]
-    return load_lengths(table, settings=[settings] * table.num_sources, tokenizer=qwen, shape=SHAPE)
+    of_sources = [settings] * table.num_sources
+    return load_lengths(table, settings=of_sources, tokenizer=qwen, shape=SHAPE, max_unreadable=0)
 
 
 def caches(folder: Path) -> list[Path]:
@@ -93,11 +94,16 @@ def test_unfit_samples_have_their_reason_and_no_length(
 ) -> None:
     cases = bad_samples()
     samples = [dataclasses.replace(sample, id=f"case-{i}") for i, (sample, _) in enumerate(cases)]
-    lengths = load(ShardTable.open([write_shards("a", samples)]), qwen)
+    table = ShardTable.open([write_shards("a", samples)])
+    lengths = load(table, qwen)
     expected = {i: reason for i, (_, reason) in enumerate(cases) if reason is not None}
     assert {i: entry.reason for i, entry in lengths.unfit.items()} == expected
-    assert all(entry.id == f"case-{i}" for i, entry in lengths.unfit.items())
-    assert all(entry.message for entry in lengths.unfit.values())
+    named = {i: entry.id for i, entry in lengths.unfit.items() if entry.id}
+    assert named == {i: f"case-{i}" for i in (1, 2, 3)}  # the others did not need their row
+    for i, entry in lengths.unfit.items():
+        assert entry.message
+        path, row = table.place(i)
+        assert entry.key == (str(path), row)
     assert lengths.reasons["too_long"] == 1
     assert np.flatnonzero(~lengths.usable).tolist() == list(expected)
     assert (lengths.num_text[list(expected)] == 0).all()
@@ -112,8 +118,10 @@ def test_cache_is_read_and_belongs_to_its_settings(
     first = load(table, qwen)
     assert len(caches(folder)) == 1
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_eve.data.lengths._compute", None)  # must not be called again
+        patch.setattr("megatron_eve.data.counting.encode_samples", None)  # not called again
         second = load(table, qwen)
+        load(table, qwen, image_edge=96)  # nor for what resizing and packing decide
+        load(table, qwen, sample_align=8, max_aspect_ratio=2.0)
     assert first.unfit == second.unfit
     np.testing.assert_array_equal(first.num_vision, second.num_vision)
     np.testing.assert_array_equal(first.num_text, second.num_text)
@@ -124,6 +132,7 @@ def test_cache_is_read_and_belongs_to_its_settings(
         settings=[SETTINGS],
         tokenizer=dataclasses.replace(qwen, fingerprint="another"),
         shape=SHAPE,
+        max_unreadable=0,
     )
     assert len(caches(folder)) == 4
     assert not list(folder.glob("*.tmp-*"))
@@ -151,7 +160,7 @@ def test_unwritable_folder_is_cached_elsewhere_and_said(
     folder = write_shards("a", mixed_samples(4))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
-    caplog.set_level(logging.INFO, "megatron_eve.data.lengths")
+    caplog.set_level(logging.INFO, "megatron_eve.data.counting")
     load(ShardTable.open([folder]), qwen)
     assert not caches(folder)
     assert len(list((tmp_path / "cache").rglob("lengths-*.npz"))) == 1

@@ -36,7 +36,7 @@ def table_of(*shards: list[int]) -> ShardTable:
 
 def lengths_of(count: int, *, unfit: tuple[int, ...] = ()) -> SampleLengths:
     rng = np.random.default_rng(count)
-    entries = {i: Quarantined(str(i), "", "empty_answer", "") for i in unfit}
+    entries = {i: Quarantined(str(i), "", "empty_answer", "", "x.mds", i) for i in unfit}
     num_vision = rng.integers(0, 100, count, dtype=np.int32)
     num_text = rng.integers(5, 60, count, dtype=np.int32)
     return SampleLengths(num_vision, num_text, num_labels=num_text - 4, unfit=entries)

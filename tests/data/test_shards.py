@@ -2,12 +2,14 @@
 """Random access over several folders, and every damage named with its file."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from megatron_eve.data.quarantine import SampleError
 from megatron_eve.data.shards import ShardTable
 from megatron_eve.data.streaming_import import MDSWriter
 from megatron_eve.errors import DataError
@@ -60,27 +62,58 @@ def test_damaged_index_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_missing_and_short_shard_files_are_named(write_shards: WriteShards) -> None:
+    """Their rows are lost, and only those that they really lack; the others can be read."""
     folder = write_shards("a", mixed_samples(30))
-    victim = folder / "shard.00001.mds"
-    whole = victim.read_bytes()
-    victim.write_bytes(whole[:-1])
-    with pytest.raises(DataError, match=rf"shard\.00001\.mds: has {len(whole) - 1:,} bytes, index"):
-        ShardTable.open([folder])
-    victim.unlink()
-    with pytest.raises(DataError, match=r"shard\.00001\.mds: shard file not found"):
-        ShardTable.open([folder])
-
-
-def test_file_damaged_after_the_start_is_named(write_shards: WriteShards) -> None:
-    folder = write_shards("a", mixed_samples(30))
+    whole = ShardTable.open([folder])
+    expected = [whole.read(i) for i in range(len(whole))]
+    begins = whole.shard_begins.tolist()
+    missing, short = folder / "shard.00000.mds", folder / "shard.00001.mds"
+    size = short.stat().st_size
+    short.write_bytes(short.read_bytes()[:-1])
+    missing.unlink()
     table = ShardTable.open([folder])
-    last = len(table) - 1
-    path = table.shard_path(last)
-    path.write_bytes(path.read_bytes()[:400])
-    with pytest.raises(DataError, match=rf"{path.name}: sample {last} cannot be read"):
-        table.read(last)
-    with pytest.raises(DataError, match=rf"{path.name}: sample {last} cannot be read"):
-        table.read_header(last)
+    assert table.damaged[0] == f"{missing}: shard file not found, but index.json lists it"
+    assert table.damaged[1] == f"{short}: has {size - 1:,} bytes, index.json says {size:,}"
+    lost = [*range(begins[1]), begins[2] - 1]
+    assert table.lost_samples() == lost
+    for i, sample in enumerate(expected):
+        if i not in lost:
+            assert table.read(i) == sample
+            continue
+        for read in (table.read, table.read_header):
+            with pytest.raises(SampleError, match=r"mds: row \d+ cannot be read") as refused:
+                read(i)
+            assert refused.value.reason == "unreadable_file"
+
+
+def test_an_index_that_lists_another_number_of_samples_is_refused(
+    write_shards: WriteShards,
+) -> None:
+    """Rows that the index does not list would be missing without a word."""
+    folder = write_shards("a", mixed_samples(10), shard_bytes=1 << 20)
+    index = json.loads((folder / "index.json").read_text())
+    for wrong in (9, 11):
+        index["shards"][0]["samples"] = wrong
+        (folder / "index.json").write_text(json.dumps(index))
+        with pytest.raises(DataError, match=f"holds 10 samples, index.json says {wrong}"):
+            ShardTable.open([folder]).check_count(0)
+
+
+def test_a_damaged_byte_of_the_index_never_ends_in_a_traceback(write_shards: WriteShards) -> None:
+    folder = write_shards("a", mixed_samples(4), shard_bytes=1 << 20)
+    path = folder / "index.json"
+    content = path.read_bytes()
+    refused = 0
+    for at in range(0, len(content), 3):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x15]) + content[at + 1 :])
+        with contextlib.suppress(DataError):  # SampleError is one
+            refused += 1
+            table = ShardTable.open([folder])
+            table.check_count(0)
+            for i in range(len(table)):
+                table.read(i)
+            refused -= 1
+    assert refused > len(content) // 6
 
 
 def test_shards_of_other_columns_are_refused(tmp_path: Path) -> None:
