@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,11 @@ from megatron_eve.errors import ConfigError
 from megatron_eve.loop.data_start import open_on_all
 from megatron_eve.loop.evaluation import Evaluations
 from megatron_eve.loop.feed import next_step
+from megatron_eve.loop.learning import LearningWatch
 from megatron_eve.loop.non_finite import SkipGuard
 from megatron_eve.loop.run_directory import claimed
 from megatron_eve.loop.signals import StopFlag
-from megatron_eve.loop.step import train_step
+from megatron_eve.loop.step import StepResult, train_step
 from megatron_eve.loop.unreadable import UnreadableGuard
 from megatron_eve.metrics.peak import peak_flops
 from megatron_eve.metrics.profiling import Capture
@@ -212,16 +213,19 @@ def _train(run: Run, *, stop: StopFlag) -> None:
     with closing(sinks), closing(capture), closing(evaluations):
         evaluations.resumed(done)
         stopping = False
-        meter, guard = StepMeter(), SkipGuard()
+        meter, guard, learning = StepMeter(), SkipGuard(), LearningWatch(run.config.stage)
         peak = peak_flops(device.device_name(), dtype=run.config.train.dtype)
         while done < run.steps and not stopping:
             done += 1
             with capture.step(done):
-                values, stopping = _step(run, stop=stop, capture=capture)
+                result = _step(run, stop=stop, capture=capture)
+            stopping, values = result.stop_requested, result.metrics
             capture.done(done, values)
             meter.add(values)
             run.unreadable.count(samples=values["samples"], unreadable=values["unreadable"])
             guard.count(skipped=bool(values["skipped"]))
+            if is_first:
+                learning.count(values, reached=result.reached)
             last = stopping or done == run.steps
             if done % run.config.logging.every_steps == 0 or last:
                 steps_left = run.steps - done
@@ -236,12 +240,13 @@ def _train(run: Run, *, stop: StopFlag) -> None:
             if last:
                 run.checkpoints.wait()
             evaluations.poll()
+        learning.finish()
         _finish(run, done=done)
         evaluations.finish(give_up=stop)
 
 
-def _step(run: Run, *, stop: StopFlag, capture: Capture) -> tuple[dict[str, float], bool]:
-    """One step: its values for the meter, and whether a process was asked to stop."""
+def _step(run: Run, *, stop: StopFlag, capture: Capture) -> StepResult:
+    """One step, with its times and memory among the metrics."""
     started = time.perf_counter()
     with capture.range("data_wait"):
         packs = next_step(run.loader, state=run.state)
@@ -258,7 +263,7 @@ def _step(run: Run, *, stop: StopFlag, capture: Capture) -> tuple[dict[str, floa
         ranges=capture.range,
     )
     seconds = {"step_time_s": time.perf_counter() - started, "data_wait_s": waited}
-    return result.metrics | seconds | _memory(), result.stop_requested
+    return replace(result, metrics=result.metrics | seconds | _memory())
 
 
 def _memory() -> dict[str, float]:

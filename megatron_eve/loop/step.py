@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_eve.config.schema import RunConfig
+from megatron_eve.config.schema import RunConfig, TrainableGroup
 from megatron_eve.data.quarantine import UNREADABLE
 from megatron_eve.data.sample import Pack
+from megatron_eve.loop.learning import GROUPS, reached_groups
 from megatron_eve.loop.loss import micro_batch_loss
 from megatron_eve.loop.non_finite import NonFiniteLossError, origin_of_non_finite
 from megatron_eve.metrics.flops import executed_flops, ideal_flops
@@ -35,6 +36,7 @@ class StepResult:
     """What a step did; the same on every process."""
 
     metrics: dict[str, float]  # by names of metrics/definitions.py
+    reached: tuple[TrainableGroup, ...]  # groups whose gradient is not zero
     stop_requested: bool
 
 
@@ -137,9 +139,11 @@ def train_step(
     """
     optimizer.zero_grad()
     logged = forward_backward(model, packs, config=config, state=state)
-    metrics, stop = _reduce(
+    reached = reached_groups(model, device=state.device)
+    measured = _reduce(
         logged,
         packs,
+        reached,
         config=config,
         state=state,
         stop_requested=stop_requested,
@@ -147,7 +151,7 @@ def train_step(
     )
     rates = _learning_rates(optimizer)
     with ranges("optimizer"):
-        grad_norm, problem = _update(optimizer, loss=metrics["loss"], packs=packs)
+        grad_norm, problem = _update(optimizer, loss=measured.metrics["loss"], packs=packs)
     if problem is not None:
         origin = origin_of_non_finite(
             model,
@@ -160,7 +164,7 @@ def train_step(
         _LOG.warning("skipped a step: %s", problem)
     schedule.step(increment=1)
     skipped = {"grad_norm": grad_norm, "skipped": float(problem is not None)}
-    return StepResult(metrics | rates | skipped, stop)
+    return replace(measured, metrics=measured.metrics | rates | skipped)
 
 
 def _update(
@@ -213,24 +217,34 @@ def _learning_rates(optimizer: MegatronOptimizer) -> dict[str, float]:
 def _reduce(
     logged: Sequence[Tensor],
     packs: Sequence[Pack],
+    reached: Tensor,
     *,
     config: RunConfig,
     state: ParallelState,
     stop_requested: bool,
     read_retries: int,
-) -> tuple[dict[str, float], bool]:
-    """Sums over all processes, each quantity counted once: the loss on the last stage, the packs on the data leader."""
-    sums = torch.zeros(3 + len(COUNTS), dtype=torch.float64, device=state.device)
+) -> StepResult:
+    """Sums over all processes, each quantity counted once: the loss on the last stage, the packs on the data leader.
+    A group is reached if it is on any process."""
+    sums = torch.zeros(3 + len(COUNTS) + len(reached), dtype=torch.float64, device=state.device)
     sums[0] = float(stop_requested)
     if logged and state.is_last_stage and state.tp_rank == 0:
         sums[1:3] = torch.stack(list(logged)).sum(0)
     if state.is_data_leader:
         counts = _counts(packs, config=config) | {"read_retries": read_retries}
-        sums[3:] = torch.tensor([counts[name] for name in COUNTS], dtype=torch.float64)
+        sums[3 : 3 + len(COUNTS)] = torch.tensor(
+            [counts[name] for name in COUNTS], dtype=torch.float64
+        )
+    sums[3 + len(COUNTS) :] = reached
     torch.distributed.all_reduce(sums)
-    stops, numerator, denominator, *counted = sums.tolist()
-    loss = numerator / max(denominator, 1.0)
-    return {"loss": loss, **dict(zip(COUNTS, counted, strict=True))}, stops > 0
+    stops, numerator, denominator, *others = sums.tolist()
+    counted = dict(zip(COUNTS, others[: len(COUNTS)], strict=True))
+    on_ranks = zip(GROUPS, others[len(COUNTS) :], strict=True)
+    return StepResult(
+        metrics={"loss": numerator / max(denominator, 1.0), **counted},
+        reached=tuple(group for group, ranks in on_ranks if ranks),
+        stop_requested=stops > 0,
+    )
 
 
 def _counts(packs: Sequence[Pack], *, config: RunConfig) -> dict[str, float]:

@@ -3,7 +3,8 @@
 
     step 1200/58000 | loss 2.3142 | grad 0.84 | lr 9.7e-5 | tok/s/gpu 9,310 | mfu 41.2% | fill 99.4% | data 1.1%
 
-Columns whose metric a step does not log are left out; metrics without a column are in metrics.jsonl only."""
+Columns whose metric a step does not log are left out; so are counts of what should not happen (quarantined, skipped)
+while they are zero. Metrics without a column are in metrics.jsonl only."""
 
 from collections.abc import Callable, Mapping
 
@@ -13,6 +14,7 @@ _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 def console_line(values: Mapping[str, float], *, step: int, total_steps: int) -> str:
     """The line of one step."""
     columns = [f"{label} {form(values[name])}" for name, label, form in _COLUMNS if name in values]
+    columns += [f"{name} {values[name]:,.0f}" for name in _FAULTS if values.get(name)]
     return " | ".join([f"step {step}/{total_steps}", *columns])
 
 
@@ -54,3 +56,4 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("data_wait_fraction", "data", _percent),
     ("eta_s", "eta", duration_text),
 )
+_FAULTS = ("quarantined", "skipped")

@@ -25,6 +25,14 @@ def test_line_is_in_the_house_style() -> None:
     )
 
 
+def test_counts_of_what_should_not_happen_show_when_it_happened() -> None:
+    """Samples that were masked since the line before, and steps that updated nothing."""
+    none = console_line({"loss": 1.0, "quarantined": 0.0, "skipped": 0.0}, step=1, total_steps=2)
+    some = console_line({"loss": 1.0, "quarantined": 1203.0, "skipped": 2.0}, step=1, total_steps=2)
+    assert none == "step 1/2 | loss 1.0000"
+    assert some == "step 1/2 | loss 1.0000 | quarantined 1,203 | skipped 2"
+
+
 def test_columns_that_were_not_measured_are_left_out() -> None:
     assert console_line({"lr": 1e-4}, step=1, total_steps=2) == "step 1/2 | lr 1.0e-4"
 
