@@ -96,7 +96,7 @@ def reached_by_steps(config: Any) -> list[tuple[str, ...]]:
     from megatron_eve.loop.step import train_step
     from megatron_eve.optim.build import build_optimizer, build_schedule
 
-    chunks, wrapped, state, mcore = build(config, weights=None)
+    _, wrapped, state, mcore = build(config, weights=None)
     optimizer = build_optimizer(wrapped, config=config, state=state)
     mcore.grad_scale_func = optimizer.scale_loss
     schedule = build_schedule(optimizer, config=config, steps=10)

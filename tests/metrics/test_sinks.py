@@ -5,6 +5,7 @@ import builtins
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 import time
@@ -140,10 +141,10 @@ def test_interrupted_rewrite_leaves_the_old_file(
     text = '{"step": 1}\n{"step": 2}\n'
     path.write_text(text)
 
-    def no_replace(self: Path, target: Path) -> None:
+    def no_replace(source: Path, target: Path) -> None:
         raise OSError("killed here")
 
-    monkeypatch.setattr(Path, "replace", no_replace)
+    monkeypatch.setattr(os, "replace", no_replace)
     with pytest.raises(OSError, match="killed here"):
         JsonlSink(path, start_step=1)
     assert path.read_text() == text
