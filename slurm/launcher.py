@@ -3,140 +3,33 @@
 
     python -m slurm.launcher RUN_DIR -- srun ... slurm/rank.sh python -m megatron_eve.train RECIPE run_dir=RUN_DIR
 
-Protocol with the trainer, all in files of RUN_DIR because exit codes and signals get lost on the way:
-  latest_step  last saved step as text (trainer writes)
-  DONE         the last step is done (trainer writes); nothing else counts as success
-  STOP         all ranks stop after the same step, save and exit 0. This process writes it on SIGUSR2 (time limit) and
-               SIGTERM with the text `requeue`; a person writes it with any other text: then the job is not requeued
-  launcher/    what this process knows of earlier starts: starts.jsonl, bad_nodes.txt
-Ends with 0 only when DONE exists. Otherwise the job is requeued under the same id, so a chain of `afterok` holds,
-unless it was cancelled, stopped by a person, or used up EVE_MAX_RESTARTS or EVE_MAX_NO_PROGRESS.
+Protocol with the trainer, all in files of RUN_DIR because exit codes and signals get lost on the way: slurm/folder.py.
+STOP is written on SIGUSR2 (time limit) and SIGTERM. Ends with 0 only when DONE exists, with 2 on a configuration error,
+which is final. Otherwise the job is requeued under the same id, so a chain of `afterok` holds, unless it was cancelled,
+stopped by a person, has too few good nodes left, or used up EVE_MAX_RESTARTS or EVE_MAX_NO_PROGRESS. Only what the
+ranks did by themselves counts as a failure without progress (slurm/outcome.py).
 Source of the rules: each is a case seen on Slurm 22.05, docs/slurm.md has the table; tests/slurm runs them.
 """
 
 import argparse
-import json
 import logging
 import os
-import re
-import signal
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
-from slurm import preflight
-
-LAUNCHER_STOP = "requeue"
-"""Text of a STOP file that this process wrote; any other text is a person's wish."""
+from slurm import commands, configuration, outcome, owner, preflight
+from slurm.commands import SlurmError
+from slurm.folder import RunFolder, rank_log_tail
+from slurm.job import Job
+from slurm.outcome import End, Outcome
+from slurm.ranks import Ranks
+from slurm.requeue import requeue, too_few_nodes
 
 log = logging.getLogger("slurm.launcher")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What Slurm and the site say of this job."""
-
-    job_id: str
-    restart: int  # 0 at the first start
-    node_list: str  # Slurm's compressed form
-    num_nodes: int
-    num_tasks: int
-    max_restarts: int
-    max_no_progress: int
-    stop_grace_s: float
-
-    @classmethod
-    def from_env(cls, env: Mapping[str, str]) -> "Job":
-        """Read the job from Slurm's variables. Exits with 2 and the name of a missing one."""
-        try:
-            return cls(
-                job_id=env["SLURM_JOB_ID"],
-                restart=int(env.get("SLURM_RESTART_COUNT", "0")),
-                node_list=env["SLURM_JOB_NODELIST"],
-                num_nodes=int(env["SLURM_NNODES"]),
-                num_tasks=int(env["SLURM_NTASKS"]),
-                max_restarts=int(env.get("EVE_MAX_RESTARTS", "50")),
-                max_no_progress=int(env.get("EVE_MAX_NO_PROGRESS", "3")),
-                stop_grace_s=float(env.get("EVE_STOP_GRACE_S", "480")),
-            )
-        except KeyError as error:
-            log.error("found no %s in the environment; start this through sbatch", error)
-            raise SystemExit(2) from error
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunFolder:
-    """The files through which launcher and trainer talk."""
-
-    path: Path
-
-    @property
-    def done(self) -> bool:
-        return (self.path / "DONE").exists()
-
-    @property
-    def step(self) -> int:
-        """Last saved step; 0 before the first checkpoint."""
-        try:
-            return int((self.path / "latest_step").read_text())
-        except FileNotFoundError:
-            return 0
-
-    @property
-    def stopped_by_person(self) -> bool:
-        try:
-            return (self.path / "STOP").read_text().strip() != LAUNCHER_STOP
-        except FileNotFoundError:
-            return False
-
-    def write_stop(self) -> None:
-        """Ask the ranks to stop; a person's STOP stays as it is."""
-        if not (self.path / "STOP").exists():
-            (self.path / "STOP").write_text(LAUNCHER_STOP)
-
-    def clear_own_stop(self) -> None:
-        """Remove the STOP file that the start before this one left."""
-        if not self.stopped_by_person:
-            (self.path / "STOP").unlink(missing_ok=True)
-
-    def record_start(self, job: Job) -> None:
-        """Append this start, so that the next one can see whether anything moved in between."""
-        line = {
-            "job": job.job_id,
-            "restart": job.restart,
-            "step": self.step,
-            "nodes": job.node_list,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "commit": git_commit(),
-        }
-        with (self.path / "launcher" / "starts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def starts_without_progress(self, job: Job) -> int:
-        """How many of this job's latest starts began at the step where the run still is."""
-        try:
-            text = (self.path / "launcher" / "starts.jsonl").read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return 0
-        steps = [s["step"] for s in map(json.loads, text.splitlines()) if s["job"] == job.job_id]
-        count = 0
-        for step in reversed(steps):
-            if step < self.step:
-                break
-            count += 1
-        return count
-
-    def add_bad_nodes(self, nodes: Sequence[str]) -> list[str]:
-        """Remember nodes that failed a check; returns all that ever did in this run."""
-        file = self.path / "launcher" / "bad_nodes.txt"
-        known = file.read_text().split() if file.exists() else []
-        everything = sorted({*known, *nodes})
-        file.write_text("\n".join(everything) + "\n")
-        return everything
 
 
 def git_commit() -> str:
@@ -146,12 +39,6 @@ def git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def host_names(node_list: str) -> list[str]:
-    """Expand `node[01-16]` with scontrol."""
-    command = ["scontrol", "show", "hostnames", node_list]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
 
 def rendezvous(job: Job, hosts: Sequence[str]) -> dict[str, str]:
@@ -165,168 +52,156 @@ def rendezvous(job: Job, hosts: Sequence[str]) -> dict[str, str]:
     }
 
 
-class Ranks:
-    """The running `srun`, and the signals that reach this process while it runs."""
-
-    def __init__(self, job: Job, folder: RunFolder) -> None:
-        self._job, self._folder = job, folder
-        self._process: subprocess.Popen[bytes] | None = None
-        self._asked_at: float | None = None
-        for number in (signal.SIGUSR2, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-
-    @property
-    def stopping(self) -> bool:
-        """Whether the ranks were asked to stop."""
-        return self._asked_at is not None
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        """STOP file and signal: the file also reaches ranks that are still starting."""
-        log.info("got %s: the ranks save and stop", signal.Signals(number).name)
-        self._asked_at = self._asked_at or time.monotonic()
-        self._folder.write_stop()
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGUSR2)
-
-    def run(self, command: Sequence[str], *, env: Mapping[str, str]) -> int:
-        """Run to the end and return the exit code; does not start when a signal came before."""
-        if self.stopping:
-            return 0
-        self._process = subprocess.Popen(command, env=dict(env))
-        while True:
-            try:
-                return self._process.wait(timeout=1)
-            except subprocess.TimeoutExpired:
-                self._kill_hanging()
-
-    def _kill_hanging(self) -> None:
-        """Ranks that do not stop when asked (a collective that hangs) must not take the job to its time limit, where
-        nobody is left to requeue it."""
-        if self._asked_at is None or time.monotonic() - self._asked_at < self._job.stop_grace_s:
-            return
-        log.error(
-            "the ranks did not stop within EVE_STOP_GRACE_S=%g: killing them",
-            self._job.stop_grace_s,
+def may_start(job: Job, *, folder: RunFolder, trainer: Sequence[str]) -> int | None:
+    """What is known before any node is asked: the exit code, or None to go on."""
+    if folder.stopped_by_person:
+        log.error("found %s/STOP written by a person; remove it to train on", folder.path)
+        return 1
+    found = configuration.look_at(trainer)
+    if found.refusal is not None:
+        log.error("configuration error, final: %s", found.refusal)
+        return outcome.CONFIG_EXIT_CODE
+    done = folder.done_step
+    if done is not None and (found.steps is not None and done >= found.steps):
+        log.info(
+            "%s/DONE tells of %d steps, %d are asked for: nothing to do",
+            folder.path,
+            done,
+            found.steps,
         )
-        subprocess.run(
-            ["scancel", "--signal=KILL", self._job.job_id]
-        )  # steps only, not this script
-        self._asked_at = time.monotonic()
+        return 0
+    if (folder.path / "DONE").exists():
+        tells = "is half-written" if done is None else f"tells of {done} steps"
+        asked = "the data decide how many" if found.steps is None else f"{found.steps}"
+        log.info(
+            "%s/DONE %s, asked for: %s; the trainer goes on and decides", folder.path, tells, asked
+        )
+        (folder.path / "DONE").unlink(missing_ok=True)
+    return None
 
-    def ignore_signals(self) -> None:
-        """From here on only Slurm's SIGKILL ends this process."""
-        for number in (signal.SIGUSR2, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
 
-
-def slurm_is_ending_it(job: Job) -> str | None:
-    """Why requeueing is not this process's business: after scancel it would bring the job back against its owner's
-    will, after a node's death or a requeue by hand Slurm does it. None while the job counts as running, and at the time
-    limit, when a save outlasted the signal's ten minutes."""
-    command = ["scontrol", "show", "job", "--oneliner", job.job_id]
-    text = subprocess.run(command, capture_output=True, text=True).stdout
-    fields = dict(re.findall(r"(\w+)=(\S+)", text))
-    state = fields.get("JobState", "RUNNING")
-    if state == "RUNNING" or fields.get("Reason") == "TimeLimit":
+def give_up(job: Job, *, folder: RunFolder, why: str, end: End) -> str | None:
+    """Why this failure was the last one; None to try again."""
+    if end in (End.STOPPED, End.OUTSIDE):
         return None
-    return f"Slurm is ending the job by itself, JobState={state}"
-
-
-def requeue(job: Job, *, folder: RunFolder, ranks: Ranks, why: str, exclude: Sequence[str]) -> int:
-    """Put the job back into the queue, or say why not. Returns the exit code of this process."""
-    ending = slurm_is_ending_it(job)
-    if ending:
-        log.info("not requeued (%s): %s", why, ending)
-        return 1
-    if job.restart >= job.max_restarts:
-        log.error("not requeued (%s): EVE_MAX_RESTARTS=%d is used up", why, job.max_restarts)
-        return 1
-    stuck = folder.starts_without_progress(job)
+    stuck = folder.failures_without_progress(job)
     if stuck >= job.max_no_progress:
-        log.error(
-            "not requeued (%s): %d starts ended at step %d; EVE_MAX_NO_PROGRESS=%d; the last rank logs are in %s",
-            why,
-            stuck,
-            folder.step,
-            job.max_no_progress,
-            os.environ.get("RANK_LOGS"),
+        return (
+            f"{stuck} starts failed at step {folder.step} by the ranks' own fault; "
+            f"EVE_MAX_NO_PROGRESS={job.max_no_progress}; the last rank logs are in {os.environ.get('RANK_LOGS')}"
         )
+    if folder.requeues_by_trouble(job) >= job.max_restarts:
+        return f"EVE_MAX_RESTARTS={job.max_restarts} is used up"
+    return None
+
+
+def finish(
+    job: Job,
+    found: Outcome,
+    *,
+    folder: RunFolder,
+    ranks: Ranks,
+    code: int = 1,
+    exclude: Sequence[str] = (),
+) -> int:
+    """Note how this start ended, and requeue or say why not. Returns the exit code of this process."""
+    folder.record_end(job, end=found.end, code=code, why=found.why)
+    folder.clear_own_stop()
+    if found.end is End.DONE:
+        log.info("%s", found.why)
+        return 0
+    if found.end is End.CONFIG:
+        log.error("configuration error, final: %s", found.why)
+        return outcome.CONFIG_EXIT_CODE
+    if folder.stopped_by_person:
+        log.info("stopped by %s/STOP at step %d: not requeued", folder.path, folder.step)
         return 1
-    log.info("requeue: %s", why)
+    if reason := give_up(job, folder=folder, why=found.why, end=found.end):
+        log.error("not requeued (%s): %s", found.why, reason)
+        return 1
     ranks.ignore_signals()
-    if subprocess.run(["scontrol", "requeue", job.job_id]).returncode:
-        log.error(
-            "Slurm refused to requeue job %s; was it submitted with --no-requeue?", job.job_id
-        )
-        return 1
-    if exclude:
-        exclude_nodes(job, exclude)
-    time.sleep(300)  # Slurm ends this process long before
+    return requeue(job, why=found.why, exclude=exclude)
+
+
+def check_nodes(job: Job, *, folder: RunFolder, ranks: Ranks, hosts: Sequence[str]) -> int | None:
+    """The exit code if nodes failed their check, or None to go on. Raises: SlurmError."""
+    bad = preflight.check_nodes(hosts, run_dir=folder.path)
+    if not bad:
+        return None
+    found = Outcome(end=End.NODE, why=f"preflight failed on {','.join(bad)}")
+    if len(bad) > len(hosts) // 2:
+        why = f"preflight failed on {len(bad)} of {len(hosts)} nodes: not a matter of single nodes, not requeued"
+    elif few := too_few_nodes(job, bad=bad):
+        why = f"{found.why}; {few}: not requeued. Repair them, or submit with other nodes or fewer"
+    else:
+        return finish(job, found, folder=folder, ranks=ranks, exclude=bad)
+    log.error("%s", why)
+    folder.record_end(job, end=End.NODE, code=1, why=why)
+    folder.clear_own_stop()
     return 1
 
 
-def exclude_nodes(job: Job, nodes: Sequence[str]) -> None:
-    """Keep the requeued job off these nodes. Slurm accepts it only once the job counts as pending."""
-    command = ["scontrol", "update", f"JobId={job.job_id}", f"ExcNodeList={','.join(nodes)}"]
-    for _ in range(20):
-        if subprocess.run(command, capture_output=True).returncode == 0:
-            log.info("excluded %s", ",".join(nodes))
-            return
-        time.sleep(0.5)
-    log.error("could not exclude %s; use sbatch --exclude", ",".join(nodes))
+def start_ranks(
+    job: Job, command: Sequence[str], *, folder: RunFolder, ranks: Ranks, env: Mapping[str, str]
+) -> tuple[Outcome, int]:
+    """Run srun until the ranks have ended, again as long as Slurm could not start any. The outcome and srun's code."""
+    waits = commands.pauses(commands.patience_s())
+    while True:
+        first = folder.step
+        code, text = ranks.run(command, env=env)
+        log.info("the ranks ended with %d, step %d -> %d", code, first, folder.step)
+        found = outcome.judge(
+            code=code,
+            text=text,
+            is_done=folder.done_step is not None,
+            asked=ranks.stopping,
+            killed=ranks.killed,
+            moved=folder.step > first,
+        )
+        for line in rank_log_tail(os.environ.get("RANK_LOGS"), found.ranks):
+            log.error("rank %d: %s", found.ranks[0], line)
+        pause = next(waits, None) if found.end is End.SLURM and not ranks.have_logs else None
+        if pause is None or ranks.stopping:
+            return found, code
+        log.warning("Slurm could not start the ranks: %s; again in %.0f s", found.why, pause)
+        time.sleep(pause)
 
 
 def run(job: Job, *, folder: RunFolder, command: Sequence[str]) -> int:
     """One start of the job, from checks to decision. Returns the exit code."""
-    if folder.done:
-        log.info("%s/DONE exists: nothing to do", folder.path)
-        return 0
-    if folder.stopped_by_person:
-        log.error("found %s/STOP written by a person; remove it to train on", folder.path)
-        return 1
-    (folder.path / "launcher").mkdir(parents=True, exist_ok=True)
+    trainer = configuration.trainer_of(command)
+    owner.claim(folder.path, job)
+    code = may_start(job, folder=folder, trainer=trainer)
+    if code is not None:
+        return code
     if "RANK_LOGS" in os.environ:
         Path(os.environ["RANK_LOGS"]).mkdir(parents=True, exist_ok=True)
     folder.clear_own_stop()
     ranks = Ranks(job, folder)
-    hosts = host_names(job.node_list)
-    bad = preflight.check_nodes(hosts, run_dir=folder.path)
-    folder.record_start(job)
-    if len(bad) > len(hosts) // 2:
-        log.error(
-            "preflight failed on %d of %d nodes: not a matter of single nodes, not requeued",
-            len(bad),
-            len(hosts),
-        )
-        return 1
-    if bad:
-        exclude = folder.add_bad_nodes(bad)
-        why = f"preflight failed on {','.join(bad)}"
-        return requeue(job, folder=folder, ranks=ranks, why=why, exclude=exclude)
-
-    first = folder.step
+    folder.record_start(job, commit=git_commit())
+    try:
+        hosts = commands.host_names(job.node_list)
+        code = check_nodes(job, folder=folder, ranks=ranks, hosts=hosts)
+        if code is not None:
+            return code
+    except SlurmError as error:
+        found = Outcome(end=End.SLURM, why=str(error))
+        return finish(job, found, folder=folder, ranks=ranks)
     env = {**os.environ, **rendezvous(job, hosts)}
     log.info(
-        "start %d on %s: %d ranks, %s:%s, step %d, commit %s, ranks' logs in %s",
+        "start %d on %s: %d ranks, %s:%s, step %d, commit %s, ranks' logs in %s: %s",
         job.restart,
         job.node_list,
         job.num_tasks,
         env["MASTER_ADDR"],
         env["MASTER_PORT"],
-        first,
+        folder.step,
         git_commit(),
         env.get("RANK_LOGS"),
+        shlex.join(trainer),
     )
-    code = ranks.run(command, env=env)
-    log.info("the ranks ended with %d, step %d -> %d", code, first, folder.step)
-    if code == 0 and folder.done:
-        log.info("done")
-        return 0
-    if folder.stopped_by_person:
-        log.info("stopped by %s/STOP at step %d: not requeued", folder.path, folder.step)
-        return 1
-    why = "stopped before the end" if code == 0 or ranks.stopping else f"failed with {code}"
-    return requeue(job, folder=folder, ranks=ranks, why=why, exclude=[])
+    found, code = start_ranks(job, command, folder=folder, ranks=ranks, env=env)
+    return finish(job, found, folder=folder, ranks=ranks, code=code)
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -355,7 +230,14 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s [{tag}] %(message)s", stream=sys.stdout
     )
-    return run(Job.from_env(os.environ), folder=RunFolder(path=args.run_dir), command=args.command)
+    try:
+        job = Job.from_env(os.environ)
+        return run(job, folder=RunFolder(path=args.run_dir), command=args.command)
+    except (owner.FolderTakenError, SlurmError) as error:
+        log.error("%s; not requeued", error)
+    except OSError as error:
+        log.error("%s cannot be used: %s; not requeued", args.run_dir, error)
+    return 1
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from slurm import commands
+from slurm.outcome import NOT_STARTED
+
 MIN_FREE_GIB = 100.0
 """A 7B checkpoint with optimizer state is 14 GiB of bf16 weights and 84 GiB of fp32 states."""
 MAX_CLOCK_SPREAD_S = 60.0
@@ -38,7 +41,8 @@ log = logging.getLogger("slurm.preflight")
 
 def gpu_problems(env: Mapping[str, str]) -> list[str]:
     """Fewer GPUs than Slurm promised, or a driver that does not answer."""
-    expected = int(env.get("SLURM_GPUS_ON_NODE", "0"))
+    text = env.get("SLURM_GPUS_ON_NODE", "")
+    expected = int(text) if text.isdigit() else 0
     if not expected or shutil.which("nvidia-smi") is None:
         return []
     try:
@@ -92,7 +96,7 @@ def versions() -> dict[str, str]:
 
 def check_this_node(run_dir: Path, *, env: Mapping[str, str]) -> dict[str, object]:
     """All checks of one node, as the JSON line that check_nodes reads."""
-    min_free_gib = float(env.get("EVE_MIN_FREE_GIB", MIN_FREE_GIB))
+    min_free_gib = float(env.get("EVE_MIN_FREE_GIB") or MIN_FREE_GIB)
     problems = (
         gpu_problems(env)
         + memlock_problems()
@@ -137,21 +141,57 @@ def parse_reports(text: str) -> dict[str, dict[str, object]]:
     return reports
 
 
-def check_nodes(hosts: Sequence[str], *, run_dir: Path) -> list[str]:
-    """Check every node of the job in one `srun`; logs each problem and returns the names of the bad nodes."""
+def ask_nodes(hosts: Sequence[str], *, run_dir: Path) -> dict[str, dict[str, object]]:
+    """One `srun` of the check, again for minutes where Slurm itself could not start it. Raises: SlurmError."""
     command = [
         "srun",
+        "--export=ALL",
         f"--nodes={len(hosts)}",
         f"--ntasks={len(hosts)}",
         "--ntasks-per-node=1",
         "--kill-on-bad-exit=0",
     ]
     command += [os.environ.get("PYTHON", sys.executable), "-m", "slurm.preflight", str(run_dir)]
+    started, waits = time.monotonic(), commands.pauses(commands.patience_s())
+    while True:
+        text, errors = _output(command)
+        reports = parse_reports(text)
+        could_not = commands.is_away(errors) or any(words in errors for words in NOT_STARTED)
+        if reports or not could_not:
+            return reports
+        words = " / ".join(line for line in errors.splitlines() if line.strip())
+        pause = next(waits, None)
+        if pause is None:
+            spent = time.monotonic() - started
+            raise commands.SlurmError(f"the nodes could not be checked in {spent:.0f} s: {words}")
+        log.warning("the nodes could not be checked: %s; again in %.0f s", words, pause)
+        time.sleep(pause)
+
+
+def _output(command: Sequence[str]) -> tuple[str, str]:
+    """What the command prints on stdout and stderr until it ends or its time is up; stderr goes to the log, too."""
     try:
-        text = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S).stdout
+        result = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S
+        )
+        text, errors = result.stdout, result.stderr
     except subprocess.TimeoutExpired as error:
-        text = error.stdout.decode() if isinstance(error.stdout, bytes) else (error.stdout or "")
-    reports = parse_reports(text)
+        text, errors = _text(error.stdout), _text(error.stderr)
+    except FileNotFoundError as error:
+        raise commands.SlurmError("found no command srun on PATH") from error
+    sys.stderr.write(errors)
+    sys.stderr.flush()
+    return text, errors
+
+
+def _text(value: str | bytes | None) -> str:
+    """subprocess hands back bytes after a timeout, also where text was asked for."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else (value or "")
+
+
+def check_nodes(hosts: Sequence[str], *, run_dir: Path) -> list[str]:
+    """Check every node of the job; logs each problem and returns the names of the bad nodes. Raises: SlurmError."""
+    reports = ask_nodes(hosts, run_dir=run_dir)
     problems = {
         node: [str(p) for p in _listed(report["problems"])] for node, report in reports.items()
     }

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from megatron_eve.whole import write_text
+from slurm.folder import read_step, write_whole
 
 
 class StopFlag:
@@ -38,12 +38,13 @@ def rehearse(
     """Sleep through the steps, with rank 0 writing latest_step and DONE."""
     stop = StopFlag()
     latest = run_dir / "latest_step"
-    step = int(latest.read_text()) if latest.exists() else 0
+    step = read_step(latest) or 0
     print(
         f"rank {rank}/{os.environ['WORLD_SIZE']} on {os.environ.get('SLURMD_NODENAME', os.uname().nodename)} "
         f"local {os.environ['LOCAL_RANK']} master {os.environ['MASTER_ADDR']} from step {step}",
         flush=True,
     )
+    (run_dir / "DONE").unlink(missing_ok=True)  # of fewer steps
     while step < steps:
         time.sleep(step_s)
         step += 1
@@ -51,12 +52,12 @@ def rehearse(
             raise SystemExit(f"rank {rank} fails at step {step}, as asked with --fail-at")
         stopping = stop.is_set or (run_dir / "STOP").exists()
         if rank == 0 and (stopping or step % save_every == 0 or step == steps):
-            write_text(latest, str(step))
+            write_whole(latest, str(step))
         if stopping:
             print(f"rank {rank} stops at step {step}", flush=True)
             return
     if rank == 0:
-        write_text(run_dir / "DONE", "done\n")
+        write_whole(run_dir / "DONE", f"{step}\n")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -76,6 +77,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30, help="steps of the rehearsed run")
     parser.add_argument("--step-s", type=float, default=0.3, help="seconds a step")
     parser.add_argument("--save-every", type=int, default=5, help="steps between two checkpoints")
+    parser.add_argument("--dry-run", action="store_true", help="say how many steps, and end")
     parser.add_argument("--fail-at", type=int, default=None, help="step at which every rank fails")
     return parser.parse_args(argv)
 
@@ -87,6 +89,9 @@ def main(argv: Sequence[str]) -> int:
     if len(run_dirs) != 1:
         print(f"found {len(run_dirs)} run_dir=..., expected one", file=sys.stderr)
         return 2
+    if args.dry_run:
+        print(f"train.steps: {args.steps}")
+        return 0
     rank = int(os.environ["RANK"])
     rehearse(
         Path(run_dirs[0]),

@@ -3,21 +3,49 @@
 
     python -m slurm.submit stage1 stage2_1_ld stage2_1_hd stage2_2 stage3
 
-The sbatch files stay the interface: this prints (--dry-run) or runs one plain `sbatch` line a stage. It also makes
-logs/, without which Slurm fails a job with no log at all. Requeues keep the job id, so `afterok` holds through them.
-Refuses a stage that has no sbatch file, and a folder that is not the repository's root.
+The sbatch files stay the interface: this prints (--dry-run) or runs one plain `sbatch` line a stage, on which stands
+all that a job needs to know: recipe, folder, overrides and the variables of docs/slurm.md that are set here. The
+environment does not reach every job (SBATCH_EXPORT). It also makes logs/, without which Slurm fails a job with no log
+at all. Requeues keep the job id, so `afterok` holds through them.
+Refuses with exit code 2, before anything is submitted: a stage that has no sbatch file, a folder that is not the
+repository's root, a recipe or override that the trainer would refuse.
 """
 
 import argparse
 import os
 import shlex
-import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from slurm import commands
+
 STAGES = ("stage1", "stage2_1_ld", "stage2_1_hd", "stage2_2", "stage3")
+
+FORWARDED = (
+    "PYTHON",
+    "TRAIN_CMD",
+    "EVE_SITE_ENV",
+    "EVE_MAX_RESTARTS",
+    "EVE_MAX_NO_PROGRESS",
+    "EVE_MIN_FREE_GIB",
+    "EVE_SLURM_PATIENCE_S",
+    "EVE_STOP_GRACE_S",
+    "EVE_PROFILE",
+)
+"""Variables that decide something in the job."""
+NOT_TAKEN = (
+    "Unable to contact slurm controller",
+    "Connection refused",
+    "temporarily unable to accept job",
+    "Resource temporarily unavailable",
+    "Slurm backup controller in standby mode",
+    "Protocol authentication error",
+    "Invalid authentication credential",
+)
+"""Slurm's words for: there is no job. Anything else may have left one in the queue and is not tried a second time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,26 +58,26 @@ class Submission:
     sbatch_args: tuple[str, ...]
     overrides: tuple[str, ...]
 
+    settings: tuple[str, ...] = ()
+
     def command(self, *, after: str | None) -> list[str]:
         """The argv; `after` is the id of the job to wait for."""
         chain = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
-        file = f"slurm/{self.stage}.sbatch"
-        return ["sbatch", "--parsable", *chain, *self.sbatch_args, file, *self.overrides]
-
-    @property
-    def env(self) -> dict[str, str]:
-        """What the sbatch file reads besides its arguments."""
-        return {"RECIPE": self.recipe, "RUN_DIR": self.run_dir}
+        words = [f"slurm/{self.stage}.sbatch", self.recipe, f"run_dir={self.run_dir}"]
+        return [
+            *("sbatch", "--parsable", *chain, *self.sbatch_args),
+            *(*words, *self.settings, *self.overrides),
+        ]
 
     def text(self, *, after: str | None) -> str:
         """The same as a line for a shell."""
-        variables = [f"{key}={shlex.quote(value)}" for key, value in self.env.items()]
-        return " ".join([*variables, shlex.join(self.command(after=after))])
+        return shlex.join(self.command(after=after))
 
 
 def plan(args: argparse.Namespace) -> list[Submission]:
     """One submission a stage, in the order given; each starts from the weights of the one before it in the chain."""
     submissions: list[Submission] = []
+    settings = tuple(f"{name}={os.environ[name]}" for name in FORWARDED if os.environ.get(name))
     for stage in args.stages:
         weights = [f"checkpoint.load_weights_from={submissions[-1].run_dir}"] if submissions else []
         submissions.append(
@@ -59,9 +87,50 @@ def plan(args: argparse.Namespace) -> list[Submission]:
                 run_dir=str(args.root / f"{args.model}_{stage}"),
                 sbatch_args=tuple(args.sbatch_arg),
                 overrides=(*weights, *args.override),
+                settings=settings,
             )
         )
     return submissions
+
+
+def refusals(submissions: Sequence[Submission]) -> list[str]:
+    """What the trainer would refuse, a line for each stage that has something. Each job asks once more at its start,
+    when data and weights are there."""
+    if os.environ.get("TRAIN_CMD"):
+        return []
+    try:
+        from megatron_eve.errors import ConfigError
+        from megatron_eve.train import configure
+    except ImportError as error:
+        print(
+            f"recipes are not checked here ({error}); the job does it as it starts", file=sys.stderr
+        )
+        return []
+    found = []
+    for one in submissions:
+        try:
+            configure(one.recipe, overrides=[f"run_dir={one.run_dir}", *one.overrides])
+        except ConfigError as error:
+            found.append(f"{one.stage}: ConfigError: {error}")
+    return found
+
+
+def sbatch(command: Sequence[str]) -> str:
+    """The job's id. A controller that is away is asked again for minutes. Raises: SlurmError."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RECIPE", "RUN_DIR")}
+    waits = commands.pauses(commands.patience_s())
+    while True:
+        answer = commands.call(command, env=env)
+        if answer.code == 0:
+            return answer.out.strip().split(";")[0]
+        none_taken = any(words in answer.err for words in NOT_TAKEN)
+        pause = next(waits, None) if none_taken else None
+        if pause is None:
+            queued = answer.is_away and not none_taken
+            advice = "; a job may be queued nevertheless: look with squeue --me" if queued else ""
+            raise commands.SlurmError(answer.words + advice)
+        print(f"sbatch: {answer.words}; again in {pause:.0f} s", file=sys.stderr, flush=True)
+        time.sleep(pause)
 
 
 def submit(submissions: Sequence[Submission], *, after: str | None) -> list[str]:
@@ -69,16 +138,13 @@ def submit(submissions: Sequence[Submission], *, after: str | None) -> list[str]
     Path("logs").mkdir(exist_ok=True)
     ids: list[str] = []
     for submission in submissions:
-        command = submission.command(after=after)
-        result = subprocess.run(
-            command, env={**os.environ, **submission.env}, capture_output=True, text=True
-        )
-        if result.returncode:
+        try:
+            after = sbatch(submission.command(after=after))
+        except commands.SlurmError as error:
             queued = " ".join(ids) or "none"
             raise SystemExit(
-                f"sbatch refused {submission.stage}: {result.stderr.strip()} (queued before it: {queued})"
-            )
-        after = result.stdout.strip().split(";")[0]
+                f"sbatch refused {submission.stage}: {error} (queued before it: {queued})"
+            ) from error
         ids.append(after)
         print(f"{submission.stage} {after} {submission.run_dir}", flush=True)
     return ids
@@ -130,7 +196,16 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    if any(text.startswith("run_dir=") for text in args.override):
+        print(
+            "found --override run_dir=..., expected --root: each stage has a folder",
+            file=sys.stderr,
+        )
+        return 2
     submissions = plan(args)
+    if refused := refusals(submissions):
+        print("\n".join([*refused, "nothing was submitted"]), file=sys.stderr)
+        return 2
     if args.dry_run:
         after = args.after
         for submission in submissions:

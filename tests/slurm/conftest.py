@@ -193,6 +193,7 @@ def stub_slurm(tmp_path: Path) -> StubSlurm:
         "PYTHON": shutil.which("python3") or "python3",
         "TRAIN_CMD": "python3 -m slurm.rehearse --step-s 0.05 --steps 10",
         "EVE_MIN_FREE_GIB": "0.001",
+        "EVE_SLURM_PATIENCE_S": "2",
         "SLURM_SUBMIT_DIR": str(REPO),
         "SLURM_JOB_NAME": "stage2_2",
         "SLURM_JOB_ID": "4711",
