@@ -2,9 +2,9 @@
 """Why the ranks of a start ended: by their own fault, or by somebody else's.
 
 In: srun's exit code and its own messages, which name each task that did not end well, and whether this process had
-asked the ranks to stop. Out: the cause, which decides what is counted (slurm/launcher.py): only a rank's own failure counts
-towards giving up. srun's exit code alone says little: after the first failure it ends the other ranks, and the code
-becomes that of their signal.
+asked the ranks to stop. Out: the cause, which decides what is counted (slurm/launcher.py): only a rank's own failure
+counts towards giving up. srun's exit code alone says little: after the first failure it ends the other ranks, and the
+code becomes that of their signal.
 """
 
 import re

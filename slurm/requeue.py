@@ -16,7 +16,7 @@ from slurm.job import Job
 
 KILL_WAIT_S = 300.0
 """How long Slurm may take to end this process after a requeue."""
-HOLD_WAIT_S, LOOK_S = 90.0, 3.0
+HOLD_WAIT_S, LOOK_S, LATER_S = 90.0, 3.0, 60
 WAITING = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED")
 HELD = "held"
 """In the Reason of a job that Slurm will not start again by itself, as launch_failed_requeued_held."""
@@ -46,7 +46,7 @@ def requeue(job: Job, *, why: str, exclude: Sequence[str]) -> int:
             if ending:
                 log.info("not requeued (%s): %s", why, ending)
                 if fields["JobState"] == "PENDING":
-                    watch(job, limit_s=HOLD_WAIT_S)
+                    leave(job, fields)
                 return 1
             answer = commands.call(command)
             if answer.code == 0:
@@ -75,9 +75,23 @@ def _say_refused(job: Job, *, words: str, spent: float) -> None:
     log.error("job %s could not be requeued in %.0f s: %s; %s", job.job_id, spent, words, advice)
 
 
+def leave(job: Job, fields: Mapping[str, str]) -> None:
+    """The job is pending although this process lives. Somebody requeued it; or a controller that was killed lost that
+    it runs: then it would start it a second time at once, the node would refuse, and the job be held for ever. A later
+    start gives this one time to be gone."""
+    log.info("if squeue shows it as held (launch failed): scontrol release %s", job.job_id)
+    if fields.get("Restarts") == str(job.restart):
+        later = ["scontrol", "update", f"JobId={job.job_id}", f"StartTime=now+{LATER_S}"]
+        answer = commands.call(later)
+        if answer.code == 0:
+            log.warning("Slurm lost that job %s runs; it starts again in %d s", job.job_id, LATER_S)
+            return
+        log.warning("%s: %s", " ".join(later), answer.words)
+    watch(job, limit_s=HOLD_WAIT_S)
+
+
 def watch(job: Job, *, limit_s: float) -> None:
-    """Stay until Slurm ends this process, and release the job if it ends up held: a controller that was killed may have
-    lost that the job runs; it starts it a second time, the node refuses, and the job would be held for ever."""
+    """Stay until Slurm ends this process, and release the job if it ends up held."""
     end = time.monotonic() + limit_s
     while time.monotonic() < end:
         try:

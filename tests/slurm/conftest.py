@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from slurm.job import Job
+
 REPO = Path(__file__).resolve().parents[2]
 TOY = Path(__file__).with_name("toy_slurm.sh")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -112,6 +114,10 @@ def cluster(toy_cluster: Cluster) -> Iterator[Cluster]:
 
 STUB_SRUN = """#!/bin/bash
 echo "srun $*" >> "$STUB_LOG"
+if [[ "$*" == *rank.sh* ]] && [ "$(grep -c rank.sh "$STUB_LOG")" -le "${STUB_NO_STEP:-0}" ]; then
+    echo "srun: error: Unable to create step for job 4711: Unable to contact slurm controller (connect failure)" >&2
+    exit 1
+fi
 while [[ $1 == --* ]]; do shift; done
 trap 'kill -USR2 "${pids[@]}"' USR2
 for ((i = 0; i < SLURM_NTASKS; i++)); do
@@ -127,9 +133,13 @@ exit $code
 STUB_SCONTROL = """#!/bin/bash
 echo "scontrol $*" >> "$STUB_LOG"
 case "$1 $2" in
-    "show hostnames") printf 'node01\\nnode02\\n' ;;
+    "show hostnames") if [[ "$3" == *\\[* ]]; then printf 'node01\\nnode02\\n'; else tr , '\\n' <<< "$3"; fi ;;
     "show job") echo "JobId=$4 JobState=${STUB_STATE:-RUNNING}" ;;
-    requeue*) [ -z "${STUB_REFUSE:-}" ] || exit 1; [ -n "${STUB_KEEP:-}" ] || kill -KILL $PPID ;;
+    requeue*)
+        if [ "$(grep -c "scontrol requeue" "$STUB_LOG")" -le "${STUB_AWAY:-0}" ]; then
+            echo "slurm_requeue error: Unable to contact slurm controller (connect failure)" >&2; exit 1
+        fi
+        [ -z "${STUB_REFUSE:-}" ] || exit 1; [ -n "${STUB_KEEP:-}" ] || kill -KILL $PPID ;;
     update*) kill -KILL $PPID ;;
 esac
 """
@@ -137,11 +147,30 @@ STUB_SCANCEL = """#!/bin/bash
 echo "scancel $*" >> "$STUB_LOG"
 xargs kill -KILL < "$RUN_DIR/pids"
 """
+STUB_SINFO = """#!/bin/bash
+echo "sinfo $*" >> "$STUB_LOG"
+for node in $STUB_NODES; do echo "$node (null)"; done
+"""
 STUB_SBATCH = """#!/bin/bash
-echo "RECIPE=$RECIPE RUN_DIR=$RUN_DIR sbatch $*" >> "$STUB_LOG"
+echo "RECIPE=$RECIPE sbatch $*" >> "$STUB_LOG"
+[ "$(wc -l < "$STUB_LOG")" -gt "${STUB_AWAY:-0}" ] || { echo "sbatch: error: ${STUB_WORDS:-}" >&2; exit 1; }
 [ "$(wc -l < "$STUB_LOG")" != "${STUB_REFUSE_AT:-}" ] || { echo "sbatch: error: invalid account" >&2; exit 1; }
 echo "$((100 + $(wc -l < "$STUB_LOG")));toy"
 """
+
+
+def make_job(job_id: str, *, restart: int = 0, num_nodes: int = 1) -> Job:
+    """A start of a job that gives up after three failures without progress."""
+    return Job(
+        job_id=job_id,
+        restart=restart,
+        node_list="a",
+        num_nodes=num_nodes,
+        num_tasks=8,
+        max_restarts=50,
+        max_no_progress=3,
+        stop_grace_s=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,6 +209,7 @@ def stub_slurm(tmp_path: Path) -> StubSlurm:
         ("scontrol", STUB_SCONTROL),
         ("sbatch", STUB_SBATCH),
         ("scancel", STUB_SCANCEL),
+        ("sinfo", STUB_SINFO),
     ):
         (stubs / name).write_text(text)
         (stubs / name).chmod(0o755)

@@ -2,14 +2,16 @@
 """The sbatch file, launcher, preflight and rehearsal together, with stubs for srun and scontrol and two ranks."""
 
 import json
+import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from slurm.launcher import Job, RunFolder, rendezvous
-from tests.slurm.conftest import StubSlurm, saved_step, wait_until
+from slurm.launcher import rendezvous
+from tests.slurm.conftest import StubSlurm, make_job, saved_step, wait_until
 
 KILLED_BY_SLURM = (
     -signal.SIGKILL
@@ -42,10 +44,133 @@ def test_recipe_comes_from_the_environment(stub_slurm: StubSlurm) -> None:
     assert any("eve_tiny_stage2_2" in call for call in stub_slurm.calls)
 
 
+def test_arguments_win_over_the_environment(stub_slurm: StubSlurm, tmp_path: Path) -> None:
+    """Folder with a space and a per cent sign, trainer with a quoted word."""
+    folder = tmp_path / "an other %t run"
+    link = tmp_path / "a python"
+    link.symlink_to(sys.executable)
+    train = f"'{link}' -m slurm.rehearse --steps 4 --step-s 0"
+    words = ("eve_tiny_stage1", f"run_dir={folder}", f"TRAIN_CMD={train}", "optim.peak_lr=1e-5")
+    process = stub_slurm.sbatch_file(*words, RECIPE="eve_tiny_stage3", EVE_PROFILE="")
+    text = output(process)
+    assert process.returncode == 0, text
+    assert (folder / "DONE").read_text() == "4\n"
+    assert not (stub_slurm.run_dir / "DONE").exists()
+    ranks = next(call for call in stub_slurm.calls if "rank.sh" in call)
+    assert ranks.endswith(f"eve_tiny_stage1 run_dir={folder} optim.peak_lr=1e-5")
+    assert f"--output={tmp_path}/an other %%t run/logs/4711-r0/%t.log" in ranks
+
+
+@pytest.mark.parametrize("word", ["peak_lr=1", "run_dir=", "", "one two=3"])
+def test_an_argument_that_is_not_understood_is_refused(stub_slurm: StubSlurm, word: str) -> None:
+    process = stub_slurm.sbatch_file(word)
+    assert f"found '{word}', expected RECIPE" in output(process)
+    assert process.returncode == 2
+    assert stub_slurm.calls == []
+
+
+def test_every_srun_hands_on_the_environment(stub_slurm: StubSlurm) -> None:
+    """Under sbatch --export=NONE srun would hand on nothing, not even MASTER_ADDR."""
+    assert stub_slurm.sbatch_file().wait(timeout=60) == 0
+    sruns = [call for call in stub_slurm.calls if call.startswith("srun ")]
+    assert len(sruns) == 2
+    assert all("--export=ALL" in call for call in sruns)
+
+
+def test_a_configuration_error_is_final_before_any_node_is_asked(stub_slurm: StubSlurm) -> None:
+    train = f"{sys.executable} -m megatron_eve.train"
+    process = stub_slurm.sbatch_file("optim.peek_lr=1", TRAIN_CMD=train)
+    text = output(process)
+    assert "configuration error, final: ConfigError: optim.peek_lr is not a field" in text
+    assert process.returncode == 2
+    assert stub_slurm.calls == []
+
+
+def test_exit_code_2_of_a_rank_is_final(stub_slurm: StubSlurm, tmp_path: Path) -> None:
+    refusing = tmp_path / "refusing.sh"
+    refusing.write_text("#!/bin/bash\nexit 2\n")
+    refusing.chmod(0o755)
+    process = stub_slurm.sbatch_file(TRAIN_CMD=str(refusing))
+    assert "configuration error, final" in output(process)
+    assert process.returncode == 2
+    assert not requeued(stub_slurm)
+
+
+def test_requeue_is_tried_until_the_controller_is_back(stub_slurm: StubSlurm) -> None:
+    process = stub_slurm.sbatch_file(TRAIN_CMD="false", STUB_AWAY="2", EVE_SLURM_PATIENCE_S="60")
+    text = output(process)
+    assert process.returncode == KILLED_BY_SLURM, text
+    assert text.count("not requeued yet: slurm_requeue error: Unable to contact slurm") == 2
+    assert stub_slurm.calls.count("scontrol requeue 4711") == 3
+
+
+def test_ranks_are_started_again_where_slurm_could_not(stub_slurm: StubSlurm) -> None:
+    process = stub_slurm.sbatch_file(STUB_NO_STEP="2", EVE_SLURM_PATIENCE_S="60")
+    text = output(process)
+    assert process.returncode == 0, text
+    assert "Slurm could not start the ranks: srun: error: Unable to create step" in text
+
+
+def wait_for_ranks(pids: Path) -> None:
+    wait_until("both ranks run", lambda: pids.exists() and len(pids.read_text().split()) == 2)
+
+
+def test_requeues_from_outside_do_not_count(stub_slurm: StubSlurm, tmp_path: Path) -> None:
+    """Two starts that Slurm ends while the ranks still import, then a failure: it is the first one."""
+    slow = tmp_path / "slow.sh"
+    slow.write_text('#!/bin/bash\necho $$ >> "$RUN_DIR/pids"; exec sleep 100\n')
+    slow.chmod(0o755)
+    for restart in ("0", "1"):
+        process = stub_slurm.sbatch_file(TRAIN_CMD=str(slow), SLURM_RESTART_COUNT=restart)
+        pids = stub_slurm.run_dir / "pids"
+        wait_for_ranks(pids)
+        process.kill()
+        process.wait()
+        for pid in pids.read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+        pids.unlink()
+    process = stub_slurm.sbatch_file(TRAIN_CMD="false", SLURM_RESTART_COUNT="2")
+    text = output(process)
+    assert process.returncode == KILLED_BY_SLURM, text
+    assert requeued(stub_slurm)
+
+
+def test_a_second_job_in_the_folder_refuses_and_touches_nothing(stub_slurm: StubSlurm) -> None:
+    first = stub_slurm.sbatch_file(TRAIN_CMD="python3 -m slurm.rehearse --step-s 0.05 --steps 100")
+    wait_until("step 5", lambda: saved_step(stub_slurm.run_dir) >= 5)
+    before = (stub_slurm.run_dir / "launcher/starts.jsonl").read_text()
+    second = stub_slurm.sbatch_file(SLURM_JOB_ID="4712")
+    text = output(second)
+    assert second.returncode == 1
+    assert "belongs to job 4711 (stage2_2 of" in text
+    assert not (stub_slurm.run_dir / "STOP").exists()
+    assert (stub_slurm.run_dir / "launcher/starts.jsonl").read_text() == before
+    assert first.wait(timeout=60) == 0
+
+
+def test_a_job_that_has_ended_leaves_its_folder(stub_slurm: StubSlurm) -> None:
+    assert stub_slurm.sbatch_file(TRAIN_CMD="true", STUB_REFUSE="1").wait(timeout=60) == 1
+    second = stub_slurm.sbatch_file(SLURM_JOB_ID="4712", STUB_STATE="FAILED")
+    assert "belonged to job 4711" in output(second)
+    assert second.returncode == 0
+
+
 def test_done_run_starts_nothing(stub_slurm: StubSlurm) -> None:
-    (stub_slurm.run_dir / "DONE").touch()
+    (stub_slurm.run_dir / "DONE").write_text("10\n")
     assert stub_slurm.sbatch_file().wait(timeout=60) == 0
     assert stub_slurm.calls == []
+
+
+@pytest.mark.parametrize("text", ["", "7\n"])
+def test_done_of_fewer_steps_or_half_written_is_trained_on(
+    stub_slurm: StubSlurm, text: str
+) -> None:
+    (stub_slurm.run_dir / "DONE").write_text(text)
+    (stub_slurm.run_dir / "latest_step").write_text("7")
+    process = stub_slurm.sbatch_file()
+    assert "the trainer goes on and decides" in output(process)
+    assert process.returncode == 0
+    assert (stub_slurm.run_dir / "DONE").read_text() == "10\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
@@ -69,7 +194,9 @@ def test_signal_saves_and_requeues_then_resumes(
     assert f"step {stopped_at}" in text
     assert not (stub_slurm.run_dir / "STOP").exists()
     starts = (stub_slurm.run_dir / "launcher/starts.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in starts] == [0, stopped_at]
+    lines = [json.loads(line) for line in starts]
+    assert [line["step"] for line in lines if "end" not in line] == [0, stopped_at]
+    assert [line["end"] for line in lines if "end" in line] == ["stopped on request", "done"]
 
 
 def test_hanging_ranks_are_killed_and_requeued(stub_slurm: StubSlurm, tmp_path: Path) -> None:
@@ -104,7 +231,7 @@ def test_crash_loop_ends(stub_slurm: StubSlurm) -> None:
         text = output(process)
         codes.append(process.returncode)
     assert codes == [KILLED_BY_SLURM, KILLED_BY_SLURM, 1]
-    assert "3 starts ended at step 0; EVE_MAX_NO_PROGRESS=3" in text
+    assert "3 starts failed at step 0 by the ranks' own fault; EVE_MAX_NO_PROGRESS=3" in text
 
 
 def test_failures_with_progress_go_on(stub_slurm: StubSlurm) -> None:
@@ -142,8 +269,9 @@ def test_timed_out_job_is_requeued(stub_slurm: StubSlurm) -> None:
 
 def test_refused_requeue_is_said(stub_slurm: StubSlurm) -> None:
     process = stub_slurm.sbatch_file(TRAIN_CMD="true", STUB_REFUSE="1")
-    assert "Slurm refused to requeue job 4711" in output(process)
+    assert "job 4711 could not be requeued in" in output(process)
     assert process.returncode == 1
+    assert stub_slurm.calls.count("scontrol requeue 4711") > 1
 
 
 def test_stop_file_of_a_person_is_respected(stub_slurm: StubSlurm) -> None:
@@ -159,8 +287,7 @@ def test_stop_file_of_a_person_is_respected(stub_slurm: StubSlurm) -> None:
     assert again.returncode == 1
 
 
-def test_bad_node_is_excluded(stub_slurm: StubSlurm, tmp_path: Path) -> None:
-    """One node of two cannot write: it is named, excluded, and the job goes back to the queue."""
+def spoil_node02(stub_slurm: StubSlurm, tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(
         '#!/bin/bash\nif [ "$SLURMD_NODENAME" = node02 ]; then set -- "${@/$RUN_DIR/\\/nowhere}"; fi\n'
@@ -170,12 +297,31 @@ def test_bad_node_is_excluded(stub_slurm: StubSlurm, tmp_path: Path) -> None:
     srun = Path(stub_slurm.env["PATH"].split(":")[0]) / "srun"
     text = srun.read_text().replace('"$@" &', f'"{python}" "${{@:2}}" &')
     srun.write_text(text)
-    process = stub_slurm.sbatch_file(STUB_KEEP="1")
+
+
+def test_bad_node_is_excluded_beside_the_users_own(stub_slurm: StubSlurm, tmp_path: Path) -> None:
+    """One node of two cannot write: it is named, excluded, and the job goes back to the queue."""
+    spoil_node02(stub_slurm, tmp_path)
+    state = "RUNNING ExcNodeList=node07 Partition=main"  # the user's own --exclude
+    nodes = "node01 node02 node03 node07"
+    process = stub_slurm.sbatch_file(STUB_KEEP="1", STUB_STATE=state, STUB_NODES=nodes)
     text = output(process)
     assert process.returncode == KILLED_BY_SLURM, text
     assert "preflight: node02: cannot write into /nowhere" in text
-    assert "scontrol update JobId=4711 ExcNodeList=node02" in stub_slurm.calls
+    assert "scontrol update JobId=4711 ExcNodeList=node07,node02" in stub_slurm.calls
     assert not any("rank.sh" in call for call in stub_slurm.calls)
+
+
+def test_a_job_with_too_few_nodes_left_ends_and_says_so(
+    stub_slurm: StubSlurm, tmp_path: Path
+) -> None:
+    spoil_node02(stub_slurm, tmp_path)
+    state = "RUNNING ExcNodeList=node07 Partition=main"
+    process = stub_slurm.sbatch_file(STUB_STATE=state, STUB_NODES="node01 node02 node07")
+    text = output(process)
+    assert process.returncode == 1, text
+    assert "without node02,node07 only 1 nodes remain in partition main, and it needs 2" in text
+    assert not requeued(stub_slurm)
 
 
 def test_trouble_on_most_nodes_is_not_the_nodes(stub_slurm: StubSlurm) -> None:
@@ -197,32 +343,8 @@ def test_outside_of_slurm_it_says_so(stub_slurm: StubSlurm) -> None:
     assert "found no 'SLURM_NNODES' in the environment" in result.stdout
 
 
-def make_job(job_id: str) -> Job:
-    return Job(
-        job_id=job_id,
-        restart=0,
-        node_list="a",
-        num_nodes=1,
-        num_tasks=8,
-        max_restarts=1,
-        max_no_progress=1,
-        stop_grace_s=1,
-    )
-
-
 def test_ports_of_neighbouring_jobs_differ_and_are_not_ephemeral() -> None:
     ports = [int(rendezvous(make_job(str(n)), ["node01"])["MASTER_PORT"]) for n in range(12000)]
     assert len(set(ports)) == 12000
     assert min(ports) >= 20000
     assert max(ports) < 32768
-
-
-def test_starts_of_other_jobs_do_not_count(tmp_path: Path) -> None:
-    folder = RunFolder(path=tmp_path)
-    (tmp_path / "launcher").mkdir()
-    folder.record_start(make_job("1"))
-    folder.record_start(make_job("1"))
-    assert folder.starts_without_progress(make_job("1")) == 2
-    assert folder.starts_without_progress(make_job("2")) == 0
-    (tmp_path / "latest_step").write_text("3")
-    assert folder.starts_without_progress(make_job("1")) == 0

@@ -55,6 +55,10 @@ def test_one_srun_line_and_no_torchrun(file: str) -> None:
     assert sum("srun " in line for line in commands) == 1
     assert not any("torchrun" in line for line in commands)
     assert "--kill-on-bad-exit=1" in "".join(commands)
+    assert "--export=ALL" in "".join(commands)  # sbatch --export=NONE binds srun, too
+    assert "--wait=0" in "".join(
+        commands
+    )  # ranks that have ended wait for rank 0's last evaluation
 
 
 def test_files_differ_in_name_recipe_and_sentence_only() -> None:

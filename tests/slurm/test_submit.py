@@ -22,7 +22,9 @@ def run(
 
 
 def test_chain(stub_slurm: StubSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(os, "environ", stub_slurm.env)
+    env = {k: v for k, v in stub_slurm.env.items() if k not in submit.FORWARDED}
+    left_over = {"RECIPE": "eve7b_stage3", "EVE_MAX_RESTARTS": "9"}
+    monkeypatch.setattr(os, "environ", env | left_over)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "slurm").mkdir()
     for stage in ("stage1", "stage2_2"):
@@ -38,10 +40,10 @@ def test_chain(stub_slurm: StubSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path:
     ]
     assert submit.main(argv) == 0
     assert stub_slurm.calls == [
-        "RECIPE=eve7b_stage1 RUN_DIR=/r/eve7b_stage1 sbatch --parsable "
-        "--account=a slurm/stage1.sbatch optim.peak_lr=1e-5",
-        "RECIPE=eve7b_stage2_2 RUN_DIR=/r/eve7b_stage2_2 sbatch --parsable --dependency=afterok:101 "
-        "--kill-on-invalid-dep=yes --account=a slurm/stage2_2.sbatch "
+        "RECIPE= sbatch --parsable --account=a slurm/stage1.sbatch "
+        "eve7b_stage1 run_dir=/r/eve7b_stage1 EVE_MAX_RESTARTS=9 optim.peak_lr=1e-5",
+        "RECIPE= sbatch --parsable --dependency=afterok:101 --kill-on-invalid-dep=yes --account=a "
+        "slurm/stage2_2.sbatch eve7b_stage2_2 run_dir=/r/eve7b_stage2_2 EVE_MAX_RESTARTS=9 "
         "checkpoint.load_weights_from=/r/eve7b_stage1 optim.peak_lr=1e-5",
     ]
     assert (tmp_path / "logs").is_dir()
@@ -58,20 +60,56 @@ def test_refused_stage_names_what_is_queued(stub_slurm: StubSlurm) -> None:
     assert len(stub_slurm.calls) == 2
 
 
+def test_a_controller_that_is_away_is_asked_again(stub_slurm: StubSlurm) -> None:
+    words = "Batch job submission failed: Unable to contact slurm controller (connect failure)"
+    env = {**stub_slurm.env, "STUB_AWAY": "1", "STUB_WORDS": words, "EVE_SLURM_PATIENCE_S": "60"}
+    result = run("slurm.submit", "stage1", env=env)
+    assert result.returncode == 0, result.stderr
+    assert f"sbatch: sbatch: error: {words}; again in 1 s" in result.stderr
+
+
+def test_a_job_that_may_be_queued_is_not_submitted_twice(stub_slurm: StubSlurm) -> None:
+    words = "Batch job submission failed: Socket timed out on send/recv operation"
+    result = run(
+        "slurm.submit", "stage1", env={**stub_slurm.env, "STUB_AWAY": "9", "STUB_WORDS": words}
+    )
+    assert result.returncode == 1
+    assert "Socket timed out" in result.stderr
+    assert "a job may be queued nevertheless: look with squeue --me" in result.stderr
+    assert len(stub_slurm.calls) == 1
+
+
+def test_what_the_trainer_would_refuse_is_refused_before_anything_is_submitted(
+    stub_slurm: StubSlurm, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = {k: v for k, v in stub_slurm.env.items() if k != "TRAIN_CMD"}
+    monkeypatch.setattr(os, "environ", env)
+    monkeypatch.chdir(REPO)
+    assert submit.main(["stage1", "stage3", "--override", "optim.peek_lr=1"]) == 2
+    text = capsys.readouterr().err
+    assert "stage3: ConfigError: optim.peek_lr is not a field" in text
+    assert "nothing was submitted" in text
+    assert submit.main(["stage1", "--model", "eve9b"]) == 2
+    assert "there is no recipe 'eve9b_stage1'" in capsys.readouterr().err
+    assert submit.main(["stage1", "--override", "run_dir=/r"]) == 2
+    assert "expected --root" in capsys.readouterr().err
+    assert stub_slurm.calls == []
+
+
 def test_dry_run_prints_lines_and_submits_nothing(stub_slurm: StubSlurm) -> None:
     result = run(
         "slurm.submit",
         "stage1",
-        "stage2_1_ld",
+        "stage2_2",
         "--model",
         "eve_tiny",
         "--dry-run",
-        env=stub_slurm.env,
+        env={k: v for k, v in stub_slurm.env.items() if k not in submit.FORWARDED},
     )
     lines = result.stdout.splitlines()
     assert (
         lines[0]
-        == "RECIPE=eve_tiny_stage1 RUN_DIR=runs/eve_tiny_stage1 sbatch --parsable slurm/stage1.sbatch"
+        == "sbatch --parsable slurm/stage1.sbatch eve_tiny_stage1 run_dir=runs/eve_tiny_stage1"
     )
     assert "--dependency=afterok:" in lines[1]
     assert stub_slurm.calls == []
