@@ -11,6 +11,10 @@ class ConfigError(EveError):
     """A field of the run's configuration is wrong or contradicts another one."""
 
 
+class InUseError(ConfigError):
+    """Another process has the folder: a later start with the same configuration may find it free."""
+
+
 class DataError(EveError):
     """A data set, shard, sample or image is wrong as a whole; single bad samples are quarantined instead."""
 

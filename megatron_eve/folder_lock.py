@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from megatron_eve.errors import ConfigError
+from megatron_eve.errors import InUseError
 
 LOCK_FILE = ".lock"
 _LOG = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def only_one(folder: Path, *, what: str, patience_s: float = 0.0) -> Iterator[Fi
     """Hold the lock of a folder that exists; gives the locked file, which child processes may inherit.
 
     `what`: "run", "build", ... `patience_s`: how long to wait for one that is about to end.
-    Raises: ConfigError naming the process that has it."""
+    Raises: InUseError naming the process that has it."""
     with (folder / LOCK_FILE).open("ab+", buffering=0) as file:
         if _acquire(file, folder=folder, what=what, patience_s=patience_s):
             with suppress(OSError):  # a full disk keeps nobody from holding it
@@ -46,7 +46,7 @@ def _acquire(file: FileIO, *, folder: Path, what: str, patience_s: float) -> boo
             file.seek(0)
             holder = file.read().decode(errors="replace").strip() or "unknown process"
             if time.monotonic() > until:
-                raise ConfigError(
+                raise InUseError(
                     f"{folder} is in use by another {what}: {holder}; wait for it, end it, or choose another folder"
                 ) from error
             if not is_told:

@@ -20,7 +20,7 @@ from megatron_eve.config.recipes import RECIPES
 from megatron_eve.config.resolve import resolve
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.text_form import config_text
-from megatron_eve.errors import ConfigError, ElsewhereError, EveError
+from megatron_eve.errors import ConfigError, ElsewhereError, EveError, InUseError
 from megatron_eve.start_checks import check_start
 from megatron_eve.stop_signals import StopSignals
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_start(config, dry_run=args.dry_run)
     except EveError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return _exit_code(error)
     if args.dry_run:
         print(config_text(config))
         print(plan_text(config, epoch=None))
@@ -73,13 +73,18 @@ def _train(config: RunConfig) -> int:
         try:
             run(config, signals=signals)
         except Exception as error:
-            code = 2 if isinstance(error, ConfigError) else 1
+            code = _exit_code(error)
             if not isinstance(error, ElsewhereError):
                 print(f"rank {rank}: {_told(error, signals)}", file=sys.stderr)
         else:
             return 0
         sys.stderr.flush()
         os._exit(code)  # destructors of a wedged communicator can hang for ever
+
+
+def _exit_code(error: Exception) -> int:
+    """2 tells slurm/launcher.py that another start would find the same."""
+    return 2 if isinstance(error, ConfigError) and not isinstance(error, InUseError) else 1
 
 
 def _told(error: Exception, signals: StopSignals) -> str:

@@ -12,13 +12,13 @@ here is there as a whole or not at all; and no start ends because a note of it c
 
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_eve.whole import write_text
 from slurm.job import Job
 from slurm.outcome import End
 
@@ -26,20 +26,6 @@ LAUNCHER_STOP = "requeue"
 """First word of a STOP file that a launcher wrote; any other text is a person's wish."""
 
 log = logging.getLogger("slurm.launcher")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The old text or the new one, whatever happens in between. Raises: OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_text(path: Path) -> str:
@@ -95,7 +81,7 @@ class RunFolder:
         if (self.path / "STOP").exists():
             return
         try:
-            write_whole(self.path / "STOP", f"{LAUNCHER_STOP} {job.job_id}\n")
+            write_text(self.path / "STOP", f"{LAUNCHER_STOP} {job.job_id}\n")
         except OSError as error:
             log.error("cannot write %s/STOP (%s): the ranks get the signal only", self.path, error)
 

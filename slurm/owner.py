@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_eve.whole import write_text
 from slurm import commands
-from slurm.folder import read_text, write_whole
+from slurm.folder import read_text
 from slurm.job import Job
 
 OWNER = "job.json"
@@ -53,7 +54,7 @@ def claim(run_dir: Path, job: Job) -> None:
             _refuse_unless_ended(owner, run_dir=run_dir, job=job)
         values = {"job": job.job_id, "cluster": job.cluster, "name": job.name, "user": job.user}
         values["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
-        write_whole(folder / OWNER, json.dumps(values) + "\n")
+        write_text(folder / OWNER, json.dumps(values) + "\n")
         now = read_owner(run_dir).get("job")  # without locks, the later of two writers has it
         if now != job.job_id:
             raise FolderTakenError(

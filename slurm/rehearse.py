@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from slurm.folder import read_step, write_whole
+from megatron_eve.whole import write_text
+from slurm.folder import read_step
 
 
 class StopFlag:
@@ -52,12 +53,12 @@ def rehearse(
             raise SystemExit(f"rank {rank} fails at step {step}, as asked with --fail-at")
         stopping = stop.is_set or (run_dir / "STOP").exists()
         if rank == 0 and (stopping or step % save_every == 0 or step == steps):
-            write_whole(latest, str(step))
+            write_text(latest, str(step))
         if stopping:
             print(f"rank {rank} stops at step {step}", flush=True)
             return
     if rank == 0:
-        write_whole(run_dir / "DONE", f"{step}\n")
+        write_text(run_dir / "DONE", f"{step}\n")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

@@ -192,6 +192,8 @@ def _resume(run: Run) -> int:
 
 def _train(run: Run, *, stop: StopFlag) -> None:
     done = _resume(run)
+    if run.state.rank == 0 and done < run.steps:
+        (run.run_dir / DONE_FILE).unlink(missing_ok=True)  # of a run of fewer steps
     torch.distributed.barrier()  # no rank may save while another would still end at once
     stop.may_save()
     sinks = Sinks.open(

@@ -130,6 +130,8 @@ def test_kill_and_resume_gives_the_same_bits(overrides, tmp_path):  # type: igno
 @pytest.mark.parametrize("how", ["SIGUSR2", "SIGTERM", "SIGINT", "STOP file"])
 def test_stops_on_request_after_a_step_and_goes_on(overrides, tmp_path, how):  # type: ignore[no-untyped-def]
     run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "DONE").write_text("1\n")  # of a run of fewer steps
     trainer = start([*overrides, "train.steps=4000", "checkpoint.save_every_steps=1000"])
     trainer.wait_for_step(run_dir, 2)
     if how == "STOP file":

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from slurm import folder as folder_module
 from slurm.folder import RunFolder
 from slurm.outcome import End
 from tests.slurm.conftest import make_job
@@ -89,7 +88,7 @@ def test_a_full_disk_ends_no_start(
     def full(_number: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(folder_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     folder.write_stop(make_job("7"))
     assert list(folder.path.glob("*STOP*")) == []
     assert "the ranks get the signal only" in caplog.text
