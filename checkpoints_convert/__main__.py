@@ -148,6 +148,12 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         help="images are scaled to at most this squared; default: the run's",
     )
     parser.add_argument(
+        "--exif-rotation",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="pictures are turned as their metadata says; default: the run's, without a run yes",
+    )
+    parser.add_argument(
         "--max-shard-gb", type=float, default=5.0, metavar="GB", help="per safetensors file"
     )
     _add_writing(parser)
@@ -246,6 +252,7 @@ def _export(arguments: argparse.Namespace) -> int:
     options = ExportOptions(
         tokenizer=arguments.tokenizer,
         image_edge=arguments.image_edge,
+        exif_rotation=arguments.exif_rotation,
         max_shard_bytes=int(arguments.max_shard_gb * 1e9),
         overwrite=arguments.overwrite,
         layout=arguments.layout,
@@ -295,6 +302,7 @@ def _release(arguments: argparse.Namespace) -> int:
         export=ExportOptions(
             tokenizer=arguments.tokenizer,
             image_edge=arguments.image_edge,
+            exif_rotation=arguments.exif_rotation,
             max_shard_bytes=int(arguments.max_shard_gb * 1e9),
             overwrite=arguments.overwrite,
         ),

@@ -174,7 +174,9 @@ def generation_json(*, eos_id: int, pad_id: int) -> dict[str, Any]:
     }
 
 
-def preprocessor_json(model: ModelConfig, *, image_edge: int) -> dict[str, Any]:
+def preprocessor_json(
+    model: ModelConfig, *, image_edge: int, exif_rotation: bool
+) -> dict[str, Any]:
     """Official fields and values, and what lets AutoProcessor and AutoImageProcessor find our classes.
 
     Without `image_processor_type` on purpose: with it, transformers 4.57 warns that a faster class may exist."""
@@ -195,6 +197,7 @@ def preprocessor_json(model: ModelConfig, *, image_edge: int) -> dict[str, Any]:
         "patch_stride": model.patch_stride,
         "dense_stride": model.dense_stride,
         "resize_rule": "train",
+        "exif_rotation": exif_rotation,
     }
 
 

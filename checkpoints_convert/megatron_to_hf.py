@@ -35,6 +35,7 @@ class ExportOptions:
     max_shard_bytes: int
     overwrite: bool
     layout: Layout = "automodel"
+    exif_rotation: bool | None = None  # None: the run's
 
 
 def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
@@ -51,6 +52,7 @@ def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
         run=weights.run,
         origin=_origin(folder),
         history=None if weights.run is None else read_history(folder),
+        exif_rotation=_exif_rotation(weights.run, options),
     )
     refuse_damaged(weights)
     write = write_release if options.layout == "automodel" else write_official
@@ -82,6 +84,7 @@ def planned_mapping(source: Path, options: ExportOptions) -> list[str]:
     weights = read_megatron(source)
     fitting_tokenizer(_tokenizer(weights.run, options), weights.model)
     _image_edge(weights.run, options)
+    _exif_rotation(weights.run, options)
     if options.layout == "official":
         refuse_other_heads(weights.model)
     hf_stream(weights)
@@ -119,3 +122,16 @@ def _image_edge(run: RunConfig | None, options: ExportOptions) -> int:
             "with --image-edge (800 or 1600 in the official stages)."
         )
     return run.data.image_edge
+
+
+def _exif_rotation(run: RunConfig | None, options: ExportOptions) -> bool:
+    """The run's. Weights of no run: turned, unless it is told otherwise."""
+    if run is None:
+        return options.exif_rotation is not False
+    trained = run.data.exif_rotation
+    if options.exif_rotation not in (None, trained):
+        raise ConfigError(
+            f"The run was trained with data.exif_rotation={str(trained).lower()}; a release that reads pictures in "
+            "another way would be asked what it has not learned: leave --exif-rotation and --no-exif-rotation out."
+        )
+    return trained

@@ -27,7 +27,7 @@ from megatron_eve.errors import CheckpointError
 _OUR_FIELDS = ("auto_map", "patch_stride", "dense_stride", "head_dim")
 """Of config.json: the official classes derive the head's size and read the strides from the image processor."""
 
-_OUR_PROCESSOR_FIELDS = ("auto_map", "processor_class", "resize_rule")
+_OUR_PROCESSOR_FIELDS = ("auto_map", "processor_class", "resize_rule", "exif_rotation")
 
 
 def write_official(
@@ -53,7 +53,9 @@ def write_official(
         image_edge=release.image_edge,
         run=release.run,
     )
-    processor = preprocessor_json(model, image_edge=release.image_edge)
+    processor = preprocessor_json(
+        model, image_edge=release.image_edge, exif_rotation=release.exif_rotation
+    )
     with new_folder(folder, overwrite=overwrite) as partial:
         total = write_safetensors(partial, tensors, max_shard_bytes=max_shard_bytes)
         processor_folder = partial / config["mm_vision_tower"]

@@ -29,6 +29,7 @@ CODE_FILES = (
     "configuration_eve.py",
     "modality_eve.py",
     "modeling_eve.py",
+    "pixels_eve.py",
     "processing_eve.py",
 )
 TOKENIZER_FILES = (
@@ -52,6 +53,7 @@ class Release:
     run: RunConfig | None  # the run that trained the weights, if the checkpoint knows it
     origin: str  # one line for the model card: which checkpoint, which step
     history: History | None = None  # the runs behind it; None: a converter wrote the checkpoint
+    exif_rotation: bool = True  # whether pictures are turned as their metadata says, as in training
 
 
 def write_release(
@@ -91,7 +93,9 @@ def _json_files(release: Release, tokenizer: Tokenizer) -> dict[str, dict[str, A
             run=release.run,
         ),
         "generation_config.json": generation_json(eos_id=eos_id, pad_id=pad_id),
-        "preprocessor_config.json": preprocessor_json(release.model, image_edge=release.image_edge),
+        "preprocessor_config.json": preprocessor_json(
+            release.model, image_edge=release.image_edge, exif_rotation=release.exif_rotation
+        ),
     }
 
 

@@ -172,6 +172,12 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-aspect-ratio", type=float, default=100.0, help="images beyond it go to quarantine"
     )
+    parser.add_argument(
+        "--exif-rotation",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure images turned as their metadata says; the runs' data.exif_rotation",
+    )
     parser.add_argument("--source", help="name stored with every sample; None: the stem of DATA")
     parser.add_argument(
         "--dry-run",
@@ -234,6 +240,7 @@ def _build(arguments: argparse.Namespace) -> int:
             validate=arguments.validate,
             max_pixels=arguments.max_pixels,
             max_aspect_ratio=arguments.max_aspect_ratio,
+            exif_rotation=arguments.exif_rotation,
         ),
         workers=arguments.workers,
     )

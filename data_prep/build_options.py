@@ -9,7 +9,7 @@ from data_prep.readers import InputSummary
 from data_prep.samples import SampleContext
 from megatron_eve.errors import ConfigError
 
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 """Raised when the same input and options would give other bytes."""
 
 MAX_SHARD_BYTES = (1 << 32) - (1 << 20)

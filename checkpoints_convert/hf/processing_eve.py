@@ -17,11 +17,12 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .modality_eve import CLS, PATCH, SPL, TEXT
+from .pixels_eve import resized, rgb_pixels, turn_of, turned
 
 ResizeRule = Literal["train", "eval"]
 Template = Literal["qwen2", "plain"]
@@ -93,6 +94,7 @@ class EVEImageProcessor(BaseImageProcessor):
         image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
         image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
         resize_rule: ResizeRule = "train",
+        exif_rotation: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -102,17 +104,21 @@ class EVEImageProcessor(BaseImageProcessor):
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.resize_rule = check_resize_rule(resize_rule)
+        if not isinstance(exif_rotation, bool):
+            raise ValueError(f"exif_rotation={exif_rotation!r} is unknown; use true or false.")
+        self.exif_rotation = exif_rotation
 
     def resize(self, image: Image.Image, *, rule: ResizeRule | None = None) -> Image.Image:
-        """RGB, upright, and of the size that the rule gives (bicubic, aspect ratio kept to within a token)."""
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        size = target_size(
-            *image.size,
+        """RGB, turned as in training, and of the size that the rule gives (aspect ratio kept to within a token)."""
+        turn = turn_of(image, exif_rotation=self.exif_rotation)
+        upright = turned(rgb_pixels(image), turn)
+        width, height = target_size(
+            *upright.size,
             max_size=self.max_size,
             edge=self.patch_stride * self.dense_stride,
             rule=check_resize_rule(rule or self.resize_rule),
         )
-        return image.resize(size, Image.Resampling.BICUBIC)
+        return resized(upright, size=(height, width))
 
     def image_tokens(self, image: Image.Image, *, rule: ResizeRule | None = None) -> ImageTokens:
         """Resize, normalise and cut one image."""

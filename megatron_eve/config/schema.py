@@ -101,6 +101,11 @@ class DataConfig:
     max_unreadable: float = 0.01
     """Share of the samples of all sources, rounded up, that may be unreadable (missing or damaged files and rows)
     before the run stops. A share, because what such rows cost is a share of the data; 0: none at all."""
+    exif_rotation: bool = True
+    """Pictures are turned as their metadata says; the shards' build must have chosen the same. False: as the official
+    code, which looks at no metadata."""
+    decode_on: Literal["cpu", "gpu"] = "cpu"
+    """Where JPEG is decoded. cpu: to the pixels that inference sees, bit by bit; gpu: nvJPEG rounds in its own way."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

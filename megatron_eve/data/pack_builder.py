@@ -27,7 +27,7 @@ from megatron_eve.data.assemble import (
     pad_sample,
 )
 from megatron_eve.data.conversation import encode_sample
-from megatron_eve.data.image import ImageDecoder, ImageJob
+from megatron_eve.data.image import ImageDecoder, ImageJob, Pixels
 from megatron_eve.data.lengths import LengthSettings, target_sizes
 from megatron_eve.data.packing import Item, PackShape, PlannedPack
 from megatron_eve.data.patches import patchify
@@ -38,9 +38,6 @@ from megatron_eve.data.tokenizer import Tokenizer
 
 _MEAN_GREY = (122, 116, 104)
 """Pixels in place of an undecodable image: int(255 * CLIP mean), about 0 after normalisation (official dummy image)."""
-
-Pixels = NDArray[np.uint8] | SampleError
-"""A decoded image [H, W, 3], or why it could not be decoded."""
 
 
 class PackBuilder:
@@ -55,6 +52,7 @@ class PackBuilder:
         shape: PackShape,
         model: ModelConfig,
         device: Literal["cpu", "cuda"],
+        exif_rotation: bool,
     ) -> None:
         self._table = table
         self._settings = settings
@@ -62,6 +60,7 @@ class PackBuilder:
         self._shape = shape
         self._patch_stride, self._dense_stride = model.patch_stride, model.dense_stride
         self._device: Literal["cpu", "cuda"] = device
+        self._exif_rotation = exif_rotation
         # asked here, because worker threads start on device 0 whatever this process has chosen
         self._device_id = torch.cuda.current_device() if device == "cuda" else 0
         # By thread, since a DALI pipeline serves one. Not threading.local(): should a library fork, the child
@@ -111,7 +110,9 @@ class PackBuilder:
     def _decoder(self) -> ImageDecoder:
         thread = threading.get_ident()
         if thread not in self._decoders:
-            self._decoders[thread] = ImageDecoder(device=self._device, device_id=self._device_id)
+            self._decoders[thread] = ImageDecoder(
+                device=self._device, exif_rotation=self._exif_rotation, device_id=self._device_id
+            )
         return self._decoders[thread]
 
     def _jobs(self, sample: Sample, settings: LengthSettings) -> list[ImageJob]:

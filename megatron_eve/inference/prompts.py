@@ -19,11 +19,10 @@ from PIL import Image
 from megatron_eve.config.schema import ModelConfig, TemplateName
 from megatron_eve.data.assemble import expand
 from megatron_eve.data.conversation import EncodedSample, encode_prompt
-from megatron_eve.data.image import decode_reference, image_size
 from megatron_eve.data.image_size import MAX_IMAGE_PIXELS, eval_size, train_size
 from megatron_eve.data.media_names import IMAGE_MARK
 from megatron_eve.data.patches import patchify
-from megatron_eve.data.quarantine import SampleError
+from megatron_eve.data.pixels import resized, rgb_pixels, turn_of, turned, turned_size
 from megatron_eve.data.sample import Turn
 from megatron_eve.data.tokenizer import Tokenizer
 from megatron_eve.errors import DataError
@@ -66,21 +65,17 @@ def prepare_image(
     resize_rule: ResizeRule | None = None,
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> PreparedImage:
-    """Decode, resize and cut encoded bytes (JPEG, PNG, WebP, ...).
+    """Decode, turn, resize and cut encoded bytes (JPEG, PNG, WebP, ...), by the code that makes training's pixels.
 
     The size is read from the header before any pixel is decoded. Raises DataError."""
     _check_pixels(data, max_pixels=max_pixels)
-    try:
-        height, width = image_size(data)
-    except SampleError as error:
-        raise DataError(
-            f"the image cannot be decoded ({error.message}); send a whole file."
-        ) from error
     rule = eval_size if (resize_rule or rules.resize_rule) == "eval" else train_size
     edge = model.pixels_per_token
-    size = rule(height, width, edge=rules.edge, pixels_per_token=edge)
     try:
-        pixels = decode_reference(data, target_size=size)
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            turn = turn_of(image, exif_rotation=rules.exif_rotation)
+            size = rule(*turned_size(image, turn), edge=rules.edge, pixels_per_token=edge)
+            pixels = np.array(resized(turned(rgb_pixels(image), turn), size=size))
     except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged files
         raise DataError(
             f"the image cannot be decoded ({type(error).__name__}: {str(error)[:200]}); send a whole file."

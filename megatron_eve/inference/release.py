@@ -31,6 +31,7 @@ class ImageRules:
     resize_rule: ResizeRule  # what the release was made for; a request may say otherwise
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    exif_rotation: bool  # whether the orientation in metadata is obeyed, as in training
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +110,8 @@ def _image_rules(path: Path) -> ImageRules:
         resize_rule=rule,
         mean=statistics[0],
         std=statistics[1],
+        # releases of before the field existed turned every picture
+        exif_rotation=_field({"exif_rotation": True} | content, "exif_rotation", bool, path=path),
     )
 
 

@@ -154,6 +154,8 @@ def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
 
 
 def _open_loader(config: RunConfig, *, state: ParallelState, run_dir: Path) -> PackLoader | None:
+    if config.data.decode_on == "gpu" and not device.has_gpu():
+        raise ConfigError("data.decode_on=gpu, but there is no GPU here; set data.decode_on=cpu.")
     return open_on_all(
         lambda alive: PackLoader(
             data=config.data,
@@ -163,7 +165,7 @@ def _open_loader(config: RunConfig, *, state: ParallelState, run_dir: Path) -> P
             tokenizer=load_tokenizer(config.data.tokenizer),
             data_rank=state.dp_rank,
             data_size=state.dp_size,
-            device="cuda" if device.has_gpu() else "cpu",
+            device="cuda" if config.data.decode_on == "gpu" else "cpu",
             quarantine_report=run_dir / "quarantine.jsonl",
             alive=alive,
         ),

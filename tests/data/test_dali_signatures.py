@@ -44,8 +44,9 @@ def test_the_graph_is_among_them() -> None:
     from megatron_eve.data.image import GPU_DECODER_OPTIONS
 
     ours = {s.callee.removeprefix("nvidia.dali."): s for s in SITES if "data/image.py" in s.path}
-    assert ours.keys() == {"fn.external_source", "fn.decoders.image", "fn.resize", "pipeline_def"}
+    assert ours.keys() == {"fn.external_source", "fn.decoders.image", "pipeline_def"}
     assert set(ours["fn.decoders.image"].spread) == set(GPU_DECODER_OPTIONS)
+    assert "adjust_orientation" in ours["fn.decoders.image"].keywords  # False: data/pixels.py turns
     assert "device_id" in ours["pipeline_def"].keywords
 
 

@@ -165,7 +165,7 @@ def test_pixels_and_text_are_those_of_the_sample(
     assert pack.patches is not None
     image = unpatchify(pack.patches.numpy(), rows=3)
     expected = decode_reference(sample.images[0], target_size=(96, 128))
-    assert np.abs(image.astype(int) - expected).mean() < 0.25
+    assert np.array_equal(image, expected)
     assert qwen.decode(pack.label_targets.tolist()) == sample.turns[1].text + "\n"
     assert int((pack.vision_kind == VISION_PATCH).sum()) == 12
     first_row = int(pack.label_rows[0])
@@ -186,7 +186,7 @@ def test_pixels_lie_in_the_order_of_the_samples(data: DataConfig, qwen: Tokenize
                 count = size[0] * size[1] // 1024
                 found = unpatchify(patches[position : position + count], rows=size[0] // 32)
                 expected = decode_reference(image, target_size=size)
-                assert np.abs(found.astype(int) - expected).mean() < 0.5
+                assert np.array_equal(found, expected)
                 position += count
         assert position == len(patches)
 
