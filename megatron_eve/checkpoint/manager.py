@@ -29,6 +29,7 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_eve.checkpoint.canonical import canonical_hashes
+from megatron_eve.checkpoint.fit import refuse_non_finite
 from megatron_eve.checkpoint.manifest import Manifest
 from megatron_eve.checkpoint.training_state import (
     TrainingState,
@@ -268,6 +269,7 @@ class CheckpointManager:
         if manifest.tensors:  # there are none in checkpoints of before
             found = canonical_hashes(training.chunks, training.optimizer)
             refuse_differences(found, manifest.tensors, folder=path)
+        refuse_non_finite(training.chunks, source=path)
         if same_layout:
             set_random_state(loaded["random"])
         elif self._is_main:

@@ -22,7 +22,7 @@ from megatron_eve.checkpoint.sharding import (
     sharded_weights,
     sharding_metadata,
 )
-from megatron_eve.checkpoint.weights import LOAD_ERRORS, load_chunks
+from megatron_eve.checkpoint.weights import LOAD_ERRORS, load_chunks, reason_of
 from megatron_eve.errors import CheckpointError
 from megatron_eve.model.eve_model import EveModel
 
@@ -65,9 +65,9 @@ def restore(training: TrainingState, path: Path) -> tuple[dict[str, Any], bool]:
         loaded = load_sharded(wanted, path, training.chunks[0].pg_collection.dp_cp)
     except LOAD_ERRORS as error:
         raise CheckpointError(
-            f"cannot resume from {path}: {error}. At a change of stage or model start a new run directory with "
-            "checkpoint.load_weights_from instead"
-        ) from error
+            f"cannot resume from {path}: {reason_of(error)}. At a change of stage or model start a new run "
+            "directory with checkpoint.load_weights_from instead"
+        ) from None
     load_chunks(training.chunks, loaded)
     limits = [(group["max_lr"], group["min_lr"]) for group in training.optimizer.param_groups]
     if not training.optimizer.config.use_distributed_optimizer:

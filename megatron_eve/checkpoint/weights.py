@@ -18,10 +18,14 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_eve.checkpoint.canonical import TensorHash, canonical_hashes
+from megatron_eve.checkpoint.fit import refuse_non_finite, refuse_other_shapes
 from megatron_eve.checkpoint.manifest import CONFIG, Manifest, check_folder
 from megatron_eve.checkpoint.sharding import chunk_key, load_sharded, sharded_weights
 from megatron_eve.checkpoint.verify import refuse_differences, verify_folder
 from megatron_eve.checkpoint.writer import Contents, FolderWrite
+from megatron_eve.config.model_lines import PREFIX, lines_of, model_from_text
+from megatron_eve.config.schema import ModelConfig
+from megatron_eve.config.weights_model import refuse_other_model
 from megatron_eve.errors import CheckpointError
 from megatron_eve.model.eve_model import EveModel
 from megatron_eve.run_folder import checkpoints_of
@@ -81,11 +85,16 @@ def load_weights(
     With `copy_text_to_vision`, a component that is split here but not in the checkpoint gets the checkpoint's weight in
     both branches (between stages 1 and 2.1; official repeat_moe.py:160-172).
 
-    Raises: CheckpointError if the folder is incomplete, or names the tensors that are missing or of another shape.
+    Raises: ConfigError or CheckpointError with a line for each constant in which the folder's model is another one;
+    CheckpointError if the folder is incomplete, lacks tensors, or holds values that are not finite.
     """
     folder, manifest = _verified(Path(folder))
+    metadata = dist_checkpointing.load_tensors_metadata(str(folder))
+    stored = set(metadata)
+    _refuse_other_model(chunks[0].model_config, folder, copy_text_to_vision=copy_text_to_vision)
+    shapes = {name: tuple(tensor.global_shape) for name, tensor in metadata.items()}
+    refuse_other_shapes(chunks[0].model_config, shapes, folder=folder)
     sharded = sharded_weights(chunks)
-    stored = set(dist_checkpointing.load_tensors_metadata(str(folder)))
     if copy_text_to_vision:
         vision = _redirected(sharded, stored, branch=_VISION)
         text = _redirected(sharded, stored, branch=_TEXT)
@@ -108,6 +117,15 @@ def load_weights(
             tensors.update(result[key])
     load_chunks(chunks, loaded)
     _refuse_other_weights(canonical_hashes(chunks), manifest, folder=folder)
+    refuse_non_finite(chunks, source=folder)
+
+
+def _refuse_other_model(model: ModelConfig, folder: Path, *, copy_text_to_vision: bool) -> None:
+    """Once more, of the very folder that is loaded; weights that are saved in a test may say no model."""
+    text = (folder / CONFIG).read_text()
+    if any(key.startswith(PREFIX) for key in lines_of(text)):
+        stored = model_from_text(text, where=str(folder / CONFIG))
+        refuse_other_model(model, stored, weights=folder, copy_text_to_vision=copy_text_to_vision)
 
 
 def _refuse_other_weights(
@@ -151,7 +169,15 @@ def _load(part: dict[str, Any], folder: str | Path, group: ProcessGroup) -> dict
         loaded: dict[str, Any] = load_sharded(part, folder, group)
         return loaded
     except LOAD_ERRORS as error:
-        raise CheckpointError(f"cannot load {folder} into this model: {error}") from error
+        raise CheckpointError(f"cannot load {folder} into this model: {reason_of(error)}") from None
+
+
+def reason_of(error: BaseException) -> str:
+    """One line. torch's CheckpointException prints a traceback for each rank; the first rank's error says enough."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {reason_of(cause)}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 def _any_process_needs(part: dict[str, Any]) -> bool:

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do stored weights fit the model that was built? By their shapes, field by field, and by their values.
+
+The names, shapes and dtypes of a checkpoint's tensors say most of its model: what they say is compared with the
+configuration before a tensor is read, so that a refusal names `model.num_layers` and not a tensor on a rank. What they
+cannot say (rotary base, epsilon, how heads share a width) is compared in config/weights_model.py. Values that are not
+finite are refused by name: no step could mend them."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_eve.checkpoint.writer import raise_together
+from megatron_eve.config.schema import ModelConfig
+from megatron_eve.errors import CheckpointError
+from megatron_eve.model.eve_model import EveModel
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+_MAX_TENSOR_PARALLEL = 64  # padding rows of a stored table are fewer
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+def refuse_other_shapes(model: ModelConfig, stored: Shapes, *, folder: Path) -> None:
+    """`stored`: of the whole tensors, layers stacked. The same on every rank.
+
+    Raises: CheckpointError with a line for each field that the tensors contradict."""
+    lines = [
+        f"{field}={here}, but the tensors of {folder} have {there} ({name} is {list(stored[name])}); make them "
+        "the same or load other weights."
+        for field, here, there, name in _contradictions(model, stored)
+    ]
+    if lines:
+        raise CheckpointError("\n".join(lines))
+
+
+def _contradictions(model: ModelConfig, stored: Shapes) -> Iterator[tuple[str, Any, Any, str]]:
+    """(field, its value, what the tensors say, which tensor)."""
+    width = model.num_attention_heads * model.head_dim
+    qkv_width = width + 2 * model.num_kv_heads * model.head_dim
+    measured = (
+        ("num_layers", model.num_layers, "decoder.layers.mlp.linear_fc2.weight", 0),
+        ("hidden_size", model.hidden_size, "final_layernorm.weight", 0),
+        ("ffn_hidden_size", model.ffn_hidden_size, "decoder.layers.mlp.linear_fc2.weight", 2),
+        ("num_attention_heads x head_dim", width,
+         "decoder.layers.self_attention.linear_proj.weight", 2),
+        ("(num_attention_heads + 2 num_kv_heads) x head_dim", qkv_width,
+         "decoder.layers.self_attention.linear_qkv.weight", 1),
+        ("patch_embed_dim", model.patch_embed_dim, "patch_embedding.conv1.weight", 0),
+        ("patch_stride", model.patch_stride, "patch_embedding.conv1.weight", 2),
+        ("dense_stride", model.dense_stride, "patch_embedding.conv2.weight", 2),
+    )  # fmt: skip
+    for field, here, unsplit, axis in measured:
+        name = next((n for n in (unsplit, _text_branch(unsplit)) if n in stored), None)
+        if name is not None and stored[name][axis] != here:
+            yield f"model.{field}", here, stored[name][axis], name
+    if _EMBEDDING in stored:
+        rows = stored[_EMBEDDING][0]
+        if not model.vocab_size <= rows < model.vocab_size + _MAX_TENSOR_PARALLEL:
+            yield "model.vocab_size", model.vocab_size, rows, _EMBEDDING
+        is_tied = _HEAD not in stored
+        if is_tied != model.tie_word_embeddings:
+            here, there = str(model.tie_word_embeddings).lower(), str(is_tied).lower()
+            yield "model.tie_word_embeddings", here, there, _EMBEDDING if is_tied else _HEAD
+
+
+def _text_branch(name: str) -> str:
+    owner, _, leaf = name.rpartition(".")
+    return f"{owner}.text.{leaf}"
+
+
+def refuse_non_finite(chunks: Sequence[EveModel], *, source: str | Path) -> None:
+    """Collective. Raises: CheckpointError on every rank, naming a parameter with a value that is not finite."""
+    problem = None
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if problem is None and not is_finite(parameter.detach()):
+                bad = int((~torch.isfinite(parameter.detach())).sum())
+                problem = (
+                    f"{source}: {_global_name(chunk, name)} holds {bad} values that are NaN or infinite of the "
+                    f"{parameter.numel()} on this rank; no training can mend them, use other weights"
+                )
+    raise_together(problem)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every value is, without a copy of the tensor."""
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)  # NaN wins over every number
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def _global_name(chunk: EveModel, name: str) -> str:
+    """With the layer's number in the whole model: each pipeline stage counts its own from 0."""
+
+    def numbered(match: re.Match[str]) -> str:
+        layer: Any = chunk.decoder.layers[int(match[1])]
+        return f"decoder.layers.{layer.layer_number - 1}."
+
+    return _LAYER.sub(numbered, name)
