@@ -2,8 +2,8 @@
 """config.json, generation_config.json and preprocessor_config.json of a Hugging Face folder, both directions.
 
 Read: `model_type` qwen2 or llama (plain language models) or eve-qwen2 (ours and the official release). Every field is
-read by its name; what this project's decoder does not compute (sliding windows, scaled RoPE, other activations, biases
-on other layers than q, k and v) is refused. Written: the official EVE fields, plus what makes the folder load by itself
+read by its name; what this project's decoder does not compute is refused (config/hf_checks.py), as are files of one
+folder that contradict each other. Written: the official EVE fields, plus what makes the folder load by itself
 (`auto_map`, the geometry of the patch embedding) and a generation_config without settings inherited from a chat model.
 """
 
@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from checkpoints_convert.hf_processor import with_processor
 from checkpoints_convert.names import moe_part
+from megatron_eve.config.hf_checks import unsupported
 from megatron_eve.config.hf_fields import HF_FIELDS
+from megatron_eve.config.pixels import CLIP_MEAN, CLIP_STD
 from megatron_eve.config.schema import ModelConfig, RunConfig, SplitConfig
 from megatron_eve.errors import CheckpointError
 
@@ -23,9 +26,6 @@ FULL_SPLIT = SplitConfig(norm=True, attention=True, ffn=True)
 OFFICIAL_PATCH_STRIDE, OFFICIAL_DENSE_STRIDE = 16, 2
 """Geometry of official checkpoints, whose config.json does not say it. A file outside the checkpoint does; in folders
 that `--layout official` writes, one inside."""
-
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
 _LLAMA_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
@@ -43,13 +43,6 @@ _REASONS = {
     "eve": "EVEv1, which has another patch embedding",
 }
 """EVE's model types that no converter reads, and what they are."""
-
-_SWITCHES: dict[str, str] = {
-    "attention_bias": "biases on the attention's projections, the output's included",
-    "mlp_bias": "biases in the FFN",
-    "use_qk_norm": "norms on queries and keys",
-}
-"""Fields that must be false or absent, and what they would switch on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,17 +91,19 @@ def read_hf_config(folder: Path, *, patch_embed_dim: int) -> HfModel:
         field: _read(content, name, kind=python_type, path=path)
         for field, (name, python_type) in HF_FIELDS.items()
     }
-    values["head_dim"] = content.get("head_dim") or _default_head_dim(values, path)
+    values["head_dim"] = _read_or(content, "head_dim", None, path=path) or _default_head_dim(
+        values, path
+    )
     is_eve = kind == "eve-qwen2"
     if is_eve:
-        content = _tower_geometry(folder, content) | content
+        content = with_processor(folder, content)
     return HfModel(
         kind=kind,
         model=ModelConfig(
             **values,
             split=_read_split(content, path) if is_eve else NO_SPLIT,
-            patch_stride=content.get("patch_stride", OFFICIAL_PATCH_STRIDE),
-            dense_stride=content.get("dense_stride", OFFICIAL_DENSE_STRIDE),
+            patch_stride=_read_or(content, "patch_stride", OFFICIAL_PATCH_STRIDE, path=path),
+            dense_stride=_read_or(content, "dense_stride", OFFICIAL_DENSE_STRIDE, path=path),
             patch_embed_dim=_read(content, "mm_hidden_size", kind=int, path=path)
             if is_eve
             else patch_embed_dim,
@@ -190,8 +185,8 @@ def preprocessor_json(
         "do_resize": False,
         "do_center_crop": False,
         "do_normalize": True,
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
         "resample": 3,
         "max_size": image_edge,
         "patch_stride": model.patch_stride,
@@ -212,6 +207,11 @@ def _read(content: dict[str, Any], name: str, *, kind: type, path: Path) -> Any:
     return value
 
 
+def _read_or(content: dict[str, Any], name: str, default: Any, *, path: Path) -> Any:
+    """A whole number, where the file says it."""
+    return default if content.get(name) is None else _read(content, name, kind=int, path=path)
+
+
 def _read_split(content: dict[str, Any], path: Path) -> SplitConfig:
     """The official rule: substrings of moe_part, and nothing is split unless add_moe."""
     if not _read(content, "add_moe", kind=bool, path=path):
@@ -224,20 +224,6 @@ def _read_split(content: dict[str, Any], path: Path) -> SplitConfig:
             "joined by dashes."
         )
     return split
-
-
-def _tower_geometry(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """patch_stride and dense_stride of the image processor that mm_vision_tower names, if that is in the folder."""
-    path = (folder / str(content.get("mm_vision_tower")) / "preprocessor_config.json").resolve()
-    if not path.is_relative_to(folder.resolve()) or not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {name: int(found[name]) for name in ("patch_stride", "dense_stride")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} does not say patch_stride and dense_stride ({error}); write it again."
-        ) from error
 
 
 def _completed_llama(content: dict[str, Any]) -> dict[str, Any]:
@@ -274,33 +260,6 @@ def _default_head_dim(values: dict[str, Any], path: Path) -> int:
 
 
 def _refuse_unsupported(content: dict[str, Any], path: Path) -> None:
-    if content.get("hidden_act") != "silu":
-        raise CheckpointError(
-            f"{path}: hidden_act is {content.get('hidden_act')!r}, expected 'silu'."
-        )
-    for name, what in _SWITCHES.items():
-        if content.get(name):
-            raise CheckpointError(
-                f"{path}: {name} is {content[name]!r} ({what}); this decoder has none."
-            )
-    if content.get("use_sliding_window"):
-        raise CheckpointError(
-            f"{path}: use_sliding_window is true; this decoder attends to the whole sequence. Set it to false if "
-            "the checkpoint was trained so."
-        )
-    for field in ("rope_scaling", "rope_parameters"):
-        scaling = content.get(field) or {}
-        if not isinstance(scaling, dict):
-            raise CheckpointError(f"{path}: {field} is {scaling!r}, expected an object or null.")
-        rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-        if rope_type != "default":
-            raise CheckpointError(
-                f"{path}: {field} has RoPE of type {rope_type!r}, which this decoder does not compute; only the "
-                "default one (no scaling) is supported."
-            )
-    parameters = content.get("rope_parameters") or {}  # where transformers 5 writes it
-    for factor in (content.get("partial_rotary_factor"), parameters.get("partial_rotary_factor")):
-        if factor not in (None, 1.0):
-            raise CheckpointError(
-                f"{path}: partial_rotary_factor is {factor!r}; this decoder rotates whole heads."
-            )
+    problems = list(unsupported(content))
+    if problems:
+        raise CheckpointError("\n".join(f"{path}: {problem}" for problem in problems))

@@ -32,6 +32,7 @@ from megatron_eve.checkpoint.manifest import (
 from megatron_eve.checkpoint.weights import read_config_text, weights_folder
 from megatron_eve.config.schema import ModelConfig, RunConfig
 from megatron_eve.errors import CheckpointError
+from megatron_eve.finite import check_finite, is_finite
 from megatron_eve.parallel.groups import init_distributed
 from megatron_eve.whole import write_text
 
@@ -114,7 +115,7 @@ def _chunks(tensors: EveView, model: ModelConfig, dtype: torch.dtype) -> list[Ch
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Reads a tensor, or one of the Hugging Face tensors that make it up."""
+    """Reads a tensor, or one of the Hugging Face tensors that make it up, and refuses values that are not finite."""
 
     tensors: EveView
     name: str
@@ -122,9 +123,20 @@ class _Part:
     number: int | None
 
     def __call__(self) -> Tensor:
-        if self.number is None:
-            return self.tensors[self.name].to(self.dtype)
-        return self.tensors.parts(self.name)[self.number].to(self.dtype)
+        if self.number is not None:
+            value = self.tensors.parts(self.name)[self.number].to(self.dtype)
+        else:
+            value = self.tensors[self.name].to(self.dtype)
+        if not is_finite(value):
+            self._name_the_part()
+            check_finite(self.name, value, source=f"as {self.dtype}")  # what rounding made infinite
+        return value
+
+    def _name_the_part(self) -> None:
+        """Raises: CheckpointError with the tensor's name in the Hugging Face folder, if its own values are at fault."""
+        names = self.tensors.hf_names(self.name)
+        for name, part in zip(names, self.tensors.parts(self.name), strict=True):
+            check_finite(name, part, source="the Hugging Face folder")
 
 
 def read_megatron(folder: Path) -> MegatronWeights:

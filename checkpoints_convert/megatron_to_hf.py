@@ -20,6 +20,7 @@ from checkpoints_convert.run_record import read_history
 from checkpoints_convert.tensors import HfView
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.errors import CheckpointError, ConfigError
+from megatron_eve.finite import check_finite
 from megatron_eve.run_folder import step_of
 
 _TORCH_NAMES: dict[str, Literal["bfloat16", "float32"]] = {"bf16": "bfloat16", "fp32": "float32"}
@@ -59,7 +60,7 @@ def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
     return write(
         dest,
         release,
-        hf_stream(weights),
+        _finite(hf_stream(weights), source=folder),
         overwrite=options.overwrite,
         max_shard_bytes=options.max_shard_bytes,
     )
@@ -71,6 +72,13 @@ def hf_stream(weights: MegatronWeights) -> TensorStream:
     Raises: CheckpointError if names or shapes are not those of the checkpoint's model."""
     headers = HfView(weights.tensors.headers, weights.model, resize_vocabulary=False)
     return TensorStream(dict(headers), hf_view(weights).__getitem__)
+
+
+def _finite(stream: TensorStream, *, source: Path) -> TensorStream:
+    """The same tensors. Reading one raises CheckpointError if a value is NaN or infinite."""
+    return TensorStream(
+        stream.headers, lambda name: check_finite(name, stream.read(name), source=source)
+    )
 
 
 def hf_view(weights: MegatronWeights) -> HfView:

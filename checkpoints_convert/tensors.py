@@ -96,6 +96,10 @@ class EveView(Mapping[str, Tensor]):
             parts.append(tensor)
         return parts
 
+    def hf_names(self, name: str) -> tuple[str, ...]:
+        """Names in the checkpoint of the tensors that `parts` gives."""
+        return tuple(self._names[hf_name] for hf_name in self._rules[name].hf)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._rules)
 

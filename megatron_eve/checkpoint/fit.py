@@ -6,17 +6,15 @@ configuration before a tensor is read, so that a refusal names `model.num_layers
 cannot say (rotary base, epsilon, how heads share a width) is compared in config/weights_model.py. Values that are not
 finite are refused by name: no step could mend them."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_eve.checkpoint.writer import raise_together
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.errors import CheckpointError
+from megatron_eve.finite import check_finite
 from megatron_eve.model.eve_model import EveModel
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -65,8 +63,8 @@ def _contradictions(model: ModelConfig, stored: Shapes) -> Iterator[tuple[str, A
             yield "model.vocab_size", model.vocab_size, rows, _EMBEDDING
         is_tied = _HEAD not in stored
         if is_tied != model.tie_word_embeddings:
-            here, there = str(model.tie_word_embeddings).lower(), str(is_tied).lower()
-            yield "model.tie_word_embeddings", here, there, _EMBEDDING if is_tied else _HEAD
+            wanted, found = str(model.tie_word_embeddings).lower(), str(is_tied).lower()
+            yield "model.tie_word_embeddings", wanted, found, _EMBEDDING if is_tied else _HEAD
 
 
 def _text_branch(name: str) -> str:
@@ -77,23 +75,13 @@ def _text_branch(name: str) -> str:
 def refuse_non_finite(chunks: Sequence[EveModel], *, source: str | Path) -> None:
     """Collective. Raises: CheckpointError on every rank, naming a parameter with a value that is not finite."""
     problem = None
-    for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            if problem is None and not is_finite(parameter.detach()):
-                bad = int((~torch.isfinite(parameter.detach())).sum())
-                problem = (
-                    f"{source}: {_global_name(chunk, name)} holds {bad} values that are NaN or infinite of the "
-                    f"{parameter.numel()} on this rank; no training can mend them, use other weights"
-                )
+    try:
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                check_finite(_global_name(chunk, name), parameter.detach(), source=source)
+    except CheckpointError as error:
+        problem = str(error)
     raise_together(problem)
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether every value is, without a copy of the tensor."""
-    if not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor)  # NaN wins over every number
-    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def _global_name(chunk: EveModel, name: str) -> str:

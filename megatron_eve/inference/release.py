@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_eve.config.hf_checks import unsupported
 from megatron_eve.config.hf_fields import HF_EVE_FIELDS, HF_FIELDS
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.config.variants import split_from_moe_part
@@ -61,6 +62,7 @@ def read_release(folder: Path) -> ReleaseInfo:
             "`python -m checkpoints_convert`."
         )
     _refuse_other_decoders(content, path)
+    _refuse_other_patches(content, folder / "preprocessor_config.json")
     generation = folder / "generation_config.json"
     settings = _read_json(generation) if generation.is_file() else {}
     return ReleaseInfo(
@@ -115,6 +117,17 @@ def _image_rules(path: Path) -> ImageRules:
     )
 
 
+def _refuse_other_patches(content: dict[str, Any], path: Path) -> None:
+    """The processor of transformers reads the geometry there, the model in config.json."""
+    processor = _read_json(path)
+    for name in ("patch_stride", "dense_stride"):
+        if processor.get(name, content.get(name)) != content.get(name):
+            raise CheckpointError(
+                f"{path}: {name} is {processor[name]!r}, but config.json says {content.get(name)!r}; make the release "
+                "again with `python -m checkpoints_convert megatron-to-hf`."
+            )
+
+
 def _field(content: dict[str, Any], name: str, kind: type, *, path: Path) -> Any:
     value = content.get(name)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -135,12 +148,6 @@ def _stop_ids(value: Any, path: Path) -> tuple[int, ...]:
 
 
 def _refuse_other_decoders(content: dict[str, Any], path: Path) -> None:
-    rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
-    expected = (
-        ("hidden_act", content.get("hidden_act"), "silu"),
-        ("use_sliding_window", bool(content.get("use_sliding_window")), False),
-        ("type of RoPE", rope.get("rope_type", rope.get("type", "default")), "default"),
-    )
-    for name, found, wanted in expected:
-        if found != wanted:
-            raise CheckpointError(f"{path}: {name} is {found!r}, this decoder has {wanted!r} only.")
+    problems = list(unsupported(content))
+    if problems:
+        raise CheckpointError("\n".join(f"{path}: {problem}" for problem in problems))

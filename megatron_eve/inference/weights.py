@@ -2,7 +2,8 @@
 """From a released folder's safetensors files to the model, tensor by tensor, straight onto the device.
 
 The host never holds more than the tensor that is on its way (safetensors maps the file). Refused, by name, before
-anything is read: a tensor that is missing, one that the model has no place for, one of another shape.
+anything is read: a tensor that is missing, one that the model has no place for, one of another shape. Refused
+when it is read: one with values that are NaN or infinite.
 """
 
 import json
@@ -15,6 +16,7 @@ from torch import nn
 
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.errors import CheckpointError
+from megatron_eve.finite import check_finite
 from megatron_eve.inference.decoder import EveForInference
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -31,7 +33,7 @@ def load_weights(
     for path, names in files.items():
         with _open(path, device) as file:
             for name in names:
-                tensor = file.get_tensor(name)
+                tensor = check_finite(name, file.get_tensor(name), source=path)
                 _place(model, name, tensor.to(dtype or tensor.dtype))
     return model.eval().requires_grad_(False)
 

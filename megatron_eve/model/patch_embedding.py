@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from megatron.core.transformer import MegatronModule
 from torch import Tensor
 
+from megatron_eve.config.pixels import CLIP_MEAN as CLIP_MEAN
+from megatron_eve.config.pixels import CLIP_STD as CLIP_STD
 from megatron_eve.config.schema import ModelConfig
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class _WindowLinear(torch.nn.Module):

@@ -56,8 +56,12 @@ def test_needs_nothing_but_data(copy: Path) -> None:
     [
         ("config.json", {"model_type": "qwen2"}, r"model_type is 'qwen2', expected 'eve-qwen2'"),
         ("config.json", {"hidden_act": "gelu"}, r"hidden_act is 'gelu'"),
-        ("config.json", {"use_sliding_window": True}, r"use_sliding_window is True"),
-        ("config.json", {"rope_scaling": {"type": "yarn"}}, r"type of RoPE is 'yarn'"),
+        ("config.json", {"use_sliding_window": True}, r"use_sliding_window is true"),
+        (
+            "config.json",
+            {"rope_scaling": {"type": "yarn"}},
+            r"rope_scaling has RoPE of type 'yarn'",
+        ),
         ("config.json", {"hidden_size": None}, r"hidden_size is None, expected a int"),
         ("config.json", {"num_hidden_layers": True}, r"num_hidden_layers is True"),
         ("config.json", {"add_moe": None}, r"add_moe is None"),
@@ -68,6 +72,11 @@ def test_needs_nothing_but_data(copy: Path) -> None:
             r"repetition_penalty is 'strong', expected a float",
         ),
         ("preprocessor_config.json", {"resize_rule": "any"}, r"resize_rule is 'any'"),
+        (
+            "preprocessor_config.json",
+            {"patch_stride": 14},
+            r"patch_stride is 14, but config.json says",
+        ),
         ("preprocessor_config.json", {"image_mean": [0.5]}, r"image_mean is \[0.5\]"),
         ("preprocessor_config.json", {"max_size": "big"}, r"max_size is 'big'"),
     ],

@@ -11,7 +11,7 @@ from tests.repo.tree import PACKAGES, REPO, python_files, text_of
 
 LAYERS = (
     ("errors", "run_folder", "whole"),
-    ("config", "device", "folder_lock", "command", "stop_signals"),
+    ("config", "device", "finite", "folder_lock", "command", "stop_signals"),
     ("data", "model", "parallel", "optim", "kernels"),
     ("checkpoint", "metrics"),
     ("inference", "loop"),
