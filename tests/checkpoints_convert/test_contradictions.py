@@ -110,5 +110,5 @@ def test_a_value_that_is_no_number_is_not_released(tmp_path: Path, gloo1) -> Non
     gloo1.run(save_with, float("inf"), NAME, str(megatron), layout())
     tokenizer = write_word_tokenizer(tmp_path / "tokenizer", ["a"], special=["<|im_end|>"])
     (message,) = gloo1.run(run_export, megatron, tmp_path / "out", tokenizer, 16)
-    assert "model.layers.2.mlp.moe_down_proj.weight holds 1 values" in message
+    assert "model.layers.2.moe_mlp.down_proj.weight holds 1 values" in message
     assert not (tmp_path / "out").exists()
