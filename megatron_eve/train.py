@@ -69,6 +69,7 @@ def _train(config: RunConfig) -> int:
     rank = int(os.environ.get("RANK", 0))
     with StopSignals(rank=rank) as signals:
         from megatron_eve.loop.run import run  # torch and megatron-core: not for a dry run
+        from megatron_eve.metrics.background import is_left_behind
 
         try:
             run(config, signals=signals)
@@ -77,7 +78,10 @@ def _train(config: RunConfig) -> int:
             if not isinstance(error, ElsewhereError):
                 print(f"rank {rank}: {_told(error, signals)}", file=sys.stderr)
         else:
-            return 0
+            if not is_left_behind():
+                return 0
+            code = 0
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # destructors of a wedged communicator can hang for ever
 

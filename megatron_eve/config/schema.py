@@ -222,7 +222,7 @@ class LoggingConfig:
 
     every_steps: int
     tensorboard: bool
-    wandb: bool  # offline when no API key is in the environment
+    wandb: bool  # offline when wandb itself finds no login, or its server does not answer
     wandb_project: str
 
 

@@ -9,8 +9,9 @@ One process of a run (rank 0) starts it; between two steps it only looks whether
 the command has ended (a stat and a waitpid). The budget is kept by coreutils' `timeout`, also if the trainer dies.
 There is one at a time: what is due while one runs is skipped and counted. What a kill or a stop interrupted is due
 again when the run goes on. The numbers go into the next logged record as `evaluation/NAME`, with `evaluated_step`;
-those that come after the last record stand in evaluations.jsonl alone."""
+those that come after the last record stand in evaluations.jsonl alone. Whatever goes wrong here ends no run."""
 
+import functools
 import json
 import logging
 import math
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_eve.config.schema import EvaluationConfig
 from megatron_eve.metrics.definitions import EVALUATION_PREFIX
@@ -55,6 +56,19 @@ class _Running:
     started: float
 
 
+def _harmless(method: Callable[..., None]) -> Callable[..., None]:
+    """A method that an error ends, and with it the evaluations of this start, but not the run."""
+
+    @functools.wraps(method)
+    def guarded(self: "Evaluations", *args: Any, **kwargs: Any) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            self.give_up(f"{type(error).__name__}: {error}")
+
+    return guarded
+
+
 class Evaluations:
     """The evaluations of one run. Every method but `finish` returns at once."""
 
@@ -67,6 +81,7 @@ class Evaluations:
         self._news: dict[str, float] = {}
         self._unfinished = 0  # of this process: over budget, failed, stopped or skipped
 
+    @_harmless
     def resumed(self, step: int) -> None:
         """The run goes on after `step` steps: its newest checkpoint that was to be evaluated still is, if nothing
         was recorded of it but a stop."""
@@ -79,6 +94,7 @@ class Evaluations:
         if newest is not None and newest not in self._settled():
             self._due = newest
 
+    @_harmless
     def saved(self, step: int) -> None:
         """A checkpoint of this step is written, or being written."""
         if self._is_on and self._is_chosen(step):
@@ -86,6 +102,7 @@ class Evaluations:
                 self._record(self._due, "skipped", seconds=0.0)
             self._due = step
 
+    @_harmless
     def poll(self) -> None:
         """Take in what has ended, start what is due. To be called between steps."""
         if self._running is not None and (code := self._running.process.poll()) is not None:
@@ -102,6 +119,7 @@ class Evaluations:
         news, self._news = self._news, {}
         return news
 
+    @_harmless
     def finish(self, *, give_up: Callable[[], bool]) -> None:
         """At the end of the run: wait for what is due or runs, within its budget, unless `give_up` says to stop."""
         self.poll()
@@ -113,6 +131,7 @@ class Evaluations:
             self.poll()
         self.close()
 
+    @_harmless
     def close(self) -> None:
         """Stop what still runs."""
         running, self._running = self._running, None
@@ -122,6 +141,11 @@ class Evaluations:
             os.killpg(running.process.pid, signal.SIGKILL)
         running.process.wait()
         self._record(running.step, "stopped", seconds=time.monotonic() - running.started)
+
+    def give_up(self, why: str) -> None:
+        """Evaluate nothing more in this start."""
+        _LOG.warning("evaluations end with this one: %s; the run goes on", why)
+        self._is_on, self._due, self._running = False, None, None
 
     def _is_chosen(self, step: int) -> bool:
         every = self._config.every_steps

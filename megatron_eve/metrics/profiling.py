@@ -75,7 +75,11 @@ class Capture:
         if not self._wanted or number < self._profile.first_step:
             return _NOTHING
         if self._recorder is None:
-            self._recorder = _Recorder(self._config, self._model, self._optimizer)
+            try:
+                self._recorder = _Recorder(self._config, self._model, self._optimizer)
+            except Exception as error:
+                self._give_up(error)
+                return _NOTHING
         return self._recorder.step(number)
 
     def range(self, name: str) -> AbstractContextManager[None]:
@@ -96,6 +100,17 @@ class Capture:
         if self._recorder is None:
             return
         recorder, self._recorder = self._recorder, None
+        try:
+            self._write(recorder)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """A capture that fails ends no run."""
+        self._wanted = False
+        _LOG.warning("nothing is captured: %s: %s; the run goes on", type(error).__name__, error)
+
+    def _write(self, recorder: "_Recorder") -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         trace = capture_file(self._folder, rank=self._state.rank, suffix=".kineto.json")
         recorder.finish(trace)

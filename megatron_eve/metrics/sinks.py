@@ -5,13 +5,16 @@ asks for them (optional_sinks.py). One process of a run writes; the others hold 
 A run that resumes at step k repeats the steps after k, so opening drops their old records: metrics.jsonl never holds a
 step twice. It is replaced atomically, and each record is flushed at once: a killed process loses none."""
 
+import errno
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, Self, TextIO
+from typing import Protocol, Self
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.metrics.console import console_line
@@ -58,14 +61,10 @@ class Sinks:
             ConsoleSink(total_steps=total_steps),
             JsonlSink(run_dir / METRICS_FILE, start_step=start_step),
         ]
-        if config.logging.tensorboard:
-            from megatron_eve.metrics.optional_sinks import TensorBoardSink
+        if config.logging.tensorboard or config.logging.wandb:
+            from megatron_eve.metrics.optional_sinks import optional_sinks
 
-            sinks.append(TensorBoardSink(run_dir=run_dir, start_step=start_step))
-        if config.logging.wandb:
-            from megatron_eve.metrics.optional_sinks import WandbSink
-
-            sinks.append(WandbSink(config, run_dir=run_dir))
+            sinks += optional_sinks(config, run_dir=run_dir, start_step=start_step)
         return cls(sinks)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -102,15 +101,34 @@ class JsonlSink:
 
     def __init__(self, path: Path, *, start_step: int) -> None:
         _drop_records_after(path, step=start_step)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._waiting: list[str] = []
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         record = {"step": step, "time": round(time.time(), 3), **finite}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        self._waiting.append(json.dumps(record, allow_nan=False) + "\n")
+        self._write()
+
+    def _write(self) -> None:
+        """All that waits, or nothing: a disk that is full does not end a run before its checkpoint does."""
+        text = "".join(self._waiting).encode()
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(size)
+            waiting = len(self._waiting)
+            _LOG.warning("%s: %s; %d records wait", self._file.name, error.strerror, waiting)
+        else:
+            self._waiting = []
 
     def close(self) -> None:
+        """Records that could not be written so far are tried once more."""
+        if self._waiting:
+            self._write()
         self._file.close()
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -319,3 +320,26 @@ def test_training_goes_on_beside_it(overrides: list[str], tmp_path: Path) -> Non
     assert (told["step"] or 0) > 12
     assert "evaluation of step 10 done" in output
     assert (run_dir / "DONE").exists()
+
+
+@pytest.mark.parametrize("method", ["resumed", "saved", "poll", "finish", "close"])
+def test_whatever_goes_wrong_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    found = evaluations(tmp_path, "pass")
+    publish(tmp_path, 4)
+
+    def fail(*arguments: Any, **keywords: Any) -> Any:
+        raise ValueError("a record that nobody can read")
+
+    for inside in ("_settled", "_is_chosen", "_checkpoint", "_record", "_start"):
+        monkeypatch.setattr(found, inside, fail)
+    found._due = 4
+    found._running = SimpleNamespace(process=None, step=4) if method == "close" else None  # type: ignore[assignment]
+    keywords: dict[str, Any] = {"give_up": lambda: False} if method == "finish" else {}
+    getattr(found, method)(*[4] * (method in ("resumed", "saved")), **keywords)
+    assert caplog.messages[-1].startswith("evaluations end with this one: ")
+    assert caplog.messages[-1].endswith("; the run goes on")
+    found.saved(8)
+    found.poll()
+    assert not (tmp_path / "evaluations").exists()

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from megatron_eve.config.overrides import apply_overrides
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.errors import ConfigError
-from megatron_eve.metrics import optional_sinks
 from megatron_eve.metrics.sinks import METRICS_FILE, JsonlSink, Sinks, read_metrics
 
 CONFIG = load_recipe("eve_tiny_stage1")
@@ -150,6 +148,23 @@ def test_interrupted_rewrite_leaves_the_old_file(
     assert path.read_text() == text
 
 
+def test_a_full_disk_keeps_records_waiting_and_the_run_going(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """/dev/full takes nothing; the step after finds room."""
+    sink = JsonlSink(tmp_path / METRICS_FILE, start_step=0)
+    disk = os.dup(sink._file.fileno())
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), sink._file.fileno())
+        sink.log(1, {"loss": 1.0})
+        os.dup2(disk, sink._file.fileno())
+    os.close(disk)
+    assert "No space left on device; 1 records wait" in caplog.text
+    sink.log(2, {"loss": 2.0})
+    sink.close()
+    assert steps(tmp_path / METRICS_FILE) == [1, 2]
+
+
 def test_tensorboard_purges_repeated_steps(tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for start, values in ((0, {1: 1.0, 2: 2.0, 3: 3.0}), (1, {2: 20.0, 3: 30.0})):
@@ -161,97 +176,6 @@ def test_tensorboard_purges_repeated_steps(tmp_path: Path) -> None:
     accumulator.Reload()
     scalars = accumulator.Scalars("train/loss")
     assert [(scalar.step, scalar.value) for scalar in scalars] == [(1, 1.0), (2, 20.0), (3, 30.0)]
-
-
-class FakeRun:
-    def __init__(self) -> None:
-        self.logged: list[tuple[int, Mapping[str, float]]] = []
-        self.finished = False
-
-    def log(self, values: Mapping[str, float], *, step: int) -> None:
-        self.logged.append((step, values))
-
-    def finish(self) -> None:
-        self.finished = True
-
-
-class FakeWandb:
-    """Records what wandb.init was asked for."""
-
-    def __init__(self) -> None:
-        self.inits: list[dict[str, Any]] = []
-        self.run = FakeRun()
-
-    def init(self, **arguments: Any) -> FakeRun:
-        self.inits.append(arguments)
-        return self.run
-
-
-@pytest.fixture
-def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    return fake
-
-
-def test_wandb_keeps_one_run_over_restarts(tmp_path: Path, fake_wandb: FakeWandb) -> None:
-    for start in (0, 5):
-        sinks = open_sinks(tmp_path / "stage1", "logging.wandb=true", start_step=start)
-        sinks.log(start + 1, {"loss": 1.0})
-        sinks.close()
-    first, second = fake_wandb.inits
-    assert first == second
-    assert (first["project"], first["name"], first["resume"]) == ("megatron-eve", "stage1", "allow")
-    assert first["id"] == (tmp_path / "stage1" / optional_sinks.RUN_ID_FILE).read_text().strip()
-    assert first["config"]["optim.peak_lr"] == "0.001"
-    assert fake_wandb.run.logged == [(1, {"train/loss": 1.0}), (6, {"train/loss": 1.0})]
-    assert fake_wandb.run.finished
-
-
-def test_two_run_folders_are_two_wandb_runs(tmp_path: Path, fake_wandb: FakeWandb) -> None:
-    for name in ("a", "b"):
-        open_sinks(tmp_path / name, "logging.wandb=true").close()
-    assert fake_wandb.inits[0]["id"] != fake_wandb.inits[1]["id"]
-
-
-@pytest.mark.parametrize(
-    ("variables", "mode"),
-    [
-        ({}, "offline"),
-        ({"WANDB_API_KEY": "x"}, "online"),
-        ({"WANDB_MODE": "disabled", "WANDB_API_KEY": "x"}, "disabled"),
-        ({"WANDB_MODE": "online"}, "online"),
-    ],
-)
-def test_wandb_is_offline_without_a_key_unless_told_otherwise(
-    tmp_path: Path,
-    fake_wandb: FakeWandb,
-    monkeypatch: pytest.MonkeyPatch,
-    variables: dict[str, str],
-    mode: str,
-) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    open_sinks(tmp_path, "logging.wandb=true").close()
-    assert fake_wandb.inits[0]["mode"] == mode
-
-
-def test_wandb_itself_accepts_what_we_give_it_offline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    for start in (0, 1):
-        sinks = open_sinks(tmp_path, "logging.wandb=true", start_step=start)
-        sinks.log(start + 1, {"loss": 1.0, "grad_norm": math.nan})
-        sinks.close()
-    runs = list((tmp_path / "wandb").glob("offline-run-*"))
-    run_id = (tmp_path / optional_sinks.RUN_ID_FILE).read_text().strip()
-    assert runs
-    assert all(run.name.endswith(run_id) for run in runs)
 
 
 @pytest.mark.parametrize(

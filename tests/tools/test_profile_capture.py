@@ -121,6 +121,13 @@ def test_a_capture_changes_no_bit(gloo1, tmp_path, parallel, recompute) -> None:
         assert recorded[name] == plain[name], name
 
 
+def test_a_capture_that_cannot_be_written_ends_no_run(gloo1, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "profile").write_text("a file where the folder of captures should be")
+    config = config_of(layout(), tool="kineto")
+    (seen,) = gloo1.run(steps, config, run_dir=str(tmp_path), count=4)
+    assert len(seen["loss"]) == 4
+
+
 @pytest.mark.parametrize(
     "parallel",
     [layout(pipeline=2), layout(tensor=2, sequence_parallel=True)],
