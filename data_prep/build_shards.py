@@ -32,6 +32,7 @@ from data_prep.parts import (
     QUARANTINE_FILE,
     Counts,
     PartJob,
+    build_part,
     entries_hash,
     part_name,
     read_part,
@@ -39,7 +40,7 @@ from data_prep.parts import (
 from data_prep.quarantine import QuarantineRecord
 from data_prep.readers import InputSummary, iterate_entries, scan_input
 from data_prep.samples import check_entry
-from data_prep.workers import part_builders
+from data_prep.workers import worker_processes
 from megatron_eve.errors import DataError
 from megatron_eve.folder_lock import only_one
 from megatron_eve.whole import publish_folder, whole_file, write_json
@@ -107,7 +108,7 @@ def _build_parts(options: BuildOptions, *, summary: InputSummary) -> int:
     num_kept = 0
     progress = _Progress(num_samples=summary.num_entries, num_parts=options.num_parts(summary))
     waiting: deque[tuple[int, Future[Counts]]] = deque()
-    with part_builders(num_workers=options.workers) as submit:
+    with worker_processes(build_part, num_workers=options.workers) as submit:
         for job in _jobs(options, summary=summary):
             folder = options.out / part_name(job.number)
             if folder.is_dir():

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that build parts. They die with the process that started them, however it ends: an orphan that goes on
-writing would disturb the build that is started again."""
+"""Processes that share work. They die with the process that started them, however it ends: an orphan that goes on
+writing would disturb the same command when it is started again."""
 
 import multiprocessing
 import os
@@ -9,17 +9,19 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
-from data_prep.parts import Counts, PartJob, build_part
-
-Submit = Callable[[PartJob], "Future[Counts]"]
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 @contextmanager
-def part_builders(*, num_workers: int) -> Iterator[Submit]:
-    """Give a function that starts a PartJob: in this process with one worker, else in spawned processes."""
+def worker_processes(
+    work: Callable[[Job], Result], *, num_workers: int
+) -> Iterator[Callable[[Job], "Future[Result]"]]:
+    """Give a function that starts `work` on a job: in this process with one worker, else in spawned processes."""
     if num_workers == 1:
-        yield _build_here
+        yield lambda job: _done_here(work, job)
         return
     pool = ProcessPoolExecutor(
         max_workers=num_workers,
@@ -27,14 +29,14 @@ def part_builders(*, num_workers: int) -> Iterator[Submit]:
         initializer=_end_with_parent,
     )
     try:
-        yield lambda job: pool.submit(build_part, job)
+        yield lambda job: pool.submit(work, job)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _build_here(job: PartJob) -> "Future[Counts]":
-    future: Future[Counts] = Future()
-    future.set_result(build_part(job))
+def _done_here(work: Callable[[Job], Result], job: Job) -> "Future[Result]":
+    future: Future[Result] = Future()
+    future.set_result(work(job))
     return future
 
 
