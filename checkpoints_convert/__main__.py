@@ -242,6 +242,8 @@ def _import(arguments: argparse.Namespace) -> int:
         return _list_mapping(planned_mapping(arguments.source, options), arguments)
     written = import_hf(arguments.source, arguments.dest, options)
     print(f"wrote {written.num_tensors} {written.dtype} tensors to {arguments.dest}")
+    if written.not_applied:
+        print(f"not followed by a release (greedy, no penalty): {', '.join(written.not_applied)}")
     return 0
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""config.json, generation_config.json and preprocessor_config.json of a Hugging Face folder, both directions.
+"""config.json and preprocessor_config.json of a Hugging Face folder, both directions.
 
 Read: `model_type` qwen2 or llama (plain language models) or eve-qwen2 (ours and the official release). Every field is
 read by its name; what this project's decoder does not compute is refused (config/hf_checks.py), as are files of one
 folder that contradict each other. Written: the official EVE fields, plus what makes the folder load by itself
-(`auto_map`, the geometry of the patch embedding) and a generation_config without settings inherited from a chat model.
+(`auto_map`, the geometry of the patch embedding).
 """
 
 import json
@@ -26,6 +26,10 @@ FULL_SPLIT = SplitConfig(norm=True, attention=True, ffn=True)
 OFFICIAL_PATCH_STRIDE, OFFICIAL_DENSE_STRIDE = 16, 2
 """Geometry of official checkpoints, whose config.json does not say it. A file outside the checkpoint does; in folders
 that `--layout official` writes, one inside."""
+
+TRANSFORMERS_VERSION = "4.44.2"
+"""The official code's, whose form of config.json ours is. Without one, or with one of 4.57.3 to 4.57.6, transformers
+4.57 takes every tokenizer of more than 100,000 words for a Mistral one and warns of an incorrect regex pattern."""
 
 _LLAMA_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
@@ -115,7 +119,7 @@ def model_json(
     model: ModelConfig,
     *,
     dtype: str,
-    eos_id: int,
+    eos_id: int | list[int],
     pad_id: int,
     image_edge: int,
     run: RunConfig | None,
@@ -139,6 +143,7 @@ def model_json(
         "pad_token_id": pad_id,
         "use_cache": True,
         "torch_dtype": dtype,
+        "transformers_version": TRANSFORMERS_VERSION,
         "mm_vision_tower": f"openai/eve-anyratio-res{image_edge}-patch{model.patch_stride}",
         "mm_hidden_size": model.patch_embed_dim,
         "patch_stride": model.patch_stride,
@@ -156,17 +161,6 @@ def model_json(
             "vision_tower_lr": run.optim.patch_embedding_lr,
         }
     return content
-
-
-def generation_json(*, eos_id: int, pad_id: int) -> dict[str, Any]:
-    """Greedy, no repetition penalty. (A Qwen2.5 chat model's file would bring 1.05 and sampling.)"""
-    return {
-        "do_sample": False,
-        "eos_token_id": eos_id,
-        "max_new_tokens": 128,
-        "pad_token_id": pad_id,
-        "repetition_penalty": 1.0,
-    }
 
 
 def preprocessor_json(

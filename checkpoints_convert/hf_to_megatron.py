@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from checkpoints_convert.generation import not_applied, read_generation
 from checkpoints_convert.hf_config import HfModel, read_hf_config
 from checkpoints_convert.hf_folder import SafetensorsFolder
 from checkpoints_convert.megatron_folder import TORCH_DTYPES, Dtype, write_megatron
@@ -128,11 +129,12 @@ class Imported:
     model: ModelConfig
     dtype: Dtype
     num_tensors: int
+    not_applied: tuple[str, ...] = ()  # of the source's generation settings, by a release
 
 
 def import_hf(source: Path, dest: Path, options: ImportOptions) -> Imported:
     """Convert the folder `source` to the distributed checkpoint `dest`."""
-    plan = plan_import(source, options)
+    plan, generation = plan_import(source, options), read_generation(source)
     fresh = {} if plan.found.is_eve else new_patch_embedding(plan.model, plan.dtype, options)
     write_megatron(
         dest,
@@ -140,10 +142,15 @@ def import_hf(source: Path, dest: Path, options: ImportOptions) -> Imported:
         plan.tensors(new_patch_embedding=fresh),
         headers=plan.headers,
         dtype=plan.dtype,
-        config_text=model_text(plan.model, origin=str(source.resolve())),
+        config_text=model_text(plan.model, origin=str(source.resolve()), generation=generation),
         overwrite=options.overwrite,
     )
-    return Imported(model=plan.model, dtype=plan.dtype, num_tensors=len(plan.headers))
+    return Imported(
+        model=plan.model,
+        dtype=plan.dtype,
+        num_tensors=len(plan.headers),
+        not_applied=tuple(not_applied(generation)),
+    )
 
 
 def planned_mapping(source: Path, options: ImportOptions) -> list[str]:

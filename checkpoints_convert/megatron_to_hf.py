@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from checkpoints_convert.generation import source_generation
 from checkpoints_convert.hf_folder import TensorStream
 from checkpoints_convert.hf_to_megatron import described
 from checkpoints_convert.megatron_folder import MegatronWeights, read_megatron, refuse_damaged
@@ -54,6 +55,7 @@ def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
         origin=_origin(folder),
         history=None if weights.run is None else read_history(folder),
         exif_rotation=_exif_rotation(weights.run, options),
+        source_generation=source_generation(folder),
     )
     refuse_damaged(weights)
     write = write_release if options.layout == "automodel" else write_official
@@ -90,7 +92,7 @@ def hf_view(weights: MegatronWeights) -> HfView:
 def planned_mapping(source: Path, options: ExportOptions) -> list[str]:
     """`EVEMODEL_NAME [shape] dtype -> NAME, ...` for each tensor, after the export's checks; for a dry run."""
     weights = read_megatron(source)
-    fitting_tokenizer(_tokenizer(weights.run, options), weights.model)
+    fitting_tokenizer(_tokenizer(weights.run, options), weights.model, run=weights.run)
     _image_edge(weights.run, options)
     _exif_rotation(weights.run, options)
     if options.layout == "official":

@@ -33,6 +33,7 @@ class CardFacts:
     figures: tuple[Figure, ...] = ()
     license: str | None = None
     versions: tuple[str, ...] = ()  # of the software that wrote the folder
+    not_applied: tuple[str, ...] = ()  # settings of the source's generation_config.json
 
 
 def last_template(run: RunConfig | None) -> str:
@@ -55,6 +56,8 @@ def model_card(facts: CardFacts) -> str:
     if facts.template == "qwen2":
         parts.append(_CHAT)
     parts.append(_END)
+    if facts.not_applied:
+        parts.append(_NOT_APPLIED.format(settings=", ".join(facts.not_applied)))
     return "\n".join(parts)
 
 
@@ -192,4 +195,8 @@ _END = """Decoding is greedy without a repetition penalty. The resize rule is tr
 `processor(..., resize_rule="eval")` and `model.chat(..., resize_rule="eval")` use the official benchmarks' instead.
 Tensor names are those of the official EVEv2 release. The weights descend from the language model that the training
 started with; its licence applies to them.
+"""
+
+_NOT_APPLIED = """The language model that the training started with decodes otherwise by default ({settings}); this
+release does not follow it. Pass such settings to `generate`.
 """

@@ -4,6 +4,10 @@
 A run writes its whole configuration there, the converter only the model's lines (config/model_lines.py).
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+from checkpoints_convert.generation import generation_lines
 from megatron_eve.config.model_lines import flat_model, model_from_text
 from megatron_eve.config.schema import ModelConfig, RunConfig
 from megatron_eve.config.text_form import config_from_text
@@ -11,9 +15,11 @@ from megatron_eve.config.text_form import config_from_text
 __all__ = ["model_from_text", "model_text", "run_from_text"]
 
 
-def model_text(model: ModelConfig, *, origin: str) -> str:
-    """Sorted lines of every field of the model, and where its weights came from."""
-    lines = {"converted_from": origin, **flat_model(model)}
+def model_text(
+    model: ModelConfig, *, origin: str, generation: Mapping[str, Any] | None = None
+) -> str:
+    """Sorted lines of every field of the model, where its weights came from, and how that source generates text."""
+    lines = {"converted_from": origin, **flat_model(model), **generation_lines(generation or {})}
     return "".join(f"{key}: {value}\n" for key, value in sorted(lines.items()))
 
 

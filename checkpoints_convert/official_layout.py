@@ -11,12 +11,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpoints_convert.hf_config import generation_json, model_json, preprocessor_json
+from checkpoints_convert.generation import GENERATION_FILE, generation_json
+from checkpoints_convert.hf_config import preprocessor_json
 from checkpoints_convert.hf_folder import MAX_SHARD_BYTES, write_safetensors
 from checkpoints_convert.new_folder import new_folder
 from checkpoints_convert.release import (
     Release,
-    chat_template_of,
+    config_json,
     copy_tokenizer,
     fitting_tokenizer,
     write_json,
@@ -43,16 +44,10 @@ def write_official(
     Raises: CheckpointError if it exists and not `overwrite`, for a model that the official classes cannot build, or for
     a tokenizer that does not fit it.
     """
-    model, tokenizer = release.model, fitting_tokenizer(release.tokenizer, release.model)
+    model = release.model
+    tokenizer = fitting_tokenizer(release.tokenizer, model, run=release.run)
     refuse_other_heads(model)
-    config = model_json(
-        model,
-        dtype=release.dtype,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        image_edge=release.image_edge,
-        run=release.run,
-    )
+    config = config_json(release, tokenizer)
     processor = preprocessor_json(
         model, image_edge=release.image_edge, exif_rotation=release.exif_rotation
     )
@@ -62,14 +57,14 @@ def write_official(
         processor_folder.mkdir(parents=True)
         write_json(partial / "config.json", _without(config, _OUR_FIELDS))
         write_json(
-            partial / "generation_config.json",
-            generation_json(eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id),
+            partial / GENERATION_FILE,
+            generation_json(tokenizer, release.source_generation),
         )
         write_json(
             processor_folder / "preprocessor_config.json",
             _without(processor, _OUR_PROCESSOR_FIELDS),
         )
-        copy_tokenizer(release.tokenizer, partial, chat_template=chat_template_of(release.run))
+        copy_tokenizer(release.tokenizer, partial, release)
     return total
 
 

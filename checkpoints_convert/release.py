@@ -7,29 +7,39 @@ Nothing in it points outside: it loads offline with `AutoModelForCausalLM`, `Aut
 
 import json
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from checkpoints_convert.hf_config import generation_json, model_json, preprocessor_json
+from checkpoints_convert.generation import (
+    GENERATION_FILE,
+    answer_ends,
+    generation_json,
+    not_applied,
+)
+from checkpoints_convert.hf_config import model_json, preprocessor_json
 from checkpoints_convert.hf_folder import MAX_SHARD_BYTES, write_safetensors
 from checkpoints_convert.model_card import CardFacts, last_template, model_card
 from checkpoints_convert.new_folder import new_folder
 from checkpoints_convert.run_record import History
 from megatron_eve.config.schema import ModelConfig, RunConfig
+from megatron_eve.data.conversation import STOP_TEXT
 from megatron_eve.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_eve.errors import CheckpointError
 
 CODE_FILES = (
+    "attention_eve.py",
+    "batch_eve.py",
     "chat_eve.py",
     "configuration_eve.py",
     "modality_eve.py",
     "modeling_eve.py",
     "pixels_eve.py",
+    "places_eve.py",
     "processing_eve.py",
 )
 TOKENIZER_FILES = (
@@ -54,6 +64,8 @@ class Release:
     origin: str  # one line for the model card: which checkpoint, which step
     history: History | None = None  # the runs behind it; None: a converter wrote the checkpoint
     exif_rotation: bool = True  # whether pictures are turned as their metadata says, as in training
+    source_generation: Mapping[str, Any] = field(default_factory=dict)
+    """generation_config.json of the model that the training started with."""
 
 
 def write_release(
@@ -65,41 +77,46 @@ def write_release(
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> int:
     """Write the folder; returns the bytes of the weights. Raises CheckpointError if it exists and not `overwrite`."""
-    tokenizer = fitting_tokenizer(release.tokenizer, release.model)
+    tokenizer = fitting_tokenizer(release.tokenizer, release.model, run=release.run)
     with new_folder(folder, overwrite=overwrite) as partial:
         total = write_safetensors(partial, tensors, max_shard_bytes=max_shard_bytes)
         for name, content in _json_files(release, tokenizer).items():
             write_json(partial / name, content)
-        copy_tokenizer(release.tokenizer, partial, chat_template=chat_template_of(release.run))
+        copy_tokenizer(release.tokenizer, partial, release)
         for path in partial.glob("*.safetensors"):  # safetensors writes for the owner alone
             path.chmod((partial / "config.json").stat().st_mode)
         code = resources.files("checkpoints_convert.hf")
         for name in CODE_FILES:
             (partial / name).write_text(code.joinpath(name).read_text(encoding="utf-8"))
-        (partial / "README.md").write_text(model_card(_facts(release)), encoding="utf-8")
+        card = model_card(_facts(release, tokenizer))
+        (partial / "README.md").write_text(card, encoding="utf-8")
     return total
 
 
 def _json_files(release: Release, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
     """By name."""
-    eos_id, pad_id = tokenizer.eos_id, tokenizer.pad_id
     return {
-        "config.json": model_json(
-            release.model,
-            dtype=release.dtype,
-            eos_id=eos_id,
-            pad_id=pad_id,
-            image_edge=release.image_edge,
-            run=release.run,
-        ),
-        "generation_config.json": generation_json(eos_id=eos_id, pad_id=pad_id),
+        "config.json": config_json(release, tokenizer),
+        GENERATION_FILE: generation_json(tokenizer, release.source_generation),
         "preprocessor_config.json": preprocessor_json(
             release.model, image_edge=release.image_edge, exif_rotation=release.exif_rotation
         ),
     }
 
 
-def _facts(release: Release) -> CardFacts:
+def config_json(release: Release, tokenizer: Tokenizer) -> dict[str, Any]:
+    """config.json; its ends are those of generation_config.json."""
+    return model_json(
+        release.model,
+        dtype=release.dtype,
+        eos_id=list(answer_ends(tokenizer, release.source_generation)),
+        pad_id=tokenizer.pad_id,
+        image_edge=release.image_edge,
+        run=release.run,
+    )
+
+
+def _facts(release: Release, tokenizer: Tokenizer) -> CardFacts:
     return CardFacts(
         model=release.model,
         dtype=release.dtype,
@@ -107,15 +124,22 @@ def _facts(release: Release) -> CardFacts:
         origin=release.origin,
         template=last_template(release.run),
         history=release.history,
+        not_applied=tuple(not_applied(release.source_generation, tokenizer)),
     )
 
 
-def fitting_tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
-    """Raises: CheckpointError if it has ids that the model has no rows for; ConfigError if there is none."""
+def fitting_tokenizer(folder: Path, model: ModelConfig, *, run: RunConfig | None) -> Tokenizer:
+    """Raises: CheckpointError if it has ids that the model has no rows for, or lacks the token with which the run's
+    conversations end an answer; ConfigError if there is none."""
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
             f"The tokenizer {folder} has ids up to {tokenizer.vocab_size - 1}, the model {model.vocab_size} rows; give "
+            "the tokenizer that the model was trained with (--tokenizer)."
+        )
+    if last_template(run) == "qwen2" and STOP_TEXT not in tokenizer.special_tokens:
+        raise CheckpointError(
+            f"The tokenizer {folder} has no special token {STOP_TEXT}, with which a conversation ends an answer; give "
             "the tokenizer that the model was trained with (--tokenizer)."
         )
     return tokenizer
@@ -129,9 +153,11 @@ def chat_template_of(run: RunConfig | None) -> str | None:
     return file.read_text(encoding="utf-8")
 
 
-def copy_tokenizer(source: Path, dest: Path, *, chat_template: str | None) -> None:
+def copy_tokenizer(source: Path, dest: Path, release: Release) -> None:
     """The tokenizer's files. tokenizer.json gets its merges in the form that every version of `tokenizers` reads;
-    tokenizer_config.json this chat template for the language model's own, which this model never saw."""
+    tokenizer_config.json the chat template for the language model's own, which this model never saw, the number of
+    positions that this model has, and padding on the side for `generate`."""
+    chat_template = chat_template_of(release.run)
     for name in TOKENIZER_FILES:
         if not (source / name).is_file():
             continue
@@ -142,6 +168,8 @@ def copy_tokenizer(source: Path, dest: Path, *, chat_template: str | None) -> No
             config = json.loads((source / name).read_text(encoding="utf-8"))
             config.pop("chat_template", None)
             config |= {} if chat_template is None else {"chat_template": chat_template}
+            config["model_max_length"] = release.model.max_position_embeddings
+            config["padding_side"] = "left"
             write_json(dest / name, config)
         else:
             shutil.copyfile(source / name, dest / name)

@@ -20,21 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from .attention_eve import EVEAttention, rotary_table
 from .chat_eve import EVEChatMixin
 from .configuration_eve import EVEQwen2Config
-from .modality_eve import (
-    CLS,
-    PATCH,
-    TEXT,
-    TokenOrder,
-    attention_bias,
-    by_modality,
-    check_inputs,
-    position_ids,
-    select_patches,
-)
+from .modality_eve import CLS, IGNORED, PATCH, TokenOrder, by_modality, real_targets, select_patches
+from .places_eve import EVEDecodingMixin, TokenPlaces
 
 
 class EVERMSNorm(nn.Module):
@@ -64,77 +56,6 @@ class EVEMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def rotary_table(
-    positions_BL: Tensor, *, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, 1, L, D], computed in float32, then cast."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions_BL.device).float()
-    angles = positions_BL[..., None].float() * (1.0 / theta ** (exponent / head_dim))
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x_BNLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-rotation layout."""
-    first, second = x_BNLD.chunk(2, dim=-1)
-    return x_BNLD * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-class EVEAttention(nn.Module):
-    """Joint causal attention over vision and text tokens; the projections may be split."""
-
-    q_proj: nn.Linear
-    k_proj: nn.Linear
-    v_proj: nn.Linear
-    o_proj: nn.Linear
-    moe_q_proj: nn.Linear | None
-    moe_k_proj: nn.Linear | None
-    moe_v_proj: nn.Linear | None
-    moe_o_proj: nn.Linear | None
-
-    def __init__(self, config: EVEQwen2Config, layer_index: int) -> None:
-        super().__init__()
-        self.layer_index, self.head_dim = layer_index, config.head_dim
-        self.group_size = config.num_attention_heads // config.num_key_value_heads
-        query, key = (
-            heads * config.head_dim
-            for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
-        for prefix in ("", "moe_"):
-            exists = prefix == "" or config.splits("self_attn")
-            shapes = {"q": (query, True), "k": (key, True), "v": (key, True)}
-            for name, (width, bias) in shapes.items():
-                linear = nn.Linear(config.hidden_size, width, bias=bias) if exists else None
-                self.register_module(f"{prefix}{name}_proj", linear)
-            output = nn.Linear(query, config.hidden_size, bias=False) if exists else None
-            self.register_module(f"{prefix}o_proj", output)
-
-    def heads(self, x_TX: Tensor, order: TokenOrder) -> Tensor:
-        """[T, N * D] -> [B, N, L, D]."""
-        return order.scatter(x_TX).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def forward(
-        self,
-        x_TH: Tensor,
-        order: TokenOrder,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: DynamicCache | None,
-    ) -> Tensor:
-        num_vision = order.num_vision
-        q = self.heads(by_modality(self.q_proj, self.moe_q_proj, x_TH, num_vision), order)
-        k = self.heads(by_modality(self.k_proj, self.moe_k_proj, x_TH, num_vision), order)
-        v = self.heads(by_modality(self.v_proj, self.moe_v_proj, x_TH, num_vision), order)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_index)
-        k, v = (t.repeat_interleave(self.group_size, dim=1) for t in (k, v))
-        is_causal = mask is None and order.length > 1
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-        out_TX = order.gather(out.transpose(1, 2).flatten(2))
-        return by_modality(self.o_proj, self.moe_o_proj, out_TX, num_vision)
-
-
 class EVEDecoderLayer(nn.Module):
     """Pre-norm layer; norms, attention and FFN each with or without weights of their own for vision tokens."""
 
@@ -161,14 +82,20 @@ class EVEDecoderLayer(nn.Module):
         order: TokenOrder,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        cache: DynamicCache | None,
-    ) -> Tensor:
+        cache: Any,
+        slots: Tensor | None,
+        with_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream, and the attention weights if they are asked for.
+
+        Arguments stand alone, not in one object: accelerate brings each tensor to the layer's device."""
         num_vision = order.num_vision
         x = by_modality(self.input_layernorm, self.moe_input_layernorm, h_TH, num_vision)
-        h_TH = h_TH + self.self_attn(x, order, rotary, mask, cache)
+        attended, weights = self.self_attn(x, order, rotary, mask, cache, slots, with_weights)
+        h_TH = h_TH + attended
         norms = (self.post_attention_layernorm, self.moe_post_attention_layernorm)
         x = by_modality(*norms, h_TH, num_vision)
-        return h_TH + by_modality(self.mlp, self.moe_mlp, x, num_vision)
+        return h_TH + by_modality(self.mlp, self.moe_mlp, x, num_vision), weights
 
 
 class EVEVisionTower(nn.Module):
@@ -206,6 +133,8 @@ class EVEQwen2PreTrainedModel(PreTrainedModel):
     _no_split_modules = ["EVEDecoderLayer"]  # noqa: RUF012 (declared so upstream)
     _skip_keys_device_placement = "past_key_values"  # type: ignore[assignment]
     _supports_sdpa = True
+    _supports_cache_class = True  # both are read by versions before 4.56 alone
+    _supports_static_cache = True
     supports_gradient_checkpointing = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -240,7 +169,7 @@ class EVEQwen2Model(EVEQwen2PreTrainedModel):
         self.post_init()
 
     def embed(
-        self, input_ids: Tensor, kinds: Tensor, order: TokenOrder, pixels: Tensor | None
+        self, input_ids: Tensor, kinds: Tensor | None, order: TokenOrder, pixels: Tensor | None
     ) -> Tensor:
         """The residual stream's first value, [T, H] in modality order."""
         if order.rows is None:
@@ -249,45 +178,69 @@ class EVEQwen2Model(EVEQwen2PreTrainedModel):
         embedded = self.embed_tokens(input_ids.flatten()[text])
         if order.num_vision == 0:
             return embedded
-        patches = select_patches(kinds, pixels)
+        assert kinds is not None
+        shape = (self.config.dense_stride**2, 3 * self.config.patch_stride**2)
+        patches = select_patches(kinds, pixels, shape=shape)
         return torch.cat((self.vision_tower(patches, kinds.flatten()[vision]), embedded))
 
     def forward(
         self,
         input_ids: Tensor,
-        *,
-        attention_mask: Tensor | None,
-        token_kinds: Tensor | None,
-        pixel_values: Tensor | None,
-        cache: DynamicCache | None,
-    ) -> Tensor:
-        """Hidden states [B, L, H] after the final norm, zeros at padding."""
-        length = input_ids.shape[1]
-        past = 0 if cache is None else cache.get_seq_length()
-        kinds = torch.zeros_like(input_ids) if token_kinds is None else token_kinds
-        if attention_mask is not None and bool(attention_mask.all()):
-            attention_mask = None
-        is_real = None if attention_mask is None else attention_mask[:, past:].bool()
-        check_inputs(input_ids, kinds, is_real)
-        order = TokenOrder.of(kinds, is_real)
-        positions = position_ids(input_ids, attention_mask, past)
-        mask = attention_bias(attention_mask, past, length, device=input_ids.device)
-        h_TH = self.embed(input_ids, kinds, order, pixel_values)
-        head_dim, theta = self.config.head_dim, self.config.rope_theta
-        rotary = rotary_table(positions, head_dim=head_dim, theta=theta, dtype=h_TH.dtype)
-        # A layer that is computed again must not put its keys and values into the cache again.
-        recompute = self.gradient_checkpointing and self.training and cache is None
+        attention_mask: Tensor | None = None,
+        token_kinds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache_position: Tensor | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [B, L, H] after the final norm, zeros at padding. Arguments as of EVEQwen2ForCausalLM."""
+        config = self.config
+        if use_cache is None:
+            use_cache = bool(config.use_cache) and not self.training
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache()
+        places = TokenPlaces.of(
+            input_ids,
+            attention_mask=attention_mask,
+            token_kinds=token_kinds,
+            pixel_values=pixel_values,
+            position_ids=position_ids,
+            cache=past_key_values,
+            cache_position=cache_position,
+        )
+        h_TH = self.embed(input_ids, token_kinds, places.order, pixel_values)
+        rotary = rotary_table(
+            places.positions, head_dim=config.head_dim, theta=config.rope_theta, dtype=h_TH.dtype
+        )
+        asked = config.output_attentions if output_attentions is None else output_attentions
+        with_weights = bool(asked) or config._attn_implementation == "eager"
+        wanted = (
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        hidden, attentions = [], []
         for layer in self.layers:
-            if recompute:
-                h_TH = self._gradient_checkpointing_func(
-                    layer.__call__, h_TH, order, rotary, mask, None
-                )
+            if wanted:
+                hidden.append(places.order.scatter(h_TH))
+            given = (places.order, rotary, places.mask, past_key_values, places.slots, with_weights)
+            # A layer that is computed again must not put its keys and values into the cache again.
+            if self.gradient_checkpointing and self.training and past_key_values is None:
+                h_TH, weights = self._gradient_checkpointing_func(layer.__call__, h_TH, *given)
             else:
-                h_TH = layer(h_TH, order, rotary, mask, cache)
-        return order.scatter(self.norm(h_TH))
+                h_TH, weights = layer(h_TH, *given)
+            attentions.append(weights)
+        last = places.order.scatter(self.norm(h_TH))
+        return BaseModelOutputWithPast(
+            last_hidden_state=last,  # type: ignore[arg-type]
+            past_key_values=past_key_values,
+            hidden_states=(*hidden, last) if wanted else None,  # type: ignore[arg-type]
+            attentions=tuple(attentions) if asked else None,
+        )
 
 
-class EVEQwen2ForCausalLM(EVEQwen2PreTrainedModel, EVEChatMixin, GenerationMixin):  # type: ignore[misc]
+class EVEQwen2ForCausalLM(EVEQwen2PreTrainedModel, EVEChatMixin, EVEDecodingMixin, GenerationMixin):  # type: ignore[misc]
     """EVEv2 with its output layer. `generate` takes what EVEProcessor returns; `chat` does all of it."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # type: ignore[assignment]  # noqa: RUF012
@@ -312,17 +265,25 @@ class EVEQwen2ForCausalLM(EVEQwen2PreTrainedModel, EVEChatMixin, GenerationMixin
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_kinds: Tensor | None = None,
         pixel_values: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        return_dict: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_logits_to_keep: int | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits of every position (or of the last `logits_to_keep`), and the loss if labels are given.
+
+        None means what config.json says, where it says something. Keywords that are not here are refused.
 
         Args:
             input_ids: [B, L] token ids; a filler at vision tokens.
@@ -330,64 +291,74 @@ class EVEQwen2ForCausalLM(EVEQwen2PreTrainedModel, EVEChatMixin, GenerationMixin
             token_kinds: [B, L] TEXT, PATCH, CLS or SPL; None: all text.
             pixel_values: [B, P, dense_stride ** 2, 3 * patch_stride ** 2] normalised pixels of the patches of each
                 sample in reading order, padded to the largest P of the batch.
-            labels: [B, L] as input_ids, -100 where there is no target; shifted here.
+            position_ids: [B or 1, L]; None: real tokens are counted.
+            past_key_values: a DynamicCache or a StaticCache, which gets the new tokens' keys and values.
+            labels: [B, L] as input_ids, -100 where there is no target (padding is none); shifted here.
+            use_cache: make a DynamicCache where none is given; not in training unless it is asked for.
+            output_attentions: weights of each layer, [B, N, L, keys], zeros or no use at padding.
+            output_hidden_states: input of each layer and the last output after its norm, [B, L, H], zeros at padding.
+            cache_position: [L] places of the new tokens in a static cache; None: behind the others.
+            logits_to_keep: how many last positions (0: all), or which; `num_logits_to_keep` is its old name.
         """
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache()
-        hidden_BLH = self.model(
+        input_ids = required_ids(input_ids, inputs_embeds)
+        kept = kept_positions(logits_to_keep, num_logits_to_keep)
+        if labels is not None:
+            labels = real_targets(labels, input_ids, token_kinds, attention_mask)
+        output = self.model(
             input_ids,
             attention_mask=attention_mask,
             token_kinds=token_kinds,
             pixel_values=pixel_values,
-            cache=past_key_values,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
         )
-        logits = self.lm_head(hidden_BLH[:, -logits_to_keep:]).float()
+        logits = self.lm_head(output.last_hidden_state[:, kept]).float()
         loss = None
         if labels is not None:
-            shifted = F.pad(labels[:, 1:], (0, 1), value=-100)[:, -logits_to_keep:]
-            loss = F.cross_entropy(logits.flatten(0, 1), shifted.flatten(), ignore_index=-100)
-        output = CausalLMOutputWithPast(
+            shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)[:, kept]
+            loss = F.cross_entropy(logits.flatten(0, 1), shifted.flatten(), ignore_index=IGNORED)
+        found = CausalLMOutputWithPast(
             loss=loss,  # type: ignore[arg-type]
             logits=logits,
-            past_key_values=past_key_values,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
         )
-        return output if return_dict else output.to_tuple()
+        as_object = self.config.return_dict if return_dict is None else return_dict
+        return found if as_object else found.to_tuple()
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        past_key_values: DynamicCache | None = None,
-        attention_mask: Tensor | None = None,
-        token_kinds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        use_cache: bool = True,
-        logits_to_keep: int = 0,
-        cache_position: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        next_sequence_length: int | None = None,
-        is_first_iteration: bool = False,
-    ) -> dict[str, Any]:
-        """The tokens that the cache does not hold yet, their kinds and their patches; new tokens are text.
 
-        The last four are what transformers passes, the first of them until version 4, the others from 5 on; the cache
-        itself says how long it is, and the mask where each token stands."""
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        inputs = {
-            "input_ids": input_ids[:, past:],
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "use_cache": use_cache,
-            "logits_to_keep": logits_to_keep,
-        }
-        if token_kinds is None or past >= token_kinds.shape[1]:
-            return inputs
-        num_new = input_ids.shape[1] - token_kinds.shape[1]
-        inputs["token_kinds"] = F.pad(token_kinds, (0, num_new), value=TEXT)[:, past:]
-        if pixel_values is not None:
-            seen = (token_kinds[:, :past] == PATCH).sum(1).tolist()
-            rows = [row[start:] for row, start in zip(pixel_values, seen, strict=True)]
-            inputs["pixel_values"] = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return inputs
+def required_ids(input_ids: Tensor | None, inputs_embeds: Any) -> Tensor:
+    """Ids say where the text is; embeddings alone would leave out the pixels."""
+    if inputs_embeds is not None:
+        raise TypeError(
+            "inputs_embeds is not supported: vision tokens are embedded from pixel_values. Pass input_ids, token_kinds "
+            "and pixel_values as EVEProcessor returns them."
+        )
+    if input_ids is None:
+        raise TypeError("input_ids is missing; pass what EVEProcessor returns.")
+    return input_ids
+
+
+def kept_positions(logits_to_keep: int | Tensor, old_name: int | None) -> Any:
+    """An index of the positions whose logits are computed."""
+    if old_name is not None:
+        if not isinstance(logits_to_keep, int) or logits_to_keep not in (0, old_name):
+            raise ValueError(
+                f"logits_to_keep={logits_to_keep} and num_logits_to_keep={old_name}; pass the first alone."
+            )
+        logits_to_keep = old_name
+    if isinstance(logits_to_keep, Tensor):
+        return logits_to_keep
+    if logits_to_keep < 0:
+        raise ValueError(
+            f"logits_to_keep={logits_to_keep}; expected 0 (all) or a number of last positions."
+        )
+    return slice(-logits_to_keep, None)
 
 
 __all__ = ["EVEQwen2ForCausalLM", "EVEQwen2Model"]

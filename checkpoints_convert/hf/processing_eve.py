@@ -7,7 +7,8 @@ enlarges; `eval` always scales to that area and rounds up. A model sees in train
 is the default; `eval` is what the official benchmarks used.
 
 An image becomes CLS, then row by row its patches and an SPL. Every `<image>` mark of the text is replaced by these
-tokens. Batches are padded on the left, so that `generate` continues each prompt.
+tokens. Batches are padded where the tokenizer says, in a release on the left, so that `generate` continues each prompt.
+Keywords that are not named here are refused.
 """
 
 from collections.abc import Sequence
@@ -21,18 +22,44 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .batch_eve import (
+    IMAGE_MARK,
+    Lengths,
+    PaddingSide,
+    PromptTokens,
+    assign_images,
+    collated,
+    texts_of,
+)
 from .modality_eve import CLS, PATCH, SPL, TEXT
 from .pixels_eve import resized, rgb_pixels, turn_of, turned
 
 ResizeRule = Literal["train", "eval"]
 Template = Literal["qwen2", "plain"]
 
-IMAGE_MARK = "<image>"
 SYSTEM_TEXT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 STOP_TEXT = "<|im_end|>"
+FIXED = {
+    "do_resize": False,  # by transformers; `resize_rule` and `max_size` say how it is done here
+    "do_center_crop": False,
+    "do_convert_rgb": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+}
+"""Fields that image processors have, and the only value of each that this one computes."""
+_BOOKKEEPING = (
+    "auto_map",
+    "feature_extractor_type",
+    "image_processor_type",
+    "processor_class",
+    "name_or_path",
+)
+"""Fields that transformers writes and reads for itself."""
 FILLER_TOKENS = ("<|image_pad|>", "<|im_start|>")
 """What `input_ids` holds at vision tokens: the first of these that the tokenizer has, else the end token. The model
 does not read it, but a repetition penalty counts every id of the prompt: neither of these is ever generated, the end
@@ -45,15 +72,6 @@ class ImageTokens:
 
     patches: np.ndarray  # [P, dense_stride ** 2, 3 * patch_stride ** 2] float32, reading order
     kinds: np.ndarray  # [P + rows + 1] int64: CLS, then PATCH .. PATCH SPL of each row
-
-
-@dataclass(frozen=True)
-class PromptTokens:
-    """One prompt as the model reads it, not padded."""
-
-    ids: np.ndarray  # [L] int64
-    kinds: np.ndarray  # [L] int64
-    patches: np.ndarray  # of all its images
 
 
 def target_size(
@@ -97,6 +115,11 @@ class EVEImageProcessor(BaseImageProcessor):
         exif_rotation: bool = True,
         **kwargs: Any,
     ) -> None:
+        known = {*FIXED, *_BOOKKEEPING}
+        if unknown := sorted(n for n in kwargs if n not in known and not n.startswith("_")):
+            raise TypeError(
+                f"EVEImageProcessor has no field {', '.join(unknown)}; take it out of preprocessor_config.json."
+            )
         super().__init__(**kwargs)
         self.max_size = max_size
         self.patch_stride = patch_stride
@@ -107,6 +130,16 @@ class EVEImageProcessor(BaseImageProcessor):
         if not isinstance(exif_rotation, bool):
             raise ValueError(f"exif_rotation={exif_rotation!r} is unknown; use true or false.")
         self.exif_rotation = exif_rotation
+        self.check_fixed()
+
+    def check_fixed(self) -> None:
+        """Refuse other values of fields that are understood but not computed, whoever set them."""
+        for name, value in FIXED.items():
+            if (found := getattr(self, name, value)) != value:
+                raise ValueError(
+                    f"{name}={found!r} is not computed here; leave it at {value!r} (images are resized by resize_rule "
+                    "and max_size, and normalised by image_mean and image_std)."
+                )
 
     def resize(self, image: Image.Image, *, rule: ResizeRule | None = None) -> Image.Image:
         """RGB, turned as in training, and of the size that the rule gives (aspect ratio kept to within a token)."""
@@ -122,6 +155,7 @@ class EVEImageProcessor(BaseImageProcessor):
 
     def image_tokens(self, image: Image.Image, *, rule: ResizeRule | None = None) -> ImageTokens:
         """Resize, normalise and cut one image."""
+        self.check_fixed()
         resized = self.resize(image, rule=rule)
         edge = self.patch_stride * self.dense_stride
         cols, rows = resized.width // edge, resized.height // edge
@@ -158,6 +192,7 @@ class EVEProcessor(ProcessorMixin):
     tokenizer_class = "AutoTokenizer"  # type: ignore[assignment]
     image_processor: EVEImageProcessor
     tokenizer: Any  # a tokenizer of transformers
+    chat_template: str | None
 
     def __init__(
         self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None
@@ -171,9 +206,18 @@ class EVEProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "token_kinds", "pixel_values"]
 
-    def prompt(self, question: str, *, num_images: int = 1, template: Template = "qwen2") -> str:
-        """The text that training put before an answer (`qwen2`) or a caption (`plain`, which has no question)."""
-        if template == "plain":
+    @property
+    def template(self) -> Template:
+        """How this model is asked: `qwen2`, or `plain` if it was trained on captions alone and has no chat template."""
+        return "qwen2" if self.chat_template else "plain"
+
+    def prompt(
+        self, question: str, *, num_images: int = 1, template: Template | None = None
+    ) -> str:
+        """The text that training put before an answer (`qwen2`) or a caption (`plain`, which has no question).
+
+        `template`: None is this model's own."""
+        if (template or self.template) == "plain":
             if question:
                 raise ValueError(
                     f"The plain template has no place for a question, found {question!r}; pass an empty one or use "
@@ -184,6 +228,11 @@ class EVEProcessor(ProcessorMixin):
 
     def conversation(self, turns: Sequence[tuple[str, str | None]], *, num_images: int = 1) -> str:
         """(question, answer) turns in the qwen2 template, images in the first; the last answer may be None."""
+        if self.template == "plain":
+            raise ValueError(
+                "This model was trained on captions alone (template plain) and holds no conversation; use "
+                'prompt("", template="plain").'
+            )
         text = SYSTEM_TEXT + " "
         for index, (question, answer) in enumerate(turns):
             marks = f"{IMAGE_MARK}\n" * num_images if index == 0 else ""
@@ -195,30 +244,51 @@ class EVEProcessor(ProcessorMixin):
     def __call__(  # type: ignore[override]
         self,
         text: str | Sequence[str],
-        images: Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | None = None,
+        images: Any = None,
         resize_rule: ResizeRule | None = None,
         return_tensors: Literal["pt"] = "pt",
         videos: None = None,
         audio: None = None,
+        padding: bool | str | None = True,
+        padding_side: PaddingSide | None = None,
+        truncation: bool | str | None = False,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        add_special_tokens: bool = False,
     ) -> BatchFeature:
         """The model's input for one prompt or a batch of prompts.
 
         Args:
             text: prompts, with one `<image>` mark for each image.
-            images: in the order of the marks; flat, or one list for each prompt.
+            images: in the order of the marks; flat, or one list for each prompt. PIL images, or uint8 arrays.
             resize_rule: `train` or `eval`; None: the one in preprocessor_config.json.
+            padding: True (to the longest), `max_length`, or False (prompts of one length).
+            padding_side: None: the tokenizer's, `left` in a release, which is the side for `generate`.
+            truncation: cut the text of longer prompts to max_length on the tokenizer's truncation_side; never an image.
+            max_length: None: the tokenizer's model_max_length.
+            add_special_tokens: training added none, so neither is any here.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r} is not supported; use 'pt'.")
         if videos is not None or audio is not None:  # apply_chat_template passes them, mostly None
             raise ValueError("This model reads text and images only.")
-        texts = [text] if isinstance(text, str) else list(text)
+        if add_special_tokens:
+            raise ValueError("add_special_tokens=True is not supported: training added none.")
+        lengths = Lengths.of(
+            self.tokenizer,
+            padding=padding,
+            padding_side=padding_side,
+            truncation=truncation,
+            max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+        )
+        texts = texts_of(text)
         groups = assign_images(texts, images)
         prepared = [
             [self.image_processor.image_tokens(image, rule=resize_rule) for image in group]
             for group in groups
         ]
-        return self.collate(self.expand(texts, prepared))
+        return self.collate(self.expand(texts, prepared), lengths)
 
     def expand(
         self, texts: Sequence[str], images: Sequence[Sequence[ImageTokens]]
@@ -249,26 +319,11 @@ class EVEProcessor(ProcessorMixin):
             )
         return prompts
 
-    def collate(self, prompts: Sequence[PromptTokens]) -> BatchFeature:
-        """Expanded prompts -> padded tensors: tokens on the left, patches at the end."""
-        if empty := [row for row, prompt in enumerate(prompts) if len(prompt.ids) == 0]:
-            raise ValueError(f"Prompt {empty[0]} is empty; give a text, an image, or both.")
-        length = max(len(prompt.ids) for prompt in prompts)
-        most = max(len(prompt.patches) for prompt in prompts)
-        shape = (len(prompts), length)
-        input_ids = torch.full(shape, self.pad_id, dtype=torch.int64)
-        mask, token_kinds = torch.zeros(shape, dtype=torch.int64), torch.full(shape, TEXT)
-        pixels = torch.zeros(len(prompts), most, *prompts[0].patches.shape[1:])
-        for row, prompt in enumerate(prompts):
-            start = length - len(prompt.ids)
-            input_ids[row, start:] = torch.from_numpy(prompt.ids)
-            mask[row, start:] = 1
-            token_kinds[row, start:] = torch.from_numpy(prompt.kinds)
-            pixels[row, : len(prompt.patches)] = torch.from_numpy(prompt.patches)
-        batch = {"input_ids": input_ids, "attention_mask": mask}
-        if most:
-            batch |= {"token_kinds": token_kinds, "pixel_values": pixels}
-        return BatchFeature(batch)
+    def collate(
+        self, prompts: Sequence[PromptTokens], lengths: Lengths | None = None
+    ) -> BatchFeature:
+        """Expanded prompts -> padded tensors: tokens on the left unless `lengths` says else, patches at the end."""
+        return BatchFeature(collated(prompts, lengths or Lengths(), pad_id=self.pad_id))
 
     @property
     def filler_id(self) -> int:
@@ -286,37 +341,16 @@ class EVEProcessor(ProcessorMixin):
             raise ValueError("The tokenizer has no pad_token; set it in tokenizer_config.json.")
         return self.tokenizer.pad_token_id
 
-    def answers(self, output_ids: torch.Tensor, *, prompt_length: int) -> list[str]:
-        """Texts that `generate` appended to prompts of (padded) length `prompt_length`."""
+    def answers(
+        self, output_ids: torch.Tensor, *, prompt_length: int, template: Template | None = None
+    ) -> list[str]:
+        """Texts that `generate` appended to prompts of (padded) length `prompt_length`.
+
+        Captions of template `plain` end with their line: no token ends them. None: this model's own template."""
         texts = self.tokenizer.batch_decode(output_ids[:, prompt_length:], skip_special_tokens=True)
+        if (template or self.template) == "plain":
+            texts = [text.lstrip().split("\n")[0] for text in texts]
         return [text.strip() for text in texts]
-
-
-def assign_images(texts: Sequence[str], images: Any) -> list[list[Image.Image]]:
-    """The images of each text, checked against its marks."""
-    counts = [text.count(IMAGE_MARK) for text in texts]
-    if images is None:
-        given: list[Any] = []
-    else:
-        given = [images] if isinstance(images, Image.Image) else list(images)
-    if any(isinstance(entry, list | tuple) for entry in given):
-        groups = [list(group) if isinstance(group, list | tuple) else [group] for group in given]
-    elif len(given) == sum(counts):
-        queue = iter(given)
-        groups = [[next(queue) for _ in range(count)] for count in counts]
-    else:
-        groups = [given]
-    for image in (image for group in groups for image in group):
-        if not isinstance(image, Image.Image):
-            raise TypeError(
-                f"Images must be PIL images, found {type(image).__name__}: open them first."
-            )
-    if [len(group) for group in groups] != counts:
-        raise ValueError(
-            f"The prompts have {counts} {IMAGE_MARK} marks, but {[len(group) for group in groups]} images were "
-            "given; pass one image for each mark, in order."
-        )
-    return groups
 
 
 def check_resize_rule(rule: ResizeRule) -> ResizeRule:
@@ -326,4 +360,4 @@ def check_resize_rule(rule: ResizeRule) -> ResizeRule:
     return rule
 
 
-__all__ = ["EVEImageProcessor", "EVEProcessor"]
+__all__ = ["EVEImageProcessor", "EVEProcessor", "PromptTokens"]

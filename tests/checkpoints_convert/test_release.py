@@ -97,7 +97,7 @@ def test_folder_alone_gives_the_reference_logits(
 def test_generation_is_greedy_without_penalty(model) -> None:  # type: ignore[no-untyped-def]
     config = model.generation_config
     assert (config.do_sample, config.repetition_penalty) == (False, 1.0)
-    assert (config.eos_token_id, config.pad_token_id) == (319, 317)
+    assert (config.eos_token_id, config.pad_token_id) == ([319, 317], 317)
 
 
 def test_batch_of_mixed_prompts_is_answered_as_one_by_one(model, processor: EVEProcessor) -> None:  # type: ignore[no-untyped-def]
