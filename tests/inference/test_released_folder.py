@@ -35,7 +35,7 @@ def test_says_what_the_converter_reads(released_folder: Path) -> None:
     assert info.model == read_hf_config(released_folder, patch_embed_dim=1).model
     assert (info.images.edge, info.images.resize_rule) == (16, "train")
     assert info.repetition_penalty == 1.0
-    assert len(info.stop_ids) == 1
+    assert info.stop_ids == (319, 317)  # <|im_end|> and <|endoftext|>
 
 
 def test_a_repetition_penalty_of_the_folder_is_known(copy: Path) -> None:

@@ -118,12 +118,12 @@ def turn(engine: Engine, text: str, *pictures: int) -> ChatTurn:
 
 def test_the_official_client_asks_about_an_image(server: Server, engine: Engine) -> None:
     reply = server.client.chat.completions.create(
-        model="eve", messages=[user("What colour?", 0)], max_tokens=NEW_TOKENS
+        model="eve", messages=[user("Which colour?", 0)], max_tokens=NEW_TOKENS
     )
     (choice,) = reply.choices
     assert choice.message.role == "assistant"
-    assert choice.message.content == expected(engine, turn(engine, "What colour?", 0))
-    prompt = engine.prompt([turn(engine, "What colour?", 0)])
+    assert choice.message.content == expected(engine, turn(engine, "Which colour?", 0))
+    prompt = engine.prompt([turn(engine, "Which colour?", 0)])
     assert (reply.usage.prompt_tokens, reply.model) == (len(prompt), "eve")
     assert reply.usage.total_tokens == len(prompt) + reply.usage.completion_tokens
     assert (choice.finish_reason, reply.usage.completion_tokens) == ("length", NEW_TOKENS)
@@ -132,12 +132,12 @@ def test_the_official_client_asks_about_an_image(server: Server, engine: Engine)
 def test_the_official_client_streams(server: Server, engine: Engine) -> None:
     chunks = list(
         server.client.chat.completions.create(
-            model="eve", messages=[user("How many?", 1, 2)], max_tokens=20, stream=True,
+            model="eve", messages=[user("How many circles?", 1, 2)], max_tokens=20, stream=True,
             stream_options={"include_usage": True},
         )
     )  # fmt: skip
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-    wanted = expected(engine, turn(engine, "How many?", 1, 2), max_new_tokens=20)
+    wanted = expected(engine, turn(engine, "How many circles?", 1, 2), max_new_tokens=20)
     assert "".join(pieces) == wanted
     assert len([piece for piece in pieces if piece]) > 3
     assert chunks[0].choices[0].delta.role == "assistant"
