@@ -26,6 +26,8 @@ from tests.support.reference_eve import ReferenceEve
 VERSIONS = ("4.44.2", "5.0.0", "5.23.0")  # the official EVEv2's; the first and a late one of 5
 TESTS = (
     "test_modeling.py",
+    "test_model_calls.py",
+    "test_processor_calls.py",
     "test_release.py",
     "test_chat.py",
     "test_chat_template.py",
