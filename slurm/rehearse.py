@@ -45,7 +45,8 @@ def rehearse(
         f"local {os.environ['LOCAL_RANK']} master {os.environ['MASTER_ADDR']} from step {step}",
         flush=True,
     )
-    (run_dir / "DONE").unlink(missing_ok=True)  # of fewer steps
+    if rank == 0 and step < steps:
+        (run_dir / "DONE").unlink(missing_ok=True)  # of fewer steps
     while step < steps:
         time.sleep(step_s)
         step += 1

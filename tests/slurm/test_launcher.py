@@ -290,7 +290,7 @@ def test_stop_file_of_a_person_is_respected(stub_slurm: StubSlurm) -> None:
 def spoil_node02(stub_slurm: StubSlurm, tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(
-        '#!/bin/bash\nif [ "$SLURMD_NODENAME" = node02 ]; then set -- "${@/$RUN_DIR/\\/nowhere}"; fi\n'
+        '#!/bin/bash\nif [ "$SLURMD_NODENAME" = node02 ]; then set -- "${@/$RUN_DIR/\\/proc\\/nowhere}"; fi\n'
         'exec python3 "$@"\n'
     )
     python.chmod(0o755)
@@ -307,7 +307,7 @@ def test_bad_node_is_excluded_beside_the_users_own(stub_slurm: StubSlurm, tmp_pa
     process = stub_slurm.sbatch_file(STUB_KEEP="1", STUB_STATE=state, STUB_NODES=nodes)
     text = output(process)
     assert process.returncode == KILLED_BY_SLURM, text
-    assert "preflight: node02: cannot write into /nowhere" in text
+    assert "preflight: node02: cannot write into /proc/nowhere" in text
     assert "scontrol update JobId=4711 ExcNodeList=node07,node02" in stub_slurm.calls
     assert not any("rank.sh" in call for call in stub_slurm.calls)
 
