@@ -25,8 +25,9 @@ from checkpoints_convert.release import (
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.errors import CheckpointError
 
-_OUR_FIELDS = ("auto_map", "patch_stride", "dense_stride", "head_dim")
-"""Of config.json: the official classes derive the head's size and read the strides from the image processor."""
+_OUR_FIELDS = ("auto_map", "patch_stride", "dense_stride", "head_dim", "transformers_version")
+"""Of config.json: the official classes derive the head's size and read the strides from the image processor; their
+transformers, 4.44.2, needs no version."""
 
 _OUR_PROCESSOR_FIELDS = ("auto_map", "processor_class", "resize_rule", "exif_rotation")
 
