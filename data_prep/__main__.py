@@ -155,7 +155,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "data",
         metavar="DATA",
         type=Path,
-        help=".json (list of samples, or of paths to one-sample files) or .jsonl",
+        help="JSON list (of samples, or of paths to one-sample files) or JSON lines; plain or .gz",
     )
     parser.add_argument(
         "image_folder",
@@ -199,6 +199,13 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", type=Path, help="folder; count the tokens, too, when the shards are built"
     )
     add_text_options(parser)
+    parser.add_argument(
+        "--ignore-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a key that holds nothing to learn from, though it names media or text; may be repeated",
+    )
     parser.add_argument("--source", help="name stored with every sample; None: the stem of DATA")
     parser.add_argument(
         "--dry-run",
@@ -254,7 +261,7 @@ def _build(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         image_folder=arguments.image_folder,
         out=arguments.out,
-        source=arguments.source or arguments.data.stem,
+        source=arguments.source or Path(arguments.data.name.removesuffix(".gz")).stem,
         samples_per_part=arguments.samples_per_part,
         shard_bytes=arguments.shard_bytes,
         limits=ImageLimits(
@@ -264,6 +271,7 @@ def _build(arguments: argparse.Namespace) -> int:
             exif_rotation=arguments.exif_rotation,
         ),
         workers=arguments.workers,
+        ignored_keys=tuple(sorted(set(arguments.ignore_key))),
     )
     refuse_foreign(options.out)
     if arguments.tokenizer is not None:

@@ -4,6 +4,7 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data_prep.formats import address_of, describe_image_folder
 from data_prep.images import ImageLimits
 from data_prep.readers import InputSummary
 from data_prep.samples import SampleContext
@@ -28,6 +29,7 @@ class BuildOptions:
     shard_bytes: int
     limits: ImageLimits
     workers: int
+    ignored_keys: tuple[str, ...] = ()  # unknown keys that hold nothing to learn from
 
     def __post_init__(self) -> None:
         for flag, value in (
@@ -43,9 +45,10 @@ class BuildOptions:
                 "can address; 64 to 256 MiB are usual."
             )
         if not self.image_folder.is_dir():
-            raise ConfigError(
-                f"{self.image_folder} is not a folder; give the folder that image paths start in."
-            )
+            raise ConfigError(f"{describe_image_folder(self.image_folder)}.")
+        address = address_of(self.out)
+        if address is not None:
+            raise ConfigError(f"{address} is an address; give a folder on a disk to write to.")
 
     @property
     def context(self) -> SampleContext:
@@ -55,6 +58,7 @@ class BuildOptions:
             json_folder=self.data.parent,
             source=self.source,
             limits=self.limits,
+            ignored_keys=self.ignored_keys,
         )
 
     def num_parts(self, summary: InputSummary) -> int:
@@ -74,6 +78,7 @@ class BuildOptions:
                 "source": self.source,
                 "samples_per_part": self.samples_per_part,
                 "shard_bytes": self.shard_bytes,
+                "ignored_keys": list(self.ignored_keys),
                 **asdict(self.limits),
             },
         }

@@ -204,8 +204,9 @@ def _finish(options: BuildOptions, *, summary: InputSummary, num_kept: int) -> B
     write_json(out / DATASET_FILE, content)
     if total.samples == 0:
         raise DataError(
-            f"all {total.entries:,} samples went to quarantine ({_reasons(total)}); see "
-            f"{out / QUARANTINE_FILE}, repair the input and build with --overwrite."
+            f"all {total.entries:,} samples went to quarantine ({_reasons(total)}), the first one because "
+            f"{_first_refusal(out / QUARANTINE_FILE)}; see {out / QUARANTINE_FILE}, repair the input and build with "
+            "--overwrite."
         )
     write_json(out / INDEX_FILE, {"version": 2, "shards": shards}, indent=None)
     return BuildReport(
@@ -228,6 +229,12 @@ def _part_shards(folder: Path) -> list[dict[str, Any]]:
     return list(shards)
 
 
+def _first_refusal(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        message = json.loads(next(file))["message"]
+    return str(message)[:400]
+
+
 def _reasons(counts: Counts) -> str:
     return ", ".join(f"{reason} {number:,}" for reason, number in counts.quarantined.items())
 
@@ -244,6 +251,14 @@ def report_lines(report: BuildReport, *, out: Path) -> list[str]:
     if counts.changed:
         changed = ", ".join(f"{name} {number:,}" for name, number in counts.changed.items())
         lines.append(f"re-encoded images: {changed}")
+    if counts.unknown_keys:
+        keys = ", ".join(f"{name} {number:,}" for name, number in counts.unknown_keys.items())
+        lines.append(f"keys that are not read, and in how many samples: {keys}")
+    if counts.plain_only:
+        lines.append(
+            f"{counts.plain_only:,} samples have an image without a mark, or no question: template plain trains them, "
+            "qwen2 refuses them"
+        )
     kept = f" ({report.num_kept_parts:,} kept from before)" if report.num_kept_parts else ""
     lines.append(
         f"wrote {report.num_shards:,} shards in {report.num_parts:,} parts{kept} with "

@@ -19,13 +19,14 @@ from data_prep.ownership import INDEX_FILE as INDEX_FILE
 from data_prep.ownership import QUARANTINE_FILE
 from data_prep.quarantine import QuarantineRecord
 from data_prep.readers import RawEntry
-from data_prep.samples import SampleContext, check_entry
+from data_prep.samples import CheckedSample, SampleContext, check_entry
 from megatron_eve.data.row import MDS_COLUMNS, to_row
-from megatron_eve.data.sample import Sample
 from megatron_eve.data.streaming_import import MDSWriter
 from megatron_eve.errors import DataError
 from megatron_eve.whole import TEMPORARY_PREFIX, publish_folder
 
+MAX_KEYS = 100
+OTHER_KEYS = "(other keys)"
 SHARD_HASH = "xxh3_64"
 PART_FILE = "part.json"
 
@@ -53,6 +54,8 @@ class Counts:
     turns: int = 0
     quarantined: dict[str, int] = field(default_factory=dict)  # reason -> entries
     changed: dict[str, int] = field(default_factory=dict)  # change -> images
+    unknown_keys: dict[str, int] = field(default_factory=dict)  # key that nobody reads -> rows
+    plain_only: int = 0  # rows that template qwen2 refuses: an image without a mark, or no question
 
     def add(self, other: "Counts") -> None:
         self.entries += other.entries
@@ -63,15 +66,21 @@ class Counts:
         self.turns += other.turns
         self.quarantined = _sum(self.quarantined, other.quarantined)
         self.changed = _sum(self.changed, other.changed)
+        self.unknown_keys = _few(_sum(self.unknown_keys, other.unknown_keys))
+        self.plain_only += other.plain_only
 
-    def add_sample(self, sample: Sample, *, changes: Sequence[str]) -> None:
+    def add_sample(self, checked: CheckedSample) -> None:
+        sample = checked.sample
         self.samples += 1
         self.text_only += not sample.images
         self.images += len(sample.images)
         self.image_bytes += sum(map(len, sample.images))
         self.turns += len(sample.turns)
-        if changes:
-            self.changed = _sum(self.changed, Counter(changes))
+        if checked.changes:
+            self.changed = _sum(self.changed, Counter(checked.changes))
+        if checked.unknown_keys:
+            self.unknown_keys = _few(_sum(self.unknown_keys, Counter(checked.unknown_keys)))
+        self.plain_only += checked.templates == ("plain",)
 
     @property
     def num_quarantined(self) -> int:
@@ -80,6 +89,15 @@ class Counts:
 
 def _sum(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted((Counter(left) + Counter(right)).items()))
+
+
+def _few(counts: dict[str, int]) -> dict[str, int]:
+    """At most MAX_KEYS names, the first of the alphabet; the rest together. Input whose keys are data has many."""
+    names = [name for name in counts if name != OTHER_KEYS]
+    if len(names) <= MAX_KEYS:
+        return counts
+    kept = {name: counts[name] for name in names[:MAX_KEYS]}
+    return {**kept, OTHER_KEYS: sum(counts.values()) - sum(kept.values())}
 
 
 def part_name(number: int) -> str:
@@ -129,7 +147,7 @@ def _write_part(job: PartJob, *, folder: Path) -> Counts:
                 refused.append(checked)
                 continue
             writer.write(to_row(checked.sample))
-            counts.add_sample(checked.sample, changes=checked.changes)
+            counts.add_sample(checked)
     counts.quarantined = dict(sorted(Counter(record.reason for record in refused).items()))
     assert counts.entries == counts.samples + counts.num_quarantined
     with (folder / QUARANTINE_FILE).open("w", encoding="utf-8") as file:

@@ -5,25 +5,33 @@ In: a `RawEntry` and the folders its paths are relative to. Out: the sample and 
 never silent). Everything that training could not use raises Rejected with its reason; a fault of the file system
 (permission, I/O error) is nobody's sample and stops the build instead.
 
-Sources: the sample format is EVE's and LLaVA's. A conversation may start with an answer, which the trainer leaves out
-as EVE's preprocess_eve does (train.py:196-198); what the official code would mask, print or assert is refused.
+Sources: the sample format is EVE's and LLaVA's. A conversation may start with a system turn (or the sample has a key
+`system`) and with an answer, which the trainer leaves out as EVE's preprocess_eve does (train.py:196-198). Which
+conversations can be trained on, megatron_eve/data/text_rules.py says, to this build and to the training alike.
 """
 
 import errno
 import json
-import posixpath
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.images import ImageLimits, check_image
+from data_prep.inside import file_inside
 from data_prep.quarantine import QuarantineRecord, Rejected
-from data_prep.readers import RawEntry
-from data_prep.tokenizer import CONTROL_TOKENS
-from megatron_eve.data.media_names import IMAGE_MARK
+from data_prep.readers import DuplicateKeyError, RawEntry, parse_json
+from data_prep.unread_keys import embedded_file, unknown_keys
+from megatron_eve.config.schema import TemplateName
+from megatron_eve.data.media_names import suffix_kind
+from megatron_eve.data.quarantine import SampleError
 from megatron_eve.data.sample import Sample, Turn
+from megatron_eve.data.text_rules import ROLES, SYSTEM, templates_that_train
 from megatron_eve.errors import DataError
 
-ROLES = ("human", "gpt")
+OTHER_ROLES = {"user": "human", "assistant": "gpt", "model": "gpt", "bot": "gpt", "chatgpt": "gpt"}
+"""How other formats call the two sides."""
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,14 +42,17 @@ class SampleContext:
     json_folder: Path  # where the paths of an index of JSON files start
     source: str
     limits: ImageLimits
+    ignored_keys: tuple[str, ...] = ()  # unknown keys that hold nothing to learn from
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckedSample:
-    """A sample ready to be stored, and the names of the changes made to it."""
+    """A sample ready to be stored, and what is to be counted about it."""
 
     sample: Sample
-    changes: tuple[str, ...]
+    changes: tuple[str, ...]  # what was changed in its images
+    unknown_keys: tuple[str, ...]  # keys that nobody reads
+    templates: tuple[TemplateName, ...]  # those that can train it
 
 
 def check_entry(entry: RawEntry, *, context: SampleContext) -> CheckedSample | QuarantineRecord:
@@ -50,9 +61,10 @@ def check_entry(entry: RawEntry, *, context: SampleContext) -> CheckedSample | Q
     try:
         raw = _load(entry, context=context)
         sample_id = _sample_id(raw, default=sample_id)
-        turns = _turns(raw)
         paths = _image_paths(raw)
-        _check_marks(turns, num_images=len(paths))
+        unknown = unknown_keys(raw, paths=paths, ignored=context.ignored_keys)
+        turns = _turns(raw)
+        templates = _templates(turns, num_images=len(paths))
         images = []
         for path in paths:
             try:
@@ -78,30 +90,38 @@ def check_entry(entry: RawEntry, *, context: SampleContext) -> CheckedSample | Q
         source=context.source,
     )
     changes = tuple(image.change for image in images if image.change is not None)
-    return CheckedSample(sample=sample, changes=changes)
+    return CheckedSample(sample=sample, changes=changes, unknown_keys=unknown, templates=templates)
 
 
 def _load(entry: RawEntry, *, context: SampleContext) -> dict[str, object]:
     """The entry as an object, read from its own file if the input is an index."""
     value = entry.value
     if entry.error is not None:
-        raise Rejected("bad_json", entry.error)
+        raise Rejected("duplicate_key" if entry.is_duplicate else "bad_json", entry.error)
     if isinstance(value, str):
         try:
-            value = json.loads(_read(value, folder=context.json_folder, missing="missing_json"))
+            text = _read(value, folder=context.json_folder, missing="missing_json")
+            value = parse_json(text.decode("utf-8-sig"))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise Rejected("bad_json", str(error), file=str(entry.value)) from error
+        except DuplicateKeyError as error:
+            raise Rejected("duplicate_key", str(error), file=str(entry.value)) from error
     if not isinstance(value, dict):
         raise Rejected("not_a_sample", f"expected a JSON object, found {type(value).__name__}")
     return value
 
 
 def _read(path: str, *, folder: Path, missing: str = "missing_image") -> bytes:
-    """Bytes of folder/path; a path that leaves the folder is refused (links inside the folder may point anywhere)."""
-    if posixpath.isabs(path) or posixpath.normpath(path).split("/")[0] == "..":
-        raise Rejected("path_outside_folder", f"{path} leaves {folder}", file=path)
+    """Bytes of a file in `folder`; a path that leads out of it is refused."""
     try:
-        return (folder / path).read_bytes()
+        file = file_inside(path, folder=folder)
+        if file is None:
+            raise Rejected(
+                "path_outside_folder",
+                f"{path} is outside {folder}; give a folder that holds it, or link it there",
+                file=path,
+            )
+        return file.read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         raise Rejected(missing, f"no file {path} in {folder}", file=path) from error
     except OSError as error:
@@ -115,6 +135,8 @@ def _read(path: str, *, folder: Path, missing: str = "missing_image") -> bytes:
 
 def _sample_id(raw: dict[str, object], *, default: str) -> str:
     value = raw.get("id")
+    if not isinstance(value, str | int | float | None):
+        raise Rejected("bad_id", f"`id` is {str(value)[:80]!r}, expected a text or a number")
     sample_id = default if value is None or value == "" else str(value)
     _check_unicode(sample_id)
     return sample_id
@@ -127,28 +149,38 @@ def _check_unicode(text: str) -> None:
         raise Rejected("invalid_unicode", f"{error.reason} at character {error.start}") from error
 
 
-def _turns(raw: dict[str, object]) -> tuple[Turn, ...]:
-    """All turns of the conversation, checked."""
+def _turns(raw: Mapping[str, object]) -> tuple[Turn, ...]:
+    """All turns of the conversation; a system text in front, from the sample's key or the first turn."""
     conversation = raw.get("conversations")
     if not isinstance(conversation, list) or not conversation:
-        raise Rejected("no_conversations", f"`conversations` is {str(conversation)[:80]!r}")
+        raise Rejected("no_conversations", _found_instead(raw))
     turns = tuple(_turn(value, number=number) for number, value in enumerate(conversation))
-    _check_order([turn.role for turn in turns])
-    for number, turn in enumerate(turns):
-        _check_text(turn, number=number)
+    system = raw.get("system")
+    if system is not None and not isinstance(system, str):
+        raise Rejected("bad_turn", f"`system` is {str(system)[:80]!r}, expected a text")
+    if turns[0].role == SYSTEM and not turns[0].text.strip():
+        turns = turns[1:]
+    if system and system.strip():
+        if turns and turns[0].role == SYSTEM and turns[0].text.strip() != system.strip():
+            raise Rejected(
+                "two_system_texts",
+                f"`system` is {system[:40]!r}, the first turn says {turns[0].text[:40]!r}",
+            )
+        _check_unicode(system)
+        turns = (Turn(role=SYSTEM, text=system), *(turn for turn in turns if turn.role != SYSTEM))
     return turns
 
 
-def _check_order(roles: list[str]) -> None:
-    """Human and gpt in turn, ending with gpt; one leading answer is allowed."""
-    found = f"roles {' '.join(roles)}"[:200]
-    counted = roles[1:] if roles[0] == "gpt" else roles
-    if "gpt" not in counted:
-        raise Rejected("no_answer", found)
-    if counted != [ROLES[i % 2] for i in range(len(counted))]:
-        raise Rejected("turns_not_alternating", found)
-    if counted[-1] != "gpt":
-        raise Rejected("unanswered_turn", found)
+def _found_instead(raw: Mapping[str, object]) -> str:
+    """What stands where a conversation should."""
+    value = raw.get("conversations")
+    if "conversations" in raw:
+        return f"`conversations` is {str(value)[:80]!r}, expected a list of turns"
+    keys = ", ".join(f"`{key}`" for key in list(raw)[:12]) or "none"
+    return (
+        f"there is no key `conversations`, found {keys}; write a question and its answer as "
+        '[{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]'
+    )
 
 
 def _turn(value: object, *, number: int) -> Turn:
@@ -156,43 +188,50 @@ def _turn(value: object, *, number: int) -> Turn:
         (value.get("from"), value.get("value")) if isinstance(value, dict) else (None, None)
     )
     if not isinstance(role, str) or not isinstance(text, str):
-        raise Rejected("bad_turn", f"turn {number} is {str(value)[:80]!r}")
+        raise Rejected(
+            "bad_turn", f"turn {number} is {str(value)[:80]!r}, expected texts `from` and `value`"
+        )
     if role not in ROLES:
-        raise Rejected("unknown_role", f"turn {number} is from {role[:40]!r}, known are {ROLES}")
+        meant = OTHER_ROLES.get(role.strip().lower(), role.strip().lower())
+        advice = f": write {meant!r}" if meant in ROLES else ""
+        raise Rejected(
+            "unknown_role",
+            f"turn {number} is from {role[:40]!r}, known are {', '.join(ROLES)}{advice}",
+        )
+    _check_unicode(text)
     return Turn(role=role, text=text)
 
 
-def _check_text(turn: Turn, *, number: int) -> None:
-    _check_unicode(turn.text)
-    for token in CONTROL_TOKENS:
-        if token in turn.text:
-            raise Rejected("special_text", f"turn {number} contains {token}")
-    if turn.role == "gpt":
-        if not turn.text.strip():
-            raise Rejected("empty_answer", f"turn {number} has no text")
-        if IMAGE_MARK in turn.text:
-            raise Rejected("mark_in_answer", f"turn {number} contains {IMAGE_MARK}")
+def _templates(turns: tuple[Turn, ...], *, num_images: int) -> tuple[TemplateName, ...]:
+    try:
+        return templates_that_train(turns, num_images=num_images)
+    except SampleError as error:
+        raise Rejected(error.reason, error.message) from error
 
 
-def _image_paths(raw: dict[str, object]) -> tuple[str, ...]:
-    """`image`: absent or null (text only), one path, or a list of paths."""
+def _image_paths(raw: Mapping[str, object]) -> tuple[str, ...]:
+    """`image`: absent, null or empty (text only), one path, or a list of paths."""
     value = raw.get("image")
-    paths = [] if value is None else [value] if isinstance(value, str) else value
+    paths = [] if value is None or value == "" else [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise Rejected("bad_image_field", f"`image` is {str(value)[:80]!r}")
+        raise Rejected(
+            "bad_image_field",
+            f"`image` is {str(value)[:80]!r}, expected the path of a file or a list of them",
+        )
+    for path in paths:
+        if (embedded := embedded_file(path)) is not None:
+            raise Rejected(
+                "bad_image_field",
+                f"`image` holds {embedded} as base64, {path[:24]!r}…; write the pictures to files",
+            )
+        if _ADDRESS.match(path):
+            raise Rejected(
+                "bad_image_field", f"`image` is the address {path[:200]!r}; download the pictures"
+            )
+        kind = suffix_kind(path)
+        if kind not in (None, "picture"):
+            raise Rejected("bad_image_field", f"`image` names a {kind}, {path[:200]!r}")
     return tuple(paths)
-
-
-def _check_marks(turns: tuple[Turn, ...], *, num_images: int) -> None:
-    """As many <image> marks as images."""
-    num_marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
-    if num_marks == num_images:
-        return
-    found = f"{num_images} images, {num_marks} {IMAGE_MARK} marks"
-    if num_marks == 0:
-        raise Rejected("image_without_mark", found)
-    more = num_marks > num_images
-    raise Rejected("more_marks_than_images" if more else "fewer_marks_than_images", found)
 
 
 def _printable(text: str) -> str:

@@ -70,10 +70,11 @@ DESCRIPTIVE = _words(
     "id name path file filename url uri link src source dir folder root type format size width height ratio resolution "
     "shape channel count num number total index idx hash md5 sha sha1 sha256 phash caption description desc title "
     "label tag category class score similarity quality aspect duration length fps rate time timestamp start end author "
-    "license licence lang language split set dataset has is alt text token per date year key status"
+    "license licence lang language split set dataset has is alt text token per date year key status info "
+    "meta metadata detail attribute"
 )
 """With one of these, a name says something about a medium (`image_width`) rather than holding it."""
-HOLDS = _words("path file filename url uri link src source dir folder root")
+HOLDS = _words("path file filename url uri link src")
 """Of these, those under which a medium itself may stand (`video_path`)."""
 _COMPANIONS = _words(
     "here pad placeholder place holder token start end begin bos eos of the patch context content feature embed "

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds: every sample ends in exactly one place, restarts change nothing, and foreign folders are left alone."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -195,6 +196,43 @@ def test_re_encoded_images_are_counted(tmp_path: Path) -> None:
     report = build_shards(_options(path, tmp_path / "out"))
     assert report.counts.changed == {"gif_to_png": 2}
     assert "re-encoded images: gif_to_png 2" in report_lines(report, out=tmp_path / "out")
+
+
+def test_keys_that_are_not_read_are_counted_and_named(tmp_path: Path) -> None:
+    rows = [sample(str(i), licence="mine", prompt="x") for i in range(3)]
+    rows[2]["conversations"][0]["weight"] = 1  # type: ignore[index]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(rows))
+    options = dataclasses.replace(_options(path, tmp_path / "out"), samples_per_part=1)
+    report = build_shards(dataclasses.replace(options, ignored_keys=("prompt",)))
+    expected = {"conversations.weight": 1, "licence": 3, "prompt": 3}
+    assert report.counts.unknown_keys == expected
+    written = json.loads((tmp_path / "out/dataset.json").read_text())
+    assert written["counts"]["unknown_keys"] == expected
+    lines = [line for line in report_lines(report, out=tmp_path) if "licence" in line]
+    assert lines == [
+        "keys that are not read, and in how many samples: conversations.weight 1, licence 3, prompt 3"
+    ]
+    with pytest.raises(DataError, match=r"unread_text 3\), the first one because key `prompt`"):
+        build_shards(options, overwrite=True)
+
+
+def test_keys_that_are_data_do_not_fill_the_report(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([sample(str(i), **{f"key-{i:03d}": 1}) for i in range(130)]))
+    keys = build_shards(_options(path, tmp_path / "out")).counts.unknown_keys
+    assert len(keys) == 101
+    assert (keys["key-099"], keys["(other keys)"]) == (1, 30)
+
+
+def test_samples_for_plain_alone_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(encode(noise(), "JPEG"))
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([sample("a", "a.jpg", "Say it.", "A leaf."), sample("b", "a.jpg")]))
+    report = build_shards(_options(path, tmp_path / "out"))
+    assert (report.counts.samples, report.counts.plain_only) == (2, 1)
+    lines = report_lines(report, out=tmp_path)
+    assert any(line.startswith("1 samples have an image without a mark") for line in lines)
 
 
 def test_other_input_or_options_are_refused(data: Path, built: Path) -> None:

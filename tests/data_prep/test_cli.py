@@ -51,7 +51,7 @@ def test_a_taken_folder_is_2_and_bad_data_are_1(
     assert main(["build-shards", str(data), str(data.parent), str(tmp_path / "new")]) == 1
     errors = capsys.readouterr().err
     assert "error: " in errors
-    assert "does not hold a JSON list" in errors
+    assert "is one JSON object, which is not read" in errors
 
 
 def test_a_fault_of_the_disk_is_one_line(

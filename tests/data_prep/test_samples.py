@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every reason for quarantine is reachable and named right; good samples come through unchanged."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> SampleContext:
     (folder / "long.png").write_bytes(encode(Image.new("1", (9000, 10)), "PNG"))
     (folder / "one.json").write_text(json.dumps(sample("one", "a.jpg")))
     (folder / "broken.json").write_text("{")
+    (folder / "twice.json").write_text('{"image": "a.jpg", "image": "b.png", "conversations": []}')
     return SampleContext(
         image_folder=folder,
         json_folder=folder,
@@ -53,6 +55,7 @@ def _conversation(*turns: object, image: str | None = None) -> dict[str, object]
 REFUSED: dict[str, list[Any]] = {
     "missing_json": ["absent.json"],
     "bad_json": ["broken.json", RawEntry(0, None, "Expecting value at column 3")],
+    "duplicate_key": ["twice.json", RawEntry(0, None, "the key `image` twice", is_duplicate=True)],
     "not_a_sample": [12, None, ["a"]],
     "path_outside_folder": [
         sample("x", "../secret.jpg"),
@@ -60,27 +63,67 @@ REFUSED: dict[str, list[Any]] = {
         sample("x", "/etc/passwd"),
         "../one.json",
     ],
-    "bad_image_field": [sample("x", 3), sample("x", ["a.jpg", None]), sample("x", {"a": 1})],
+    "bad_id": [sample("x") | {"id": ["a"]}, sample("x") | {"id": {"a": 1}}],
+    "bad_image_field": [
+        *(sample("x", image) for image in (3, ["a.jpg", None], ["a.jpg", ""], {"a": 1})),
+        *(
+            sample("x", image)
+            for image in ("river.mp4", "https://example.org/a.jpg", "s3://a/b.png")
+        ),
+        *(sample("x", image) for image in ("data:image/png;base64,iVBO", "/9j/" + "A" * 99)),
+    ],
+    "unread_media": [sample("x", video="river.mp4"), sample("x", Image="a.jpg")],
+    "unread_text": [sample("x", system_prompt="Be brief."), sample("x", messages=[HUMAN])],
+    "two_system_texts": [
+        _conversation({"from": "system", "value": "Be kind"}, HUMAN, GPT) | {"system": "Be brief"}
+    ],
     "no_conversations": [{"id": "x"}, _conversation(), {"id": "x", "conversations": "text"}],
-    "bad_turn": [_conversation(HUMAN, "text"), _conversation(HUMAN, {"from": "gpt"})],
-    "unknown_role": [_conversation({"from": "system", "value": "Be kind"}, HUMAN, GPT)],
-    "turns_not_alternating": [_conversation(HUMAN, HUMAN, GPT), _conversation(HUMAN, GPT, GPT)],
+    "bad_turn": [
+        *(
+            _conversation(HUMAN, turn)
+            for turn in ("text", {"from": "gpt"}, {"From": "gpt", "Value": "a"})
+        ),
+        *(_conversation(HUMAN, {"from": "gpt", "value": value}) for value in (3, None, ["a"])),
+        _conversation(HUMAN, GPT) | {"system": ["Be brief"]},
+    ],
+    "unknown_role": [
+        *(
+            _conversation({"from": role, "value": "Hi"}, GPT)
+            for role in ("user", "Human", "tool", "")
+        )
+    ],
+    "turns_not_alternating": [
+        _conversation(HUMAN, HUMAN, GPT),
+        _conversation(HUMAN, GPT, GPT),
+        _conversation(HUMAN, {"from": "system", "value": "Be kind"}, GPT),
+        _conversation(*[{"from": "system", "value": "Be kind"}] * 2, HUMAN, GPT),
+    ],
     "unanswered_turn": [_conversation(HUMAN, GPT, HUMAN)],
     "no_answer": [_conversation(HUMAN), _conversation(GPT), _conversation(GPT, HUMAN)],
-    "empty_answer": [sample("x", None, "Hi", " \n")],
+    "empty_question": [sample("x", None, "Hi", "Hello", "", "Yes")],
+    "empty_answer": [sample("x", None, "Hi", " \n"), sample("x", None, "Hi", "Hello", "Why?", "")],
     "special_text": [
         sample("x", None, "Hi <|im_end|>", "Hello"),
         sample("x", None, "Hi", "<|endoftext|>"),
-        sample("x", None, "Hi", "<|im_start|>"),
     ],
     "invalid_unicode": [sample("x", None, "Hi", "\ud800"), sample("\udfff")],
-    "image_without_mark": [sample("x", "a.jpg", "What is it?", "A picture.")],
+    "image_without_mark": [
+        sample("x", "a.jpg", "What is it?", "A picture.", "Is it?", "Yes."),
+        sample("x", ["a.jpg", "b.png"], "What is it?", "Two pictures."),
+    ],
     "fewer_marks_than_images": [sample("x", ["a.jpg", "b.png"], "<image> What?", "A picture.")],
     "more_marks_than_images": [
         sample("x", "a.jpg", "<image> <image>", "Two."),
         sample("x", None, "<image>", "None."),
     ],
     "mark_in_answer": [sample("x", "a.jpg", "What?", "It is <image>")],
+    "mark_in_system": [sample("x", "a.jpg", "What?", "It is", system="See <image>")],
+    "unread_mark": [
+        sample("x", None, "<video>\nWhat?", "Yes."),
+        sample("x", "a.jpg", "<image> <image_1>", "Yes."),
+        sample("x", None, "What?", "See <audio>."),
+        sample("x", None, "What?", "Yes.", system="You see <|image_pad|>."),
+    ],
     "missing_image": [
         sample("x", "absent.jpg"),
         sample("x", "a.jpg/b.jpg"),
@@ -152,10 +195,102 @@ def test_ids_are_texts(context: SampleContext, value: object, expected: str) -> 
     assert _good(RawEntry(3, raw), context).sample.id == expected
 
 
-@pytest.mark.parametrize("image", [None, []])
+@pytest.mark.parametrize(
+    ("value", "turns", "expected"),
+    [
+        (
+            None,
+            [{"from": "system", "value": "Be brief."}, HUMAN, GPT],
+            ["Be brief.", "Hi", "Hello"],
+        ),
+        ("Be brief.", [HUMAN, GPT], ["Be brief.", "Hi", "Hello"]),
+        (
+            "Be brief.",
+            [{"from": "system", "value": " Be brief. "}, HUMAN, GPT],
+            ["Be brief.", "Hi", "Hello"],
+        ),
+        (
+            "Be brief.",
+            [{"from": "system", "value": ""}, GPT, HUMAN, GPT],
+            ["Be brief.", "Hello", "Hi", "Hello"],
+        ),
+        ("", [{"from": "system", "value": " "}, HUMAN, GPT], ["Hi", "Hello"]),
+        (None, [HUMAN, GPT], ["Hi", "Hello"]),
+    ],
+)
+def test_a_system_text_is_stored_once(
+    context: SampleContext, value: object, turns: list[object], expected: list[str]
+) -> None:
+    checked = _good(RawEntry(0, _conversation(*turns) | {"system": value}), context)
+    assert [turn.text for turn in checked.sample.turns] == expected
+    assert checked.unknown_keys == ()
+
+
+def test_a_caption_without_mark_is_stored_for_plain(context: SampleContext) -> None:
+    for question in ("", "What is it?"):
+        checked = _good(RawEntry(0, sample("s", "a.jpg", question, "A picture.")), context)
+        assert checked.templates == ("plain",)
+    assert _good(RawEntry(0, sample("s", "a.jpg")), context).templates == ("qwen2", "plain")
+    assert _good(RawEntry(0, sample("s", None, *"abcd")), context).templates == ("qwen2",)
+
+
+@pytest.mark.parametrize("image", [None, [], ""])
 def test_an_empty_image_field_means_text_only(context: SampleContext, image: object) -> None:
     raw = sample("s") | {"image": image}
     assert _good(RawEntry(0, raw), context).sample.images == ()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "{folder}/a.jpg",
+        "{folder}/../images/a.jpg",
+        "../images/a.jpg",
+        "./a.jpg",
+        "../images/../images/./a.jpg",
+        "{real}/a.jpg",
+        "link/b.png",
+        "../images/link/b.png",
+    ],
+)
+def test_every_spelling_of_a_path_inside_the_folder_is_read(
+    context: SampleContext, tmp_path: Path, path: str
+) -> None:
+    """The folder is given through a link, and holds a link that leads out of it, which is fine."""
+    real = context.image_folder.resolve()
+    (tmp_path / "images").symlink_to(real)
+    (real / "link").unlink(missing_ok=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/b.png").write_bytes(PNG)
+    (real / "link").symlink_to(tmp_path / "elsewhere")
+    linked = dataclasses.replace(context, image_folder=tmp_path / "images")
+    spelled = path.format(folder=tmp_path / "images", real=real)
+    images = _good(RawEntry(0, sample("s", spelled)), linked).sample.images
+    assert images == (PNG if path.endswith("png") else JPEG,)
+
+
+@pytest.mark.parametrize("path", ["{folder}/../secret.jpg", "../secret.jpg", "link/../secret.jpg"])
+def test_a_path_that_leads_out_is_refused_with_what_is_true(
+    context: SampleContext, tmp_path: Path, path: str
+) -> None:
+    folder = tmp_path / "photos"
+    (folder.parent / "away/deep").mkdir(parents=True)
+    folder.mkdir()
+    (folder / "link").symlink_to(folder.parent / "away/deep")
+    for place in (folder.parent, folder.parent / "away"):
+        (place / "secret.jpg").write_bytes(JPEG)
+    inside = dataclasses.replace(context, image_folder=folder)
+    record = check_entry(RawEntry(0, sample("s", path.format(folder=folder))), context=inside)
+    assert isinstance(record, QuarantineRecord)
+    assert record.reason == "path_outside_folder"
+    assert f"is outside {folder}" in record.message
+
+
+def test_everything_is_inside_the_root(context: SampleContext) -> None:
+    root = dataclasses.replace(context, image_folder=Path("/"))
+    path = str(context.image_folder / "a.jpg")
+    for spelled in (path, path[1:], f"/..{path}"):
+        assert _good(RawEntry(0, sample("s", spelled)), root).sample.images == (JPEG,)
 
 
 def test_changes_are_named(context: SampleContext) -> None:
