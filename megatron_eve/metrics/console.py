@@ -3,8 +3,8 @@
 
     step 1200/58000 | loss 2.3142 | grad 0.84 | lr 9.7e-5 | tok/s/gpu 9,310 | mfu 41.2% | fill 99.4% | data 1.1%
 
-Columns whose metric a step does not log are left out; so are counts of what should not happen (quarantined, skipped)
-while they are zero. Metrics without a column are in metrics.jsonl only."""
+Columns whose metric a step does not log are left out; so are counts of what should not happen (_FAULTS) while they
+are zero. Metrics without a column are in metrics.jsonl only."""
 
 from collections.abc import Callable, Mapping
 
@@ -56,4 +56,4 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("data_wait_fraction", "data", _percent),
     ("eta_s", "eta", duration_text),
 )
-_FAULTS = ("quarantined", "skipped")
+_FAULTS = ("quarantined", "unreadable", "read_retries", "skipped")
