@@ -110,12 +110,15 @@ class CountedSource:
             if (counts := self._read(self.path, num_samples=self.num_samples)) is not None:
                 self._remove_parts()
                 return counts
-            missing = self.missing_parts()
-            if missing:
-                alive()
+            alive()
+            if missing := self.missing_parts():
                 self._count_missing(missing, share=share, alive=alive)
-            else:
-                self._join()
+                continue
+            with _lock_of(self.path) as is_mine:
+                if is_mine and not self.path.is_file():
+                    self._join()
+                    continue
+            time.sleep(_LOOK_S)  # another process is at it
 
     def count(self, part: int, *, alive: Alive = lambda: None) -> SourceCounts | None:
         """Count one part and keep it; None if another process is at it or has done it."""
@@ -241,7 +244,8 @@ class CountedSource:
         save_counts(concatenate(present), self.path)
 
     def _remove_parts(self) -> None:
-        for path in self.path.parent.glob(f"{self.path.stem}.part-*"):
+        parts = self.path.parent.glob(f"{self.path.stem}.part-*")
+        for path in (*parts, self.path.with_suffix(".lock")):
             with suppress(OSError):
                 path.unlink()
 
