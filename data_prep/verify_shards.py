@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is a shard folder what its builder wrote? Hashes every shard, decodes every row, compares counts and file lists.
+"""Is a shard folder what its builder wrote? Hashes every shard, decodes every row, compares counts and file lists, and
+each image with the size that its row says, as the trainer reads it (a build of before may have read it otherwise).
 
 In: a folder made by build-shards. Out: the list of problems, empty if there are none. The trainer only compares file
 sizes when it starts; this is the thorough check, after a copy or when a disk is in doubt.
@@ -15,7 +16,11 @@ import xxhash
 
 from data_prep.ownership import DATASET_FILE
 from data_prep.parts import INDEX_FILE, QUARANTINE_FILE, SHARD_HASH
+from megatron_eve.data.image import image_size
+from megatron_eve.data.quarantine import SampleError
 from megatron_eve.data.row import from_row
+from megatron_eve.data.sample import Sample
+from megatron_eve.data.shard_record import built_exif_rotation
 from megatron_eve.data.streaming_import import reader_from_json
 from megatron_eve.errors import DataError
 
@@ -37,8 +42,9 @@ def verify_shards(folder: Path) -> Verification:
     """Check the whole folder. Raises DataError if it has no index, so that there is nothing to check against."""
     index, dataset = read_index(folder), _read_json(folder / DATASET_FILE)
     result = Verification()
+    exif_rotation = built_exif_rotation(folder)
     for shard in index["shards"]:
-        _verify_shard(folder, shard, result=result)
+        _verify_shard(folder, shard, exif_rotation=exif_rotation, result=result)
     _verify_files(folder, index["shards"], result=result)
     _verify_counts(folder, dataset, result=result)
     return result
@@ -67,7 +73,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _verify_shard(folder: Path, shard: dict[str, Any], *, result: Verification) -> None:
+def _verify_shard(
+    folder: Path, shard: dict[str, Any], *, exif_rotation: bool, result: Verification
+) -> None:
     name = shard["raw_data"]["basename"]
     path = folder / name
     result.num_shards += 1
@@ -83,7 +91,7 @@ def _verify_shard(folder: Path, shard: dict[str, Any], *, result: Verification) 
     if digest != wanted:
         result.problems.append(f"{name}: {SHARD_HASH} is {digest}, the index says {wanted}")
         return
-    _verify_rows(folder, shard, result=result)
+    _verify_rows(folder, shard, exif_rotation=exif_rotation, result=result)
 
 
 def _hash_file(path: Path) -> str:
@@ -94,7 +102,9 @@ def _hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _verify_rows(folder: Path, shard: dict[str, Any], *, result: Verification) -> None:
+def _verify_rows(
+    folder: Path, shard: dict[str, Any], *, exif_rotation: bool, result: Verification
+) -> None:
     reader = reader_from_json(str(folder), None, shard)
     name = shard["raw_data"]["basename"]
     for number in range(shard["samples"]):
@@ -105,6 +115,21 @@ def _verify_rows(folder: Path, shard: dict[str, Any], *, result: Verification) -
             continue
         result.num_samples += 1
         result.num_images += len(sample.images)
+        problem = _size_problem(sample, exif_rotation=exif_rotation)
+        if problem is not None:
+            result.problems.append(f"{name}: row {number}, {sample.id}: {problem}")
+
+
+def _size_problem(sample: Sample, *, exif_rotation: bool) -> str | None:
+    """What the trainer would mask, from headers (PNG and TIFF are decoded); None: nothing."""
+    for data, (height, width) in zip(sample.images, sample.image_sizes, strict=True):
+        try:
+            found = image_size(data, exif_rotation=exif_rotation)
+        except SampleError as error:
+            return str(error)
+        if found != (height, width):
+            return f"the image is {found[0]} x {found[1]}, the row says {height} x {width}"
+    return None
 
 
 def _verify_files(folder: Path, shards: list[dict[str, Any]], *, result: Verification) -> None:

@@ -17,7 +17,7 @@ _FILE = "dataset.json"
 def check_exif_rotation(folders: Sequence[Path], *, exif_rotation: bool) -> None:
     """Rows hold the sizes of pictures as they are trained on, turned or not. Raises ConfigError, DataError."""
     for folder in folders:
-        built = _option(folder / _FILE, "exif_rotation", default=True)
+        built = built_exif_rotation(folder)
         if built is not exif_rotation:
             flag = "--exif-rotation" if exif_rotation else "--no-exif-rotation"
             raise ConfigError(
@@ -25,6 +25,11 @@ def check_exif_rotation(folders: Sequence[Path], *, exif_rotation: bool) -> None
                 f"built with {str(built).lower()}; set data.exif_rotation={str(built).lower()} or build the shards "
                 f"again with {flag}."
             )
+
+
+def built_exif_rotation(folder: Path) -> bool:
+    """Whether a shard folder's pictures were measured turned. Raises DataError."""
+    return _option(folder / _FILE, "exif_rotation", default=True)
 
 
 def _option(path: Path, name: str, *, default: bool) -> bool:

@@ -266,12 +266,17 @@ def test_release_tells_the_run(
     run = dataclasses.replace(
         recipe,
         model=eve.config,
-        data=dataclasses.replace(recipe.data, tokenizer=str(tokenizer_folder), image_edge=48),
+        data=dataclasses.replace(
+            recipe.data, tokenizer=str(tokenizer_folder), image_edge=48, exif_rotation=False
+        ),
     )
     trained = tmp_path / "step-7"
     gloo1.run(resave, tmp_path / "import", trained, layout(), config_text(run))
     assert gloo1.run(run_export, trained, tmp_path / "hf", None, None) == [""]
-    assert json.loads((tmp_path / "hf/preprocessor_config.json").read_text())["max_size"] == 48
+    processor = json.loads((tmp_path / "hf/preprocessor_config.json").read_text())
+    assert (processor["max_size"], processor["exif_rotation"]) == (48, False)
+    other = gloo1.run(run_export, trained, tmp_path / "other", None, None, exif_rotation=True)
+    assert "The run was trained with data.exif_rotation=false" in other[0]
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert (config["tune_VE"], config["tune_LLM"], config["tune_MOE"]) == (True, True, True)
     assert config["vision_tower_lr"] == run.optim.patch_embedding_lr

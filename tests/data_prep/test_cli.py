@@ -76,7 +76,8 @@ def test_a_build_reports_parts_on_stderr_and_the_result_last(
     captured = capsys.readouterr()
     assert "part-00001 done (2/2) | samples 6/6 | quarantined 1" in captured.err
     assert captured.out.splitlines()[-1].startswith("wrote 2 shards in 2 parts")
-    assert json.loads((out / "dataset.json").read_text())["options"]["source"] == "mine"
+    options = json.loads((out / "dataset.json").read_text())["options"]
+    assert (options["source"], options["exif_rotation"]) == ("mine", True)
 
 
 def test_training_a_tokenizer_on_conversations(

@@ -2,6 +2,7 @@
 """Damage to a shard folder is found and named."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from data_prep.__main__ import main
 from data_prep.inspect_shards import describe, find_samples
 from data_prep.verify_shards import verify_shards
+from megatron_eve.data.image import image_size
 from megatron_eve.errors import DataError
 from tests.data_prep.pictures import write_dataset
 
@@ -98,6 +100,27 @@ def test_a_row_that_does_not_decode_is_found(shards: Path, monkeypatch: pytest.M
     problems = verify_shards(shards).problems
     assert len(problems) == 10
     assert problems[0] == f"{SHARD}: row 0: DataError: image_ends do not fit"
+
+
+def test_a_row_that_says_another_size_is_found(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of pictures that an earlier build did not turn."""
+    content = json.loads((shards / "dataset.json").read_text())
+    (shards / "dataset.json").write_text(
+        json.dumps(content | {"options": {"exif_rotation": False}})
+    )
+    asked: list[bool] = []
+
+    def sideways(data: bytes, *, exif_rotation: bool) -> tuple[int, int]:
+        asked.append(exif_rotation)
+        height, width = image_size(data, exif_rotation=exif_rotation)
+        return (width, height) if len(asked) == 3 else (height, width)
+
+    monkeypatch.setattr("data_prep.verify_shards.image_size", sideways)
+    (problem,) = verify_shards(shards).problems
+    assert re.search(r"row \d+, image-\d+: the image is \d+ x 48, the row says 48 x \d+$", problem)
+    assert set(asked) == {False}
 
 
 def test_an_incomplete_folder_is_refused(shards: Path) -> None:

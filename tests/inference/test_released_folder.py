@@ -44,6 +44,13 @@ def test_a_repetition_penalty_of_the_folder_is_known(copy: Path) -> None:
         assert read_release(copy).repetition_penalty == found
 
 
+def test_a_folder_says_whether_pictures_are_turned(copy: Path) -> None:
+    """Releases of before the field turned them."""
+    for given, found in ((True, True), (False, False), (None, True)):
+        edit(copy / "preprocessor_config.json", exif_rotation=given)
+        assert read_release(copy).images.exif_rotation is found
+
+
 def test_needs_nothing_but_data(copy: Path) -> None:
     """The folder's Python files and generation_config.json are not read."""
     for path in (*copy.glob("*.py"), copy / "generation_config.json"):
@@ -79,6 +86,7 @@ def test_needs_nothing_but_data(copy: Path) -> None:
         ),
         ("preprocessor_config.json", {"image_mean": [0.5]}, r"image_mean is \[0.5\]"),
         ("preprocessor_config.json", {"max_size": "big"}, r"max_size is 'big'"),
+        ("preprocessor_config.json", {"exif_rotation": "no"}, r"exif_rotation is 'no'"),
     ],
 )
 def test_wrong_fields_are_named(
