@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run is told twice, compared before anything is built: its model against the weights that it starts from, its
-tokenizer against the model.
+tokenizer against the model, its choices about pictures against its shards.
 
 resolve() checks the configuration by itself; this reads the files that it names, small ones, and imports no torch
 unless the run has checkpoints of its own. A dry run does the same with what is there, and says what is not."""
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.weights_model import model_of_weights, refuse_other_model
+from megatron_eve.data.shard_record import check_exif_rotation
 from megatron_eve.errors import CheckpointError
 from megatron_eve.run_folder import checkpoints_of
 
@@ -17,8 +18,8 @@ _LOG = logging.getLogger(__name__)
 
 
 def check_start(config: RunConfig, *, dry_run: bool) -> None:
-    """Raises: ConfigError where two of them disagree, CheckpointError for weights that cannot be read or, unless it is
-    a dry run, are not there."""
+    """Raises: ConfigError where two of them disagree, DataError for a record of shards that cannot be read,
+    CheckpointError for weights that cannot be read or, unless it is a dry run, are not there."""
     run_dir = Path(config.run_dir)
     if checkpoints_of(run_dir):
         if dry_run:  # the run itself asks with the folder's lock in its hand
@@ -28,6 +29,8 @@ def check_start(config: RunConfig, *, dry_run: bool) -> None:
     else:
         _check_weights(config, dry_run=dry_run)
     _check_tokenizer(config, dry_run=dry_run)
+    shards = [Path(source.path) for source in config.data.sources]
+    check_exif_rotation(shards, exif_rotation=config.data.exif_rotation)
 
 
 def _check_weights(config: RunConfig, *, dry_run: bool) -> None:

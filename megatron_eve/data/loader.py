@@ -34,7 +34,6 @@ from megatron_eve.data.packing import PackCost, PackShape, PlannedPack, deal
 from megatron_eve.data.plan import PackPlan, SampleOrder
 from megatron_eve.data.quarantine import UNREADABLE, Quarantined, QuarantineReport, SampleError
 from megatron_eve.data.sample import Pack
-from megatron_eve.data.shard_record import check_exif_rotation
 from megatron_eve.data.shards import ShardTable
 from megatron_eve.data.tokenizer import Tokenizer
 from megatron_eve.errors import DataError
@@ -93,8 +92,6 @@ class PackLoader:
         self.stats = LoaderStats()
         self._shape = PackShape(pack_tokens=data.pack_tokens, align=data.align)
         self._cost = PackCost.of_model(model, trainable=trainable)
-        folders = [Path(source.path) for source in data.sources]
-        check_exif_rotation(folders, exif_rotation=data.exif_rotation)
         table = ShardTable.open([source.path for source in data.sources])
         settings = LengthSettings.of_sources(data, model=model)
         limit = unreadable_limit(data.max_unreadable, num_samples=len(table))

@@ -49,6 +49,19 @@ def test_other_constants_than_the_weights_have_are_refused(
     assert [line.count("but the weights of") for line in lines] == [1, 1]
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_shards_whose_pictures_were_measured_in_another_way_are_refused(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], dry: list[str]
+) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "dataset.json").write_text('{"options": {"exif_rotation": false}}')
+    arguments.append(f"data.sources.0.path={shards}")
+    assert main([*arguments, *dry]) == 2
+    assert "data.exif_rotation=true, but" in capsys.readouterr().err
+    assert main([*arguments, "data.exif_rotation=false", "--dry-run"]) == 0
+
+
 def test_the_resolved_configuration_says_what_was_taken(
     arguments: list[str], tmp_path: Path, model: ModelConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

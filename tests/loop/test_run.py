@@ -201,6 +201,8 @@ ERRORS = {
     "checkpoint.load_weights_from=/nowhere/weights": r"CheckpointError: no checkpoint folder /nowhere/weights",
     "parallel.gpus_per_node=2": r"ParallelError: 1 processes are running but .* is 2",
     "train.backend=te": r"ConfigError: .*te",
+    "data.decode_on=gpu": r"ConfigError: data\.decode_on=gpu, but there is no GPU here",
+    "data.exif_rotation=false": r"ConfigError: data\.exif_rotation=false, but .*dataset\.json says",
 }
 
 
