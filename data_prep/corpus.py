@@ -5,7 +5,8 @@ them, without their image marks. The template's own words are in every training 
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.readers import iterate_entries
+from data_prep.formats import refusal_of_file
+from data_prep.readers import iterate_entries, open_text
 from megatron_eve.data.conversation import SYSTEM_TEXT
 from megatron_eve.data.media_names import IMAGE_MARK
 from megatron_eve.errors import ConfigError, DataError
@@ -15,17 +16,23 @@ def read_texts(path: Path) -> Iterator[str]:
     """The texts of one file. Raises: ConfigError if there is none; DataError if an entry holds no conversation."""
     if not path.is_file():
         raise ConfigError(f"{path} is not a file; give a text file or a .json/.jsonl file.")
-    if path.suffix not in (".json", ".jsonl"):
-        with path.open(encoding="utf-8") as file:
-            yield from file
+    if Path(path.name.removesuffix(".gz")).suffix not in (".json", ".jsonl", ".ndjson"):
+        try:
+            with open_text(path) as file:
+                yield from file
+        except UnicodeDecodeError as error:
+            raise refusal_of_file(path, problem=f"is not UTF-8 text ({error})") from error
         return
     for entry in iterate_entries(path):
         turns = entry.value.get("conversations") if isinstance(entry.value, dict) else None
-        if not isinstance(turns, list):
+        values = turns if isinstance(turns, list) else [None]
+        texts = [turn.get("value") if isinstance(turn, dict) else None for turn in values]
+        if not all(isinstance(text, str) for text in texts):
             raise DataError(
-                f"{path}: entry {entry.index} has no `conversations`; expected a sample."
+                f"{path}: entry {entry.index} has no `conversations` of texts ({entry.error or 'no sample'}); "
+                "expected a sample, see docs/data.md."
             )
-        yield _rendered([str(turn["value"]).replace(IMAGE_MARK, "") for turn in turns])
+        yield _rendered([str(text).replace(IMAGE_MARK, "") for text in texts])
 
 
 def _rendered(texts: list[str]) -> str:

@@ -153,7 +153,7 @@ def encode_prompt(
     `qwen2`: turns alternate and end with a human one; the prompt ends with `ASSISTANT:`, no space.
     `plain`: the images alone, whatever the one human turn says. Raises SampleError like
     `encode_sample`."""
-    check_texts(turns, end_texts=tokenizer.end_texts)
+    check_texts(turns, end_texts=tokenizer.end_texts, is_prompt=True)
     check_marks(turns, num_images=num_images, template="qwen2")
     images_alone = [_Segment(IMAGE_MARK, False)] * num_images
     segments = images_alone if template == "plain" else _prompt_segments(turns)

@@ -78,8 +78,12 @@ def spoken_turns(turns: Sequence[Turn]) -> tuple[Turn, ...]:
     return rest[1:] if rest and rest[0].role == GPT else rest
 
 
-def check_texts(turns: Sequence[Turn], *, end_texts: Sequence[str] = END_TEXTS) -> None:
-    """Roles that are known, `<image>` in questions only, no unread mark, no token that ends a text."""
+def check_texts(
+    turns: Sequence[Turn], *, end_texts: Sequence[str] = END_TEXTS, is_prompt: bool = False
+) -> None:
+    """Roles that are known, `<image>` in questions only, no unread mark, no token that ends a text.
+
+    A prompt may spell other marks: who asks sends pictures as pictures, and `{image}` in a question is code."""
     for number, turn in enumerate(turns):
         if turn.role not in ROLES:
             raise SampleError(
@@ -90,7 +94,7 @@ def check_texts(turns: Sequence[Turn], *, end_texts: Sequence[str] = END_TEXTS) 
             raise SampleError(
                 "turns_not_alternating", f"turn {number} is from system, which may only come first"
             )
-        mark = unread_mark(turn.text, in_question=turn.role != GPT)
+        mark = None if is_prompt else unread_mark(turn.text, in_question=turn.role != GPT)
         if mark is not None:
             raise SampleError(
                 "unread_mark",

@@ -3,8 +3,8 @@
 
 So a prompt is the training sample up to the answer: same template, same tokens, same resize (the official rule of
 training, or of evaluation, by choice). Refused as DataError: an image that cannot be decoded or has more pixels than
-allowed, text that spells a special token or an `<image>` mark, a question without text and images, turns that do not
-alternate.
+allowed, text that spells a token that ends a text or an `<image>` mark, a question without text and images, turns that
+do not alternate.
 """
 
 import io

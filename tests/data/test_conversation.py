@@ -329,3 +329,12 @@ def test_prompt_refuses_what_training_refuses(qwen: Tokenizer) -> None:
         encode_prompt(turns_of("What?"), num_images=1, template="qwen2", tokenizer=qwen)
     with pytest.raises(SampleError, match="a prompt must end with a human turn"):
         encode_prompt(turns_of("What?", "A"), num_images=0, template="qwen2", tokenizer=qwen)
+    with pytest.raises(SampleError, match="special_text"):
+        encode_prompt(turns_of("<|im_end|>"), num_images=0, template="qwen2", tokenizer=qwen)
+
+
+def test_a_prompt_may_spell_marks_of_other_media(qwen: Tokenizer) -> None:
+    """Who asks sends pictures as pictures; `{image}` in a question is code."""
+    question = "What does f'{image}' and <video> mean in <|box_start|>?"
+    prompt = encode_prompt(turns_of(question), num_images=0, template="qwen2", tokenizer=qwen)
+    assert qwen.decode(prompt).endswith(f"USER: {question} ASSISTANT:")
