@@ -29,6 +29,7 @@ def plan_text(config: RunConfig, *, epoch: EpochSize | None) -> str:
         ("weights", _weights(config)),
         *_layout(config),
         *_batch(config, epoch=epoch),
+        ("loss", _loss(config)),
         ("steps", _steps(config, epoch=epoch)),
         ("schedule", _schedule(config, epoch=epoch)),
         *_parameters(config),
@@ -142,6 +143,18 @@ def _schedule(config: RunConfig, *, epoch: EpochSize | None) -> str:
     )
     clip = "no clipping" if optim.clip_grad is None else f"clipping at norm {optim.clip_grad:g}"
     return f"warm-up {warmup} to {optim.peak_lr:g}{patch}, cosine to {optim.min_lr:g}, {clip}"
+
+
+def _loss(config: RunConfig) -> str:
+    how = config.optim.loss_normalization
+    meaning = {
+        "global_tokens": "mean over all label tokens of a step",
+        "sample_mean": "mean over the samples of a step of each one's token mean",
+        "sqrt_tokens": "a sample's label tokens weigh 1 / sqrt of their number",
+        "official": f"mean over groups of {config.optim.loss_group_samples} samples in data order of each one's "
+        "token mean",
+    }
+    return f"{how}: {meaning[how]}"
 
 
 def _parameters(config: RunConfig) -> list[tuple[str, str]]:

@@ -35,6 +35,7 @@ _AT_LEAST_ONE = (
     "parallel.virtual_pipeline",
     "parallel.context",
     "batch.size",
+    "optim.loss_group_samples",
     "train.steps",
     "train.distributed_timeout_s",
     "checkpoint.save_every_steps",

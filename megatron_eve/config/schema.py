@@ -14,7 +14,11 @@ alone. `text`: everything else (text branch or shared decoder, token embedding, 
 
 StageName = Literal["text", "1", "2.1", "2.2", "3"]
 TemplateName = Literal["plain", "qwen2"]
-LossNormalization = Literal["global_tokens", "microbatch_mean"]
+LossNormalization = Literal[
+    "global_tokens", "sample_mean", "sqrt_tokens", "official", "microbatch_mean"
+]
+"""How much each sample weighs in a step's loss (loop/loss.py). `microbatch_mean`, the mean over packs, is there only so
+that the configurations of earlier runs can be read; resolve() refuses it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +150,7 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """AdamW with linear warm-up and cosine decay, and the weight of each sample in the loss."""
 
     peak_lr: float
     patch_embedding_lr: float  # official `vision_tower_lr`
@@ -158,6 +162,8 @@ class OptimConfig:
     weight_decay: float
     clip_grad: float | None  # global norm; None: no clipping, as in the official runs
     loss_normalization: LossNormalization
+    loss_group_samples: int | None = None
+    """With loss_normalization=official: samples of a micro-batch of the official script. None with every other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

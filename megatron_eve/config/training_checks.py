@@ -26,6 +26,7 @@ def training_problems(config: RunConfig) -> Iterator[str]:
     yield from _pack_problems(config)
     yield from _length_problems(config)
     yield from _schedule_problems(config)
+    yield from _loss_problems(config)
     yield from _numerics_problems(config)
     yield from gpu_problems(config)
     yield from _checkpoint_problems(config)
@@ -134,6 +135,37 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
                 f"optim.min_lr={optim.min_lr:g} is above {key}={value:g}, so the cosine would rise; "
                 "use a smaller optim.min_lr."
             )
+
+
+def _loss_problems(config: RunConfig) -> Iterator[str]:
+    how, group, batch = (
+        config.optim.loss_normalization,
+        config.optim.loss_group_samples,
+        config.batch,
+    )
+    if how == "microbatch_mean":
+        yield (
+            "optim.loss_normalization=microbatch_mean is not offered any more: it was the mean over packs, so that a "
+            "sample's weight depended on its neighbours. Use official with optim.loss_group_samples, the samples of a "
+            "micro-batch of the official script (8, 4, 2, 2, 2 from stage 1 to stage 3), or global_tokens, sample_mean "
+            "or sqrt_tokens."
+        )
+    elif how == "official" and group is None:
+        yield (
+            "optim.loss_normalization=official needs optim.loss_group_samples, found none; set it to the samples of a "
+            "micro-batch of the official script (8, 4, 2, 2, 2 from stage 1 to stage 3)."
+        )
+    elif how != "official" and group is not None:
+        yield (
+            f"optim.loss_group_samples={group} belongs to optim.loss_normalization=official, found {how}; set it to "
+            "none, or use official."
+        )
+    elif group is not None and batch.unit == "samples" and batch.size % group:
+        yield (
+            f"batch.size={batch.size} samples is not a multiple of optim.loss_group_samples={group}; the last group of "
+            f"each step would be smaller and its samples weigh more, so use {-(-batch.size // group) * group}, for "
+            "example."
+        )
 
 
 def _numerics_problems(config: RunConfig) -> Iterator[str]:

@@ -52,6 +52,7 @@ class PackMember:
     id: str
     tokens: ExpandedSample
     quarantined: Reason | None  # set: the sample keeps its place but carries no label
+    place: int  # among the samples of the step, in data order
 
 
 def image_layout(*, rows: int, cols: int) -> NDArray[np.uint8]:
@@ -107,11 +108,13 @@ def assemble_pack(
     patches: NDArray[np.uint8],
     shape: PackShape,
     pad_id: int,
+    step_places: int,
 ) -> Pack:
     """The pack of these samples, in this order; without samples a pack of padding, which has no label.
 
-    `patches` [P, dense_stride**2, 3 * patch_stride**2]: of all images of all samples, in order. Raises DataError if the
-    samples do not fit or the patches are not as many as the samples' tokens say."""
+    `patches` [P, dense_stride**2, 3 * patch_stride**2]: of all images of all samples, in order. `step_places`: more
+    than the place of any sample. Raises DataError if the samples do not fit or the patches are not as many as the
+    samples' tokens say."""
     tokens = [member.tokens for member in members]
     padding, num_vision, num_real = _padding_after(tokens, shape=shape, pad_id=pad_id)
     every = [*tokens, padding]
@@ -140,6 +143,8 @@ def assemble_pack(
         label_rows=torch.from_numpy(label_rows),
         label_targets=torch.from_numpy(targets_in_order[label_rows]),
         sample_ids=tuple(member.id for member in members),
+        sample_places=tuple(member.place for member in members),
+        step_places=step_places,
         sample_padding=tuple(one.num_padding for one in tokens),
         num_real_vision=num_real[0],
         num_real_text=num_real[1] - sum(one.num_padding for one in tokens),

@@ -125,6 +125,7 @@ class PackLoader:
             model=model,
             device=device,
             exif_rotation=data.exif_rotation,
+            step_places=self._plan.max_samples,
         )
         self._ahead = max(1, data.prefetch_steps) if data.num_workers else 1
         self._pool = (

@@ -53,7 +53,9 @@ class PackBuilder:
         model: ModelConfig,
         device: Literal["cpu", "cuda"],
         exif_rotation: bool,
+        step_places: int,
     ) -> None:
+        self._step_places = step_places
         self._table = table
         self._settings = settings
         self._tokenizer = tokenizer
@@ -85,12 +87,14 @@ class PackBuilder:
                 masked.append(
                     Quarantined(one.id, one.source, error.reason, error.message, str(file), row)
                 )
-            members.append(PackMember(one.id, one.tokens, error.reason if error else None))
+            reason = error.reason if error else None
+            members.append(PackMember(one.id, one.tokens, reason, item.place))
         pack = assemble_pack(
             members,
             patches=self._patches(images, every_job),
             shape=self._shape,
             pad_id=self._tokenizer.pad_id,
+            step_places=self._step_places,
         )
         return pack, masked
 

@@ -17,11 +17,12 @@ from megatron_eve.errors import ConfigError
 
 
 class Item(NamedTuple):
-    """A sample as the packer sees it: its global index in the shard table, and its tokens."""
+    """A sample as the packer sees it: its global index in the shard table, its tokens, its place in data order."""
 
     sample: int
     num_vision: int
     num_text: int
+    place: int = 0  # in data order; plan.py numbers the samples of a step 0, 1, 2 ...
 
     @property
     def num_tokens(self) -> int:
@@ -124,7 +125,7 @@ class PackCost:
 
     def of(self, pack: PlannedPack, *, shape: PackShape) -> int:
         vision = text = squares = 0
-        for _, num_vision, num_text in pack:
+        for _, num_vision, num_text, _ in pack:
             vision += num_vision
             text += num_text
             squares += (num_vision + num_text) ** 2

@@ -149,6 +149,20 @@ def _tokens_of_an_epoch(
     return round(total)
 
 
+def _most_samples(batch: BatchConfig, *, lengths: SampleLengths, shape: PackShape) -> int:
+    """An upper bound on the samples of a step, from the shortest sample that is trained on."""
+    if batch.unit == "samples":
+        return batch.size
+    num_tokens = lengths.num_vision[lengths.usable] + lengths.num_text[lengths.usable]
+    return batch.size * (shape.pack_tokens // max(1, int(num_tokens.min())))
+
+
+def _numbered(packs: list[PlannedPack], arrivals: list[NDArray[np.int64]]) -> list[PlannedPack]:
+    """The same packs, their samples numbered in the order in which they arrived at the packer."""
+    places = iter(np.concatenate(arrivals).argsort().argsort().tolist())
+    return [tuple(item._replace(place=next(places)) for item in pack) for pack in packs]
+
+
 class PackPlan:
     """Steps of packs, one after another, with a state that continues exactly."""
 
@@ -176,6 +190,8 @@ class PackPlan:
         )
         self._epoch = 0
         self._position = 0
+        self.max_samples = _most_samples(batch, lengths=lengths, shape=shape)
+        """No step has more; the same in every step and on every rank."""
         # the pool depends on what decides a pack; in mode `samples` nothing is carried from step to step
         packing = (_PACKER, shape, cost, open_bins) if batch.unit == "packs" else ()
         digest = hashlib.sha256(repr((order.fingerprint, batch.unit, packing)).encode())
@@ -184,17 +200,25 @@ class PackPlan:
         self.fingerprint = digest.hexdigest()[:16]
 
     def next_step(self) -> list[PlannedPack]:
-        """The packs of the next step, before padding packs, in an order that does not depend on the ranks."""
+        """The packs of the next step, before padding packs, in an order that does not depend on the ranks.
+
+        Items carry the place of their sample in the step: samples in the order of the epoch, whatever pack they are
+        in. What a step of packs holds is the packer's choice; its samples, too, are numbered in that order."""
         if self._batch.unit == "samples":
             return pack_batch(self._next_items(self._batch.size), shape=self._shape)
-        return [self._next_pack() for _ in range(self._batch.size)]
+        packs, arrivals = [], []
+        for _ in range(self._batch.size):
+            packs.append(self._next_pack())
+            arrivals.append(self._packer.arrivals_of_last_pack)
+        return _numbered(packs, arrivals)
 
     def _next_items(self, count: int) -> list[Item]:
         items: list[Item] = []
         while len(items) < count:
             self._enter_next_epoch_at_the_end()
             columns = self._ahead(count - len(items))
-            items += map(Item, *(column.tolist() for column in columns))
+            places = range(len(items), len(items) + columns[0].size)
+            items += map(Item, *(column.tolist() for column in columns), places)
             self._position += columns[0].size
         return items
 

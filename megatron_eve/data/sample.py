@@ -67,6 +67,10 @@ class Pack:
     label_rows: Tensor  # [L] int64: modality-order rows whose next token (in sequence order) is a target; ascending
     label_targets: Tensor  # [L] int64: that next token's id
     sample_ids: tuple[str, ...]  # real samples in the pack, in sequence order
+    sample_places: tuple[
+        int, ...
+    ]  # place of each of them among the samples of the step, in data order
+    step_places: int  # more than every place; the same for all packs of a run
     sample_padding: tuple[int, ...]  # padding tokens at the end of each of them (data.sample_align)
     num_real_vision: int  # without padding
     num_real_text: int  # without padding

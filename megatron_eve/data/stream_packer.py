@@ -125,6 +125,11 @@ class StreamPacker:
         self.samples = np.empty(0, np.int64)  # global indices, in order of arrival: the state
         self._num_vision = np.empty(0, np.int64)
         self._num_text = np.empty(0, np.int64)
+        self._arrivals = np.empty(
+            0, np.int64
+        )  # of the pool's samples; only their order means something
+        self._num_arrived = 0
+        self.arrivals_of_last_pack = np.empty(0, np.int64)
 
     def __len__(self) -> int:
         """Samples in the pool."""
@@ -141,9 +146,14 @@ class StreamPacker:
         self.samples = np.concatenate([self.samples, samples])
         self._num_vision = np.concatenate([self._num_vision, num_vision])
         self._num_text = np.concatenate([self._num_text, num_text])
+        arrivals = np.arange(self._num_arrived, self._num_arrived + samples.size)
+        self._arrivals = np.concatenate([self._arrivals, arrivals])
+        self._num_arrived += samples.size
 
     def take(self) -> PlannedPack:
-        """One pack out of the pool, which must not be empty; its samples in order of arrival."""
+        """One pack out of the pool, which must not be empty; its samples in order of arrival.
+
+        `arrivals_of_last_pack` then has the number of each of them among all that arrived."""
         pool = _Pool.of(self._num_vision, self._num_text, cost=self._cost, shape=self._shape)
         draft = _Draft(np.ones(len(self), np.bool_))
         draft.add(0, pool)
@@ -152,9 +162,11 @@ class StreamPacker:
         taken = np.sort(np.asarray(draft.picked))
         columns = (self.samples[taken], self._num_vision[taken], self._num_text[taken])
         pack = tuple(map(Item, *(column.tolist() for column in columns)))
+        self.arrivals_of_last_pack = self._arrivals[taken]
         self.samples = self.samples[draft.free]
         self._num_vision = self._num_vision[draft.free]
         self._num_text = self._num_text[draft.free]
+        self._arrivals = self._arrivals[draft.free]
         return pack
 
     def _fill_middle(self, draft: _Draft, pool: _Pool) -> None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from megatron_eve.config.schema import RunConfig, TrainableGroup
 from megatron_eve.data.quarantine import UNREADABLE
 from megatron_eve.data.sample import Pack
 from megatron_eve.loop.learning import GROUPS, reached_groups
-from megatron_eve.loop.loss import micro_batch_loss
+from megatron_eve.loop.loss import label_weights, micro_batch_loss
 from megatron_eve.loop.non_finite import NonFiniteLossError, origin_of_non_finite
 from megatron_eve.metrics.flops import executed_flops, ideal_flops
 from megatron_eve.metrics.profiling import no_range
@@ -58,7 +57,8 @@ COUNTS = (
 def to_device(
     packs: Sequence[Pack], *, config: RunConfig, state: ParallelState
 ) -> list[MicroBatch]:
-    """This rank's part of each micro-batch."""
+    """This rank's part of each micro-batch, with the weight of each of its labels in the step's loss."""
+    weights = label_weights(packs, optim=config.optim, group=state.groups.dp, device=state.device)
     parallel = config.parallel
     place = RankPlace(
         tp_rank=state.tp_rank,
@@ -74,8 +74,9 @@ def to_device(
             split_attention=config.model.split.attention,
             align=config.data.align,
             device=state.device,
+            label_weights=of_pack,
         )
-        for pack in packs
+        for pack, of_pack in zip(packs, weights, strict=True)
     ]
 
 
@@ -97,7 +98,7 @@ def forward_backward(
     rows = stream_rows(config.data.pack_tokens, cp_size=cp_size, align=config.data.align)
     run_schedule = get_forward_backward_func()
     return run_schedule(
-        forward_step_func=partial(_forward_step, normalization=config.optim.loss_normalization),
+        forward_step_func=_forward_step,
         data_iterator=iterators if len(model) > 1 else iterators[0],
         model=list(model) if len(model) > 1 else model[0],
         num_microbatches=len(batches),
@@ -107,13 +108,11 @@ def forward_backward(
     )
 
 
-def _forward_step(
-    batches: Iterator[MicroBatch], chunk: torch.nn.Module, *, normalization: Any
-) -> tuple[Tensor, Any]:
+def _forward_step(batches: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
     batch = next(batches)
 
     def loss_func(row_losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        loss = micro_batch_loss(row_losses, batch=batch, normalization=normalization)
+        loss = micro_batch_loss(row_losses, batch=batch)
         return loss.numerator, loss.denominator, loss.logged
 
     return chunk(batch), loss_func

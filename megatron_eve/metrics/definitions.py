@@ -23,7 +23,12 @@ class Metric:
 
 
 _ALL = (
-    Metric("loss", "nats/token", "last", "cross entropy over the label tokens of the global batch"),
+    Metric(
+        "loss",
+        "nats/token",
+        "last",
+        "cross entropy of the global batch as optim.loss_normalization weighs it",
+    ),
     Metric("grad_norm", "1", "last", "global norm of the gradient before clipping"),
     Metric("lr", "1", "last", "learning rate of the decoder"),
     Metric("patch_embedding_lr", "1", "last", "learning rate of the patch embedding"),

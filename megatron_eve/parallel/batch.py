@@ -27,10 +27,8 @@ class MicroBatch:
     vision_sources: Tensor  # [V or V/tp] int64, see PatchEmbedding.forward
     label_rows: Tensor  # [L] int64, rows of the last layer's gathered output
     label_targets: Tensor  # [L] int64
-    label_weights: Tensor  # [L] float32: 1 for a target, 0 for a padding row
+    label_weights: Tensor  # [L] float32: of each target in the loss, 0 for a padding row
     num_labels: int  # real targets among the L rows
-    num_pack_labels: int  # real targets of the whole pack, on all context-parallel ranks
-    is_first_context_rank: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,14 +60,23 @@ def stream_rows(pack_tokens: int, *, cp_size: int, align: int) -> int:
 
 
 def micro_batch(
-    pack: Pack, *, place: RankPlace, split_attention: bool, align: int, device: torch.device
+    pack: Pack,
+    *,
+    place: RankPlace,
+    split_attention: bool,
+    align: int,
+    device: torch.device,
+    label_weights: Tensor | None = None,
 ) -> MicroBatch:
     """The part of `pack` that the rank at `place` computes on.
 
-    `align`: both segments, the rows that the last layer keeps and the labelled rows are padded to multiples of it, so
-    that kernels see few different shapes and never none.
+    `label_weights` [labels of the pack] float32, see loop/loss.py; None: each weighs 1. `align`: both segments, the
+    rows that the last layer keeps and the labelled rows are padded to multiples of it, so that kernels see few
+    different shapes and never none.
     """
-    tokens = _local_tokens(pack, place=place, align=align)
+    if label_weights is None:
+        label_weights = torch.ones(pack.label_rows.numel())
+    tokens = _local_tokens(pack, place=place, align=align, label_weights=label_weights)
     kept_rows, kept = _kept_rows(
         tokens, place=place, split_attention=split_attention, align=align, device=device
     )
@@ -87,8 +94,6 @@ def micro_batch(
         label_targets=targets.to(device),
         label_weights=weights.to(device),
         num_labels=tokens.label_targets.numel(),
-        num_pack_labels=pack.label_rows.numel(),
-        is_first_context_rank=place.cp_rank == 0,
     )
 
 
@@ -108,7 +113,9 @@ def executed_rows(pack: Pack, *, cp_size: int, shards: int, align: int) -> list[
     ranks = []
     for cp_rank in range(cp_size):
         place = RankPlace(cp_rank=cp_rank, cp_size=cp_size)
-        tokens = _local_tokens(pack, place=place, align=align)
+        tokens = _local_tokens(
+            pack, place=place, align=align, label_weights=torch.ones(pack.label_rows.numel())
+        )
         num_rows, num_vision = tokens.order.numel(), tokens.num_vision
         kept_vision, kept_text = (
             torch.cat(
@@ -143,9 +150,12 @@ class _LocalTokens:
     )
     label_rows: Tensor  # [labels] rows in modality order
     label_targets: Tensor  # [labels]
+    label_weights: Tensor  # [labels] float32
 
 
-def _local_tokens(pack: Pack, *, place: RankPlace, align: int) -> _LocalTokens:
+def _local_tokens(
+    pack: Pack, *, place: RankPlace, align: int, label_weights: Tensor
+) -> _LocalTokens:
     lengths = tuple(pack.cu_seqlens.diff().tolist())
     numbers = (pack.vision_kind == VISION_PATCH).cumsum(0) - 1
     if place.cp_size == 1:
@@ -159,6 +169,7 @@ def _local_tokens(pack: Pack, *, place: RankPlace, align: int) -> _LocalTokens:
             patch_numbers=numbers[pack.vision_kind == VISION_PATCH],
             label_rows=pack.label_rows,
             label_targets=pack.label_targets,
+            label_weights=label_weights,
         )
     positions = zigzag_positions(lengths, cp_rank=place.cp_rank, cp_size=place.cp_size)
     row_of_position = torch.empty_like(pack.modality_order)
@@ -186,6 +197,7 @@ def _local_tokens(pack: Pack, *, place: RankPlace, align: int) -> _LocalTokens:
         patch_numbers=numbers[pack_rows[:held]][kind[:held] == VISION_PATCH],
         label_rows=label_slots[label_slots >= 0],
         label_targets=pack.label_targets[label_slots >= 0],
+        label_weights=label_weights[label_slots >= 0],
     )
 
 
@@ -296,7 +308,7 @@ def _padded_labels(
     padding = max(align, -(-count // align) * align) - count
     rows = F.pad(place_of_row[tokens.label_rows], (0, padding))
     targets = F.pad(tokens.label_targets, (0, padding))
-    weights = torch.cat([torch.ones(count), torch.zeros(padding)])
+    weights = F.pad(tokens.label_weights, (0, padding))
     return rows, targets, weights
 
 

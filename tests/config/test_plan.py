@@ -97,7 +97,7 @@ def test_packs_that_stay_empty_bring_advice(tokens_a_sample: int, advice: str | 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_has_a_plan(name: str) -> None:
-    assert len(plan_text(load_recipe(name), epoch=LD).splitlines()) == 17
+    assert len(plan_text(load_recipe(name), epoch=LD).splitlines()) == 18
 
 
 def test_configuration_needs_no_torch() -> None:

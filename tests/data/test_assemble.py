@@ -51,6 +51,7 @@ def random_member(rng: np.random.Generator, number: int) -> tuple[PackMember, li
         id=f"s{number}",
         tokens=expand(EncodedSample(ids, labels, False), grids=grids),
         quarantined="undecodable" if rng.random() < 0.2 else None,
+        place=2 * number + 1,
     )
     return member, naive
 
@@ -60,7 +61,7 @@ def assemble(members: list[PackMember], shape: PackShape) -> Pack:
     count = sum(int((member.tokens.kinds == VISION_PATCH).sum()) for member in members)
     patches = np.zeros((count, *PATCH_SHAPE), np.uint8)
     patches[:, 0, 0] = np.arange(count) % 251
-    return assemble_pack(members, patches=patches, shape=shape, pad_id=PAD_ID)
+    return assemble_pack(members, patches=patches, shape=shape, pad_id=PAD_ID, step_places=40)
 
 
 def check_against_naive(
@@ -102,6 +103,8 @@ def check_against_naive(
             if row < pack.num_vision
             else (ids[row - pack.num_vision] == PAD_ID)
         )
+    assert pack.sample_places == tuple(2 * number + 1 for number in range(len(naive)))
+    assert pack.step_places == 40
     assert pack.label_rows.tolist() == sorted(expected_labels)
     assert (
         dict(zip(pack.label_rows.tolist(), pack.label_targets.tolist(), strict=True))
@@ -151,7 +154,7 @@ def test_padded_samples_are_the_same_samples_with_silent_text_behind(
         member, tokens = random_member(rng, number)
         count = -len(tokens) % sample_align
         padded = pad_sample(member.tokens, count, pad_id=PAD_ID)
-        members.append(PackMember(member.id, padded, member.quarantined))
+        members.append(PackMember(member.id, padded, member.quarantined, member.place))
         naive.append([*tokens, *[["text", PAD_ID, IGNORE]] * count])
     pack = assemble(members, shape)
     check_against_naive(pack, members, naive, shape)
@@ -200,7 +203,7 @@ def test_last_image_token_predicts_the_first_caption_token() -> None:
     ids = np.array([IMAGE_PLACEHOLDER, 11, 12], np.int64)
     labels = np.array([IGNORE, 11, 12], np.int64)
     tokens = expand(EncodedSample(ids, labels, False), grids=[(2, 1)])
-    member = PackMember("a", tokens, None)
+    member = PackMember("a", tokens, None, 0)
     shape = PackShape(pack_tokens=16, align=8)
     pack = assemble([member], shape)
     assert pack.vision_kind.tolist()[:5] == [
@@ -222,7 +225,7 @@ def test_image_layout_counts() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     ids = np.arange(10, dtype=np.int64)
     tokens = expand(EncodedSample(ids, ids, False), grids=[])
-    member = PackMember("a", tokens, None)
+    member = PackMember("a", tokens, None, 0)
     with pytest.raises(DataError, match="1 samples with 0 vision and 10 text tokens do not fit"):
         assemble([member], PackShape(pack_tokens=16, align=8))
 
@@ -231,7 +234,7 @@ def test_patches_must_be_as_many_as_the_tokens() -> None:
     patches = np.zeros((3, *PATCH_SHAPE), np.uint8)
     shape = PackShape(pack_tokens=16, align=8)
     with pytest.raises(DataError, match="3 patches given, the samples' images have 0"):
-        assemble_pack([], patches=patches, shape=shape, pad_id=PAD_ID)
+        assemble_pack([], patches=patches, shape=shape, pad_id=PAD_ID, step_places=40)
 
 
 def test_grids_and_placeholders_must_match() -> None:

@@ -71,6 +71,30 @@ def ids(step: list[PlannedPack]) -> list[int]:
     return [item.sample for pack in step for item in pack]
 
 
+@pytest.mark.parametrize(("unit", "size"), [("samples", 9), ("packs", 5)])
+def test_samples_of_a_step_are_numbered_in_data_order(unit: str, size: int) -> None:
+    """0, 1, 2 ... over the packs of a step, in the order of the epoch, which is not the order of the packs; also over
+    an epoch's end and after a resume, where the packer's pool comes from a state."""
+    plan, other = (plan_of(unit, size, proportions=[99.0, 39.0]) for _ in range(2))
+    rank = {sample: i for i, sample in enumerate(plan._order.epoch(0).tolist())}
+    mixed, largest = 0, 0
+    for number in range(60):
+        state = json.loads(json.dumps(plan.state_dict()))
+        step = plan.next_step()
+        items = sorted((item for pack in step for item in pack), key=lambda item: item.place)
+        assert [item.place for item in items] == list(range(len(items)))
+        largest = max(largest, len(items))
+        if plan.state_dict()["epoch"] == 0:
+            ranks = [rank[item.sample] for item in items]
+            assert ranks == sorted(ranks)
+            mixed += ids(step) != [item.sample for item in items]
+        if number % 7 == 3:
+            other.load_state_dict(state)
+            assert other.next_step() == step
+    assert mixed > 3, "else the order of packs would do"
+    assert largest <= plan.max_samples < 1000
+
+
 def test_one_source_every_usable_sample_once_per_epoch() -> None:
     unfit = (0, 7, *range(30, 80), 99)  # the second shard has no usable sample at all
     order = order_of(table_of([30, 50, 20]), lengths_of(100, unfit=unfit))

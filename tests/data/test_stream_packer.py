@@ -21,7 +21,7 @@ def packer_of(
 
 
 def add(packer: StreamPacker, items: list[Item]) -> None:
-    samples, num_vision, num_text = np.array(items, np.int64).reshape(-1, 3).T
+    samples, num_vision, num_text = np.array(items, np.int64).reshape(-1, 4).T[:3]
     packer.add(samples, num_vision=num_vision, num_text=num_text)
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our model against numbers that the official EVEv2 code computed (tests/golden/official, README.md there).
 
-The official weights come in through the converter's command line, the samples as packs; forward, loss, gradients and
+The official weights come in through the converter's command line; the samples of a step are packed as the product packs
+them, so that packs are not the official micro-batches; forward, loss, gradients and
 optimizer steps are those of the product, in one process and under tensor and sequence parallelism."""
 
 import dataclasses
@@ -17,15 +18,18 @@ from megatron_eve.config.schema import ModelConfig
 from tests.support.exact_steps import ExactSteps, exact_steps
 from tests.support.official import (
     CASES,
+    LARGEST_MICRO_BATCH,
     PATCH_EMBEDDING_LR,
     PEAK_LR,
     convert,
     gradients_of_first_batch,
     initial_weights,
     logits_of_first_batch,
+    micro_batches_of_step,
     official_batch,
     official_run,
     official_steps,
+    packs,
     train,
     write_official_folder,
 )
@@ -103,6 +107,19 @@ def test_loss_and_every_gradient(
 STEPS_OF = (*CASES, "v2.0-stage2.1")
 
 
+def test_packs_are_not_the_official_micro_batches(tmp_path: Path) -> None:
+    """Else the steps below would not show that the loss is a property of samples."""
+    model = write_official_folder("v2.0", tmp_path / "hf")
+    mixed = 0
+    for step in range(5):
+        groups = [
+            {place // LARGEST_MICRO_BATCH for place in pack.sample_places}
+            for pack in packs(micro_batches_of_step(step), model)
+        ]
+        mixed += any(len(of_pack) > 1 for of_pack in groups)
+    assert mixed == 5
+
+
 def run_steps(imported: Any, in_layout: Any, name: str, out: Path, **optim: Any) -> Any:
     """The case, its metrics per step in our code, and the exact run with its bound."""
     source, (parallel, pool) = imported(name.removesuffix("-stage2.1")), in_layout
@@ -146,7 +163,9 @@ def test_twenty_optimizer_steps(
 
 
 CHANGES: dict[str, dict[str, Any]] = {
-    "global-tokens": {"loss_normalization": "global_tokens"},
+    "global-tokens": {"loss_normalization": "global_tokens", "loss_group_samples": None},
+    "sample-mean": {"loss_normalization": "sample_mean", "loss_group_samples": None},
+    "groups-of-two": {"loss_group_samples": 2},
     "clipping": {"clip_grad": 1.0},
     "beta2": {"adam_beta2": 0.95},
     "rate-plus-1%": {

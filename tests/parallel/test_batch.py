@@ -19,13 +19,14 @@ def pack_of(seed: int, *, count: int = 5) -> Pack:
     return naive_pack(samples, model=MODEL, tokens=TOKENS, align=ALIGN, sample_align=8)
 
 
-def part(pack: Pack, **place: Any) -> MicroBatch:
+def part(pack: Pack, *, label_weights: torch.Tensor | None = None, **place: Any) -> MicroBatch:
     return micro_batch(
         pack,
         place=RankPlace(**place),
         split_attention=True,
         align=ALIGN,
         device=torch.device("cpu"),
+        label_weights=label_weights,
     )
 
 
@@ -49,10 +50,27 @@ def test_context_ranks_share_a_pack(cp_size: int, count: int) -> None:
     assert torch.equal(positions.sort().values, pack.position_ids.sort().values)
     targets = torch.cat([batch.label_targets[: batch.num_labels] for batch in batches])
     assert torch.equal(targets.sort().values, pack.label_targets.sort().values)
-    assert {batch.num_pack_labels for batch in batches} == {pack.label_targets.numel()}
-    assert [batch.is_first_context_rank for batch in batches] == [True] + [False] * (cp_size - 1)
+    weights = torch.cat([batch.label_weights for batch in batches])
+    assert weights.tolist().count(1) == pack.label_targets.numel()
+    assert set(weights.tolist()) <= {0.0, 1.0}, "a target weighs 1, a padding row nothing"
     assert pack.patches is not None
     assert sum(len(batch.patches) for batch in batches) == len(pack.patches)
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+def test_each_label_keeps_its_weight(cp_size: int) -> None:
+    """However a pack is cut, (target, weight) pairs are those of the pack."""
+    pack = pack_of(3)
+    weights = torch.arange(1.0, 1 + pack.label_targets.numel())
+    found = []
+    for rank in range(cp_size):
+        batch = part(pack, cp_rank=rank, cp_size=cp_size, label_weights=weights)
+        count = batch.num_labels
+        found += zip(
+            batch.label_targets[:count].tolist(), batch.label_weights[:count].tolist(), strict=True
+        )
+        assert not batch.label_weights[count:].any()
+    assert sorted(found) == sorted(zip(pack.label_targets.tolist(), weights.tolist(), strict=True))
 
 
 @pytest.mark.parametrize(("tp_size", "cp_size"), [(1, 1), (2, 1), (1, 2), (2, 2), (2, 4)])

@@ -71,7 +71,7 @@ def exact_steps(case: str, model: ModelConfig, *, stage2_1: bool, grad_rtol: flo
         batch = [
             [sample.reference() for sample in samples] for samples in micro_batches_of_step(step)
         ]
-        loss = batch_loss(eve, batch, normalization="microbatch_mean")
+        loss = batch_loss(eve, batch, normalization="official")
         loss.backward()
         optimizer.step()
         for group in optimizer.param_groups:

@@ -9,15 +9,21 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints_convert.hf_config import read_hf_config
 from megatron_eve.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainableGroup
-from tests.support.tiny import RawSample, naive_pack
+from megatron_eve.data.assemble import ExpandedSample, PackMember, assemble_pack, expand
+from megatron_eve.data.conversation import EncodedSample
+from megatron_eve.data.packing import Item, PackShape, pack_batch
+from megatron_eve.data.patches import patchify
+from megatron_eve.data.sample import Pack
+from tests.support.tiny import RawSample
 from tests.support.train_once import EVERYTHING, build, run_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "official"
@@ -25,6 +31,7 @@ CASES = ("v2.0", "v2.0-tied", "v1.5", "attention-only", "norm-only", "dense")
 STEPS, MICRO_BATCHES_PER_STEP = 20, 2
 PEAK_LR, PATCH_EMBEDDING_LR, WARMUP_FRACTION = 1e-3, 5e-4, 0.03
 TOKENS, ALIGN = 96, 8  # of a pack; the longest micro-batch has 63 tokens
+LARGEST_MICRO_BATCH = 4  # samples; a smaller one leaves places of its group empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +141,46 @@ def official_run(
             adam_eps=1e-8,
             weight_decay=0.0,
             clip_grad=None,
-            loss_normalization="microbatch_mean",
+            loss_normalization="official",
+            loss_group_samples=LARGEST_MICRO_BATCH,
         ),
     )
 
 
-def packs(batches: list[list[RawSample]], model: ModelConfig) -> list[Any]:
-    """One pack for each micro-batch."""
-    return [naive_pack(samples, model=model, tokens=TOKENS, align=ALIGN) for samples in batches]
+def packs(batches: list[list[RawSample]], model: ModelConfig) -> list[Pack]:
+    """The samples of all micro-batches as the product packs those of a step: best fit, across micro-batches."""
+    shape = PackShape(pack_tokens=TOKENS, align=ALIGN)
+    items, members, images = [], [], []
+    for number, samples in enumerate(batches):
+        for place, sample in enumerate(samples, start=number * LARGEST_MICRO_BATCH):
+            tokens = _expanded(sample, model)
+            num_vision = int(tokens.is_vision.sum())
+            items.append(Item(len(items), num_vision, tokens.ids.size - num_vision, place))
+            members.append(PackMember(str(place), tokens, None, place))
+            images.append([_patches(image, model) for image in sample.images])
+    nothing = np.empty((0, model.dense_stride**2, 3 * model.patch_stride**2), np.uint8)
+    return [
+        assemble_pack(
+            [members[item.sample] for item in pack],
+            patches=np.concatenate([nothing, *(p for item in pack for p in images[item.sample])]),
+            shape=shape,
+            pad_id=0,
+            step_places=len(batches) * LARGEST_MICRO_BATCH,
+        )
+        for pack in pack_batch(items, shape=shape)
+    ]
+
+
+def _expanded(sample: RawSample, model: ModelConfig) -> ExpandedSample:
+    edge = model.pixels_per_token
+    grids = [(image.shape[1] // edge, image.shape[2] // edge) for image in sample.images]
+    encoded = EncodedSample(sample.ids.numpy(), sample.labels.numpy(), was_cut=False)
+    return expand(encoded, grids=grids)
+
+
+def _patches(image: Tensor, model: ModelConfig) -> NDArray[np.uint8]:
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    return patchify(pixels, patch_stride=model.patch_stride, dense_stride=model.dense_stride)
 
 
 def convert(source: Path, dest: Path) -> None:

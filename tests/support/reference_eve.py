@@ -224,19 +224,23 @@ def batch_loss(
     *,
     normalization: LossNormalization = "global_tokens",
 ) -> Tensor:
-    """Loss of one global batch, given as micro-batches of samples (of all data-parallel ranks).
+    """Loss of one global batch, given as the official code's micro-batches (of all data-parallel ranks).
 
-    `global_tokens`: sum over all targets / number of all targets. `microbatch_mean`: the official
-    code's mean over the targets of each micro-batch, then the mean of these; a micro-batch without
-    a target counts as zero.
+    `official`: the mean over the targets of each micro-batch, then the mean of these. The others see
+    samples, not micro-batches: the mean over all targets; the mean over samples of the mean over
+    each one's targets; the mean over all targets, each weighted by 1/sqrt(targets of its sample).
+    A sample or micro-batch without a target counts for nothing.
     """
-    outputs = [[eve(sample) for sample in samples] for samples in microbatches]
-    sums = [torch.stack([out.loss_sum for out in outs]).sum() for outs in outputs]
-    counts = [sum(out.num_targets for out in outs) for outs in outputs]
-    if normalization == "global_tokens":
-        return torch.stack(sums).sum() / max(sum(counts), 1)
-    means = [total / max(count, 1) for total, count in zip(sums, counts, strict=True)]
-    return torch.stack(means).mean()
+    groups = [[eve(sample) for sample in samples] for samples in microbatches]
+    if normalization != "official":
+        groups = [[out] for outs in groups for out in outs]
+    sums = [torch.stack([out.loss_sum for out in outs]).sum() for outs in groups if outs]
+    counts = [sum(out.num_targets for out in outs) for outs in groups if outs]
+    power = {"global_tokens": 0.0, "sqrt_tokens": 0.5, "sample_mean": 1.0, "official": 1.0}
+    weights = [max(count, 1) ** -power[normalization] for count in counts]
+    total = torch.stack([total * w for total, w in zip(sums, weights, strict=True)]).sum()
+    of_targets = sum(count * w for count, w in zip(counts, weights, strict=True))
+    return total / (of_targets or 1.0)
 
 
 def build_reference(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_eve.config.schema import LossNormalization
 from tests.support.official import (
     CASES,
     initial_weights,
@@ -15,6 +16,8 @@ from tests.support.official import (
 )
 from tests.support.reference_eve import IGNORE, ReferenceEve, batch_loss, build_reference
 from tests.support.tiny import random_samples, tiny_model
+
+MODES: tuple[LossNormalization, ...] = ("global_tokens", "sample_mean", "sqrt_tokens", "official")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -34,14 +37,18 @@ def test_equals_official_code(case: str, tmp_path: Path) -> None:
 
 
 def test_loss_normalizations_differ_on_unequal_microbatches() -> None:
+    """Two samples in one micro-batch, one in another, one without a target in a third."""
     eve = build_reference(tiny_model(), dtype=torch.float64)
-    long, short = (sample.reference() for sample in random_samples(2, seed=0))
+    samples = [sample.reference() for sample in random_samples(5, seed=0)]
+    batches = [samples[:2], samples[2:3], samples[4:]]
     with torch.no_grad():
-        a, b = eve(long), eve(short)
-        total = batch_loss(eve, [[long], [short]])
-        mean = batch_loss(eve, [[long], [short]], normalization="microbatch_mean")
-    assert 0 < a.num_targets != b.num_targets > 0
-    targets = a.num_targets + b.num_targets
-    torch.testing.assert_close(total, (a.loss_sum + b.loss_sum) / targets)
-    means = a.loss_sum / a.num_targets, b.loss_sum / b.num_targets
-    torch.testing.assert_close(mean, sum(means) / 2)
+        sums, counts = zip(*((o.loss_sum, o.num_targets) for o in map(eve, samples)), strict=True)
+        loss = {how: batch_loss(eve, batches, normalization=how) for how in MODES}
+    (a, b, c), (x, y, z) = sums[:3], counts[:3]
+    assert len({x, y, z}) == 3 and min(x, y, z) > 0 and counts[4] == 0
+    torch.testing.assert_close(loss["global_tokens"], (a + b + c) / (x + y + z))
+    torch.testing.assert_close(loss["sample_mean"], (a / x + b / y + c / z) / 3)
+    torch.testing.assert_close(loss["official"], ((a + b) / (x + y) + c / z) / 2)
+    roots = [n**0.5 for n in (x, y, z)]
+    weighted = sum(total / root for total, root in zip((a, b, c), roots, strict=True))
+    torch.testing.assert_close(loss["sqrt_tokens"], weighted / sum(roots))

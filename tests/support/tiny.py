@@ -77,6 +77,7 @@ class RawSample:
     ids: Tensor
     images: tuple[Tensor, ...]
     labels: Tensor
+    place: int | None = None  # in data order, in a step of packs that are not in this order
 
     def reference(self) -> ReferenceSample:
         """The same sample with normalised pixels."""
@@ -137,8 +138,11 @@ def naive_pack(
     tokens: int,
     align: int,
     sample_align: int = 1,
+    first_place: int = 0,
+    step_places: int | None = None,
 ) -> Pack:
-    """A Pack built token by token, independent of the product's packer."""
+    """A Pack built token by token, independent of the product's packer. Samples without a place get the next ones from
+    `first_place` on; `step_places`: by default those of this pack alone."""
     kinds: list[int] = []  # per sequence token: vision kind, or -1 for text
     ids: list[int] = []
     targets: list[int] = []
@@ -199,6 +203,11 @@ def naive_pack(
         label_rows=rows_m,
         label_targets=targets_m[rows_m],
         sample_ids=tuple(str(i) for i in range(len(samples))),
+        sample_places=tuple(
+            first_place + i if sample.place is None else sample.place
+            for i, sample in enumerate(samples)
+        ),
+        step_places=step_places or max(1, len(samples)),
         sample_padding=tuple(paddings),
         num_real_vision=num_real_vision,
         num_real_text=num_real_text - sum(paddings),

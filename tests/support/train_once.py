@@ -2,6 +2,7 @@
 """The product around a tiny model in any layout, inside gloo workers: configuration, packs, chunks, weights folders."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,8 +50,8 @@ def global_batch(num_packs: int) -> list[list[RawSample]]:
 def packs_of_rank(
     packs: Sequence[Sequence[RawSample]], *, config: RunConfig, state: ParallelState
 ) -> list[Pack]:
-    """The packs of the global batch that this data-parallel rank computes on."""
-    data = config.data
+    """The packs of the global batch that this data-parallel rank computes on; data order is that of the packs."""
+    data, ends = config.data, list(itertools.accumulate(map(len, packs), initial=0))
     return [
         naive_pack(
             list(samples),
@@ -58,8 +59,12 @@ def packs_of_rank(
             tokens=data.pack_tokens,
             align=data.align,
             sample_align=data.sample_align,
+            first_place=first_place,
+            step_places=max(1, ends[-1]),
         )
-        for samples in packs[state.dp_rank :: state.dp_size]
+        for samples, first_place in list(zip(packs, ends[:-1], strict=True))[
+            state.dp_rank :: state.dp_size
+        ]
     ]
 
 

@@ -103,7 +103,7 @@ def _run_model(
         align=config.data.align,
         device=state.device,
     )
-    loss = micro_batch_loss(chunk(batch), batch=batch, normalization="global_tokens")
+    loss = micro_batch_loss(chunk(batch), batch=batch)
     total = loss.numerator / pack.label_targets.numel()
     torch.autograd.backward(total)
     gradients = {

@@ -21,7 +21,7 @@ from megatron_eve.config.gpu_checks import FP8_BLOCK
 from megatron_eve.config.recipes import RECIPES
 from megatron_eve.config.schema import GpuConfig, ModelConfig, RunConfig
 from tools.bench.report import BenchmarkError
-from tools.bench.setting import STAGES, Scale, one_process, scaled_config
+from tools.bench.setting import STAGES, Scale, one_process, over_all_tokens, scaled_config
 
 Size = Literal["full", "tiny"]
 TINY_SCALE = Scale(hidden_size=256, num_layers=2, token_share=1 / 32)
@@ -53,7 +53,9 @@ class Setting:
         if self.size == "tiny":
             config = scaled_config(stage, scale=TINY_SCALE, dtype=self.dtype)
         else:
-            config = dataclasses.replace(RECIPES[STAGES[stage]](), parallel=one_process())
+            recipe = RECIPES[STAGES[stage]]()
+            optim = over_all_tokens(recipe.optim)
+            config = dataclasses.replace(recipe, parallel=one_process(), optim=optim)
         tokens = pack_tokens or config.data.pack_tokens
         return dataclasses.replace(
             config,

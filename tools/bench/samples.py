@@ -267,7 +267,7 @@ def as_pack(samples: Sequence[BenchSample], *, config: RunConfig) -> Pack:
     """One micro-batch of the trainer."""
     model = config.model
     members = [
-        PackMember(str(i), sample.expanded(pixels_per_token=model.pixels_per_token), None)
+        PackMember(str(i), sample.expanded(pixels_per_token=model.pixels_per_token), None, i)
         for i, sample in enumerate(samples)
     ]
     patch, dense = model.patch_stride, model.dense_stride
@@ -281,4 +281,5 @@ def as_pack(samples: Sequence[BenchSample], *, config: RunConfig) -> Pack:
         patches=np.concatenate([np.empty((0, dense**2, 3 * patch**2), np.uint8), *patches]),
         shape=PackShape(pack_tokens=config.data.pack_tokens, align=config.data.align),
         pad_id=0,
+        step_places=max(1, len(members)),
     )

@@ -4,7 +4,7 @@
 Width and depth are chosen; heads, FFN and vocabulary follow so that attention, FFN and output layer keep about the
 shares that they have in Qwen2.5-7B. `token_share` scales the tokens of an image, the text, the pack and its alignment
 alike, so that as many samples share a pack as at full size. Trainable sets, image area, recomputation and optimizer are
-the recipe's."""
+the recipe's; the loss is over all label tokens of a step, in both forms that are compared."""
 
 import dataclasses
 import math
@@ -13,7 +13,13 @@ from typing import Literal
 
 from megatron_eve.config.recipes import RECIPES
 from megatron_eve.config.recipes.shapes import qwen2_5_7b
-from megatron_eve.config.schema import ModelConfig, ParallelConfig, RunConfig, SplitConfig
+from megatron_eve.config.schema import (
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    SplitConfig,
+)
 from tools.bench.report import BenchmarkError
 
 CURRICULUM = {
@@ -121,8 +127,14 @@ def scaled_config(
         model=scaled_model(recipe.model.split, scale=scale),
         data=dataclasses.replace(recipe.data, pack_tokens=pack_tokens, align=align),
         parallel=one_process(data_parallel),
+        optim=over_all_tokens(recipe.optim),
         train=dataclasses.replace(recipe.train, dtype=dtype, backend="local"),
     )
+
+
+def over_all_tokens(optim: OptimConfig) -> OptimConfig:
+    """The same with one weight for every label token: a benchmark's packs are not those of one step in data order."""
+    return dataclasses.replace(optim, loss_normalization="global_tokens", loss_group_samples=None)
 
 
 def one_process(data_parallel: int = 1) -> ParallelConfig:

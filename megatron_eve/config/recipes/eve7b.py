@@ -7,10 +7,13 @@ Same in all five: AdamW (0.9, 0.999, 1e-8), no weight decay, linear warm-up over
 epoch, bf16, no gradient clipping (the scripts' DeepSpeed files switch none on), one learning rate for both groups, seed
 42, text cut to the scripts' `model_max_length`.
 
+The loss is the official one, too: the mean over the script's micro-batches of 8, 4, 2, 2 and 2 samples of each one's
+token mean (`optim.loss_group_samples`), however samples are packed.
+
 Ours, not the paper's: packs instead of padded samples (8,192 tokens at 800^2 pixels, 16,384 at 1600^2), the
-aspect-ratio limit (the official code has none), the loss over all label tokens of a step (official:
-`optim.loss_normalization=microbatch_mean`), tensor parallelism 4 with sequence parallelism inside a node (official:
-ZeRO-3), a checkpoint every 1,000 steps of which 3 are kept (official: 4,000 and 10)."""
+aspect-ratio limit (the official code has none), stage 3's samples in random order (below), tensor parallelism 4 with
+sequence parallelism inside a node (official: ZeRO-3), a checkpoint every 1,000 steps of which 3 are kept (official:
+4,000 and 10)."""
 
 from megatron_eve.config.recipes.shapes import qwen2_5_7b
 from megatron_eve.config.schema import (
@@ -41,6 +44,7 @@ def eve7b_stage1() -> RunConfig:
         stage=StageConfig(name="1", trainable=("patch_embedding",)),
         data=_data(shards="datacomp1b-10m", template="plain", image_edge=800, max_text_tokens=2048),
         batch_size=1024,
+        micro_batch=8,
         learning_rate=2e-4,
         weights="data/weights/qwen2.5-7b-instruct",
     )
@@ -58,6 +62,7 @@ def eve7b_stage2_1_ld() -> RunConfig:
         stage=StageConfig(name="2.1", trainable=("patch_embedding", "vision")),
         data=_data(shards="datacomp1b-30m", template="plain", image_edge=800, max_text_tokens=2048),
         batch_size=1024,
+        micro_batch=4,
         learning_rate=1e-4,
         weights="runs/eve7b_stage1",
         copy_text_to_vision=True,
@@ -82,6 +87,7 @@ def eve7b_stage2_1_hd() -> RunConfig:
             max_text_tokens=4096,
         ),
         batch_size=1024,
+        micro_batch=2,
         learning_rate=1e-4,
         weights="runs/eve7b_stage2_1_ld",
     )
@@ -100,6 +106,7 @@ def eve7b_stage2_2() -> RunConfig:
             shards="infinity-mm-generalqa", template="qwen2", image_edge=1600, max_text_tokens=4096
         ),
         batch_size=512,
+        micro_batch=2,
         learning_rate=2e-5,
         weights="runs/eve7b_stage2_1_hd",
     )
@@ -110,7 +117,8 @@ def eve7b_stage3() -> RunConfig:
 
     Script 3_..._finetune_anyratio_hd.sh, about 14.3k steps. The script groups each batch by modality and pairs long
     texts with short ones, so that its GPUs finish together; packs are planned to cost alike, so samples are only
-    shuffled.
+    shuffled. So the two samples of a micro-batch are any two, where the script's are a long and a short one, of which
+    the short one weighs less (docs/numerics.md).
     """
     return _run(
         recipe="eve7b_stage3",
@@ -120,6 +128,7 @@ def eve7b_stage3() -> RunConfig:
             shards="infinity-mm-llava-ov", template="qwen2", image_edge=1600, max_text_tokens=5000
         ),
         batch_size=512,
+        micro_batch=2,
         learning_rate=1e-5,
         weights="runs/eve7b_stage2_2",
     )
@@ -153,6 +162,7 @@ def _run(
     stage: StageConfig,
     data: DataConfig,
     batch_size: int,
+    micro_batch: int,
     learning_rate: float,
     weights: str,
     copy_text_to_vision: bool = False,
@@ -186,7 +196,8 @@ def _run(
             adam_eps=1e-8,
             weight_decay=0.0,
             clip_grad=None,
-            loss_normalization="global_tokens",
+            loss_normalization="official",
+            loss_group_samples=micro_batch,
         ),
         train=TrainConfig(
             steps=None,
