@@ -2,7 +2,7 @@
 """Whose a run directory is: its checkpoints tell, RUN_DIR/.lock keeps a second process out. RUN_DIR/config.txt is the
 configuration of the run as it was started last, for people and tools."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from megatron_eve.checkpoint.manifest import (
 )
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.text_form import config_text, flatten
+from megatron_eve.config.values import NONE
 from megatron_eve.errors import CheckpointError, ConfigError
 from megatron_eve.folder_lock import only_one
 from megatron_eve.run_folder import checkpoints_of
@@ -20,6 +21,7 @@ from megatron_eve.whole import write_text
 
 # Of a restart with the processes that it follows, which the system is still ending.
 _PATIENCE_S = 30.0
+_LOSS = ("optim.loss_normalization", "optim.loss_group_samples")
 
 
 @contextmanager
@@ -35,7 +37,7 @@ def claimed(run_dir: Path, config: RunConfig) -> Iterator[None]:
 
 
 def refuse_other_run(config: RunConfig, *, run_dir: Path) -> None:
-    """A run directory belongs to one recipe, model and stage; lengths, learning rates and layouts may change.
+    """A run directory belongs to one recipe, model, stage and loss; lengths, learning rates and layouts may change.
 
     Raises: ConfigError naming the fields that differ from those of the run that is there."""
     written = _written_config(run_dir)
@@ -52,6 +54,22 @@ def refuse_other_run(config: RunConfig, *, run_dir: Path) -> None:
         raise ConfigError(
             f"{run_dir} holds the checkpoints of another run: {'; '.join(differ)}. Choose another run_dir, and "
             f"checkpoint.load_weights_from={run_dir} to start from its weights"
+        )
+    _refuse_other_loss(before, now, run_dir=run_dir)
+
+
+def _refuse_other_loss(before: Mapping[str, str], now: Mapping[str, str], *, run_dir: Path) -> None:
+    """A recipe's default may have changed since the run began: then it would go on with another loss unnoticed."""
+    written = {key: before.get(key, NONE) for key in _LOSS}
+    wanted = {key: now[key] for key in _LOSS}
+    if written != wanted:
+        was, is_now = (
+            " ".join(f"{key}={value}" for key, value in found.items())
+            for found in (written, wanted)
+        )
+        raise ConfigError(
+            f"{run_dir} holds checkpoints of a run with {was}, this run has {is_now}. Add `{was}` to go on as before, "
+            f"or choose another run_dir, and checkpoint.load_weights_from={run_dir} to start from its weights"
         )
 
 

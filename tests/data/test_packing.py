@@ -75,7 +75,7 @@ def test_batch_is_best_fit_longest_first(seed: int) -> None:
     items = small_items(seed, shape)
     packs: list[list[Item]] = []
     for item in sorted(items, key=lambda i: -i.num_tokens):
-        takers = [p for p in packs if shape.fits(*np.sum([*p, item], axis=0)[1:].tolist())]
+        takers = [p for p in packs if shape.fits(*np.sum([*p, item], axis=0)[1:3].tolist())]
         if takers:
             max(takers, key=lambda p: sum(i.num_tokens for i in p)).append(item)
         else:

@@ -58,6 +58,21 @@ def test_another_run_is_refused_without_latest(run_dir: Path) -> None:
     claim(run_dir)
 
 
+def test_another_loss_is_refused(run_dir: Path) -> None:
+    """Also where the recipe's default has changed since; a configuration of before names no group."""
+    path = run_dir / "config.txt"
+    lines = [line for line in path.read_text().splitlines() if "loss_group_samples" not in line]
+    path.write_text("\n".join(lines) + "\n")
+    claim(run_dir)
+    path.write_text("\n".join(lines).replace("global_tokens", "microbatch_mean") + "\n")
+    with pytest.raises(ConfigError) as refusal:
+        claim(run_dir)
+    assert (
+        "with optim.loss_normalization=microbatch_mean optim.loss_group_samples=none, this run has "
+        "optim.loss_normalization=global_tokens optim.loss_group_samples=none. Add "
+    ) in str(refusal.value)
+
+
 def test_a_full_disk_leaves_the_configuration_as_it_was(run_dir: Path) -> None:
     """Cut short, it would be another run's, and the run could not go on when there is room again."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -21,7 +21,10 @@ from tests.support.train_once import write_reference_weights
 RTOL = 1e-6  # of the largest entry of each parameter's gradient
 FP32_RTOL = 5e-6  # the same in float32 throughout; one process without parallelism comes to 2.3e-6
 MODEL = tiny_model()
-SAMPLES = random_samples(12, seed=21)
+SAMPLES = [
+    dataclasses.replace(sample, place=place)
+    for place, sample in enumerate(random_samples(12, seed=21))
+]
 SPREADS = {
     "1": layout(),
     "dp2": layout(data=2),
@@ -57,28 +60,26 @@ PACKINGS = {
     "12 packs": (128, in_packs(shuffled(3), [1] * 12)),
 }
 
-
-SAME_PACKS = {
-    "in order": PACKINGS["4 uneven packs"],
-    "backwards": (320, PACKINGS["4 uneven packs"][1][::-1]),
+MODES: dict[str, dict[str, Any]] = {
+    "global_tokens": {"loss_normalization": "global_tokens"},
+    "official": {"loss_normalization": "official", "loss_group_samples": 2},
 }
 
 
 def checks_of(name: str, weights: str, mode: str) -> list[Check]:
-    packings = PACKINGS if mode == "global_tokens" else SAME_PACKS
     return [
         Check(
             config=step_config(
                 MODEL,
                 Layout(parallel=SPREADS[name]),
                 stage="2.2",
-                optim={"loss_normalization": mode},
+                optim=MODES[mode],
                 data={"pack_tokens": tokens, "align": 8, "sample_align": 8},
             ),
             weights=weights,
             packs=packs,
         )
-        for tokens, packs in packings.values()
+        for tokens, packs in PACKINGS.values()
     ]
 
 
@@ -102,14 +103,13 @@ def assert_equal_gradients(
         assert error <= rtol, f"{what}: {parameter} off by {error:.1e}"
 
 
-@pytest.mark.parametrize("mode", ["global_tokens", "microbatch_mean"])
+@pytest.mark.parametrize("mode", MODES)
 def test_any_split_of_a_global_batch_gives_the_same_gradient(gloo_pools, weights, mode):  # type: ignore[no-untyped-def]
-    """Over data ranks, context ranks, micro-batches and packs. `microbatch_mean` depends by definition on which samples
-    share a micro-batch, so there the packs stay as they are, and only their order and the ranks change.
+    """Over data ranks, context ranks, micro-batches and packs, whatever a sample's weight in the loss depends on.
 
     Computed in float64, added up and reduced in float32: what is left is the rounding of the gradient buffers."""
     want = None
-    for name in SPREADS:
+    for name in SPREADS if mode == "global_tokens" else ("1", "dp2", "cp2", "dp2 cp2"):
         for number, gradients in enumerate(
             gradients_of(gloo_pools, checks_of(name, weights, mode))
         ):
@@ -117,7 +117,7 @@ def test_any_split_of_a_global_batch_gives_the_same_gradient(gloo_pools, weights
             assert_equal_gradients(gradients, want, rtol=RTOL, what=f"{name}, split {number}")
 
 
-@pytest.mark.parametrize("mode", ["global_tokens", "microbatch_mean"])
+@pytest.mark.parametrize("mode", MODES)
 def test_in_float32_every_split_is_the_exact_gradient_rounded(gloo_pools, weights, mode):  # type: ignore[no-untyped-def]
     """Float32 throughout, against the float64 gradient of one split. Two splits can be twice the bound apart: a row's
     place in a pack decides in which order norm weights and biases, which are sums over all rows, are added up."""

@@ -131,6 +131,10 @@ def patch_rows(image: Tensor, model: ModelConfig) -> Tensor:
     return torch.stack(out)
 
 
+def _places(samples: list[RawSample], *, first: int) -> tuple[int, ...]:
+    return tuple(first + i if s.place is None else s.place for i, s in enumerate(samples))
+
+
 def naive_pack(
     samples: list[RawSample],
     *,
@@ -141,8 +145,8 @@ def naive_pack(
     first_place: int = 0,
     step_places: int | None = None,
 ) -> Pack:
-    """A Pack built token by token, independent of the product's packer. Samples without a place get the next ones from
-    `first_place` on; `step_places`: by default those of this pack alone."""
+    """A Pack built token by token, without the product's packer. Samples without a place get those from `first_place` on;
+    `step_places`: by default those of this pack alone."""
     kinds: list[int] = []  # per sequence token: vision kind, or -1 for text
     ids: list[int] = []
     targets: list[int] = []
@@ -203,10 +207,7 @@ def naive_pack(
         label_rows=rows_m,
         label_targets=targets_m[rows_m],
         sample_ids=tuple(str(i) for i in range(len(samples))),
-        sample_places=tuple(
-            first_place + i if sample.place is None else sample.place
-            for i, sample in enumerate(samples)
-        ),
+        sample_places=_places(samples, first=first_place),
         step_places=step_places or max(1, len(samples)),
         sample_padding=tuple(paddings),
         num_real_vision=num_real_vision,
