@@ -145,7 +145,7 @@ def naive_pack(
     first_place: int = 0,
     step_places: int | None = None,
 ) -> Pack:
-    """A Pack built token by token, without the product's packer. Samples without a place get those from `first_place` on;
+    """A Pack built token by token, not by the product. Samples without a place get those from `first_place` on;
     `step_places`: by default those of this pack alone."""
     kinds: list[int] = []  # per sequence token: vision kind, or -1 for text
     ids: list[int] = []
