@@ -222,7 +222,9 @@ def samples_in_data_order(config: RunConfig) -> list[tuple[str, RawSample]]:
     settings = LengthSettings.of_sources(config.data, model=config.model)
     tokenizer = load_tokenizer(config.data.tokenizer)
     shape = PackShape(pack_tokens=config.data.pack_tokens, align=config.data.align)
-    lengths = load_lengths(table, settings=settings, tokenizer=tokenizer, shape=shape)
+    lengths = load_lengths(
+        table, settings=settings, tokenizer=tokenizer, shape=shape, max_unreadable=0
+    )
     order = SampleOrder(table=table, lengths=lengths, data=config.data)
     found = []
     for index in order.epoch(0).tolist():
