@@ -51,6 +51,16 @@ AWAY = (
     "Invalid authentication credential",
 )
 """Slurm's words for: nobody has looked at the request."""
+TOOK_NONE = (
+    "Unable to contact slurm controller",
+    "Connection refused",
+    "temporarily unable to accept job",
+    "Resource temporarily unavailable",
+    "Slurm backup controller in standby mode",
+    "Protocol authentication error",
+    "Invalid authentication credential",
+)
+"""sbatch's words for: there is no job. Anything else may have left one in the queue and must not be tried again."""
 
 log = logging.getLogger("slurm.commands")
 
@@ -85,6 +95,11 @@ class Answer:
 def is_away(text: str) -> bool:
     """Whether Slurm's own words say that the controller could not be reached or asked."""
     return any(words in text for words in AWAY)
+
+
+def took_none(text: str) -> bool:
+    """Whether a submission that failed certainly left no job behind."""
+    return any(words in text for words in TOOK_NONE)
 
 
 def patience_s() -> float:

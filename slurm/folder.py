@@ -74,7 +74,8 @@ class RunFolder:
     @property
     def stopped_by_person(self) -> bool:
         stop = self.path / "STOP"
-        return stop.exists() and read_text(stop).split()[:1] != [LAUNCHER_STOP]
+        first = (read_text(stop).split() or [""])[0]
+        return stop.exists() and not (first and LAUNCHER_STOP.startswith(first))
 
     def write_stop(self, job: Job) -> None:
         """Ask the ranks to stop; a person's STOP stays as it is, and where none can be written the signal must do."""

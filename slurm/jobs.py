@@ -5,19 +5,24 @@
 
 Runs `python -m MODULE ARGS...` as one job, waits for it, prints its last lines and hands back its exit code. The
 commands of this repository take up their work where it was left, so a job that meets its time limit is requeued by
-submitit and runs the same line again. --local runs it as a process on this machine, through the same code.
+submitit and runs the same line again. --local runs it as a process on this machine, through the same code. A controller
+that is away is asked again for minutes.
 Refuses modules that are not one-node commands of this repository.
 """
 
 import argparse
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import submitit
+from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import DelayedSubmission
+
+from slurm import commands
 
 PACKAGES = ("data_prep", "checkpoints_convert", "tools")
 
@@ -53,9 +58,25 @@ def build_executor(args: argparse.Namespace) -> submitit.Executor:
         cpus_per_task=args.cpus,
         time=round(args.hours * 60),
         **({"mem": args.mem} if args.mem else {}),
+        srun_args=["--export=ALL"],  # sbatch --export=NONE, a site's default, binds srun too
         additional_parameters=dict(text.split("=", 1) for text in args.sbatch),
     )
     return executor
+
+
+def submit(executor: submitit.Executor, job: ModuleJob) -> "submitit.Job[int]":
+    """The submitted job; again where Slurm took none. Raises: FailedJobError."""
+    waits = commands.pauses(commands.patience_s())
+    while True:
+        try:
+            return executor.submit(job)
+        except FailedJobError as error:
+            words = str(error).strip()
+            pause = next(waits, None) if commands.took_none(words) else None
+            if pause is None:
+                raise
+            print(f"{words}; again in {pause:.0f} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -97,11 +118,19 @@ def main(argv: Sequence[str]) -> int:
     if any("=" not in text for text in args.sbatch):
         print(f"found --sbatch {args.sbatch}, expected KEY=VALUE each", file=sys.stderr)
         return 2
-    job = build_executor(args).submit(ModuleJob(module=module, args=tuple(args.command[1:])))
+    try:
+        job = submit(build_executor(args), ModuleJob(module=module, args=tuple(args.command[1:])))
+    except FailedJobError as error:
+        print(f"sbatch refused the job: {error}", file=sys.stderr)
+        return 1
     print(
         f"job {job.job_id}: python -m {' '.join(args.command)}; log {job.paths.stdout}", flush=True
     )
-    code = int(job.result())
+    try:
+        code = int(job.result())
+    except (FailedJobError, UncompletedJobError) as error:
+        print(f"job {job.job_id} did not end by itself: {error}", file=sys.stderr)
+        return 1
     print("\n".join((job.stdout() or "").rstrip().splitlines()[-5:]))
     print(f"job {job.job_id} ended with {code}; log {job.paths.stdout}")
     return code

@@ -80,6 +80,15 @@ def may_start(job: Job, *, folder: RunFolder, trainer: Sequence[str]) -> int | N
     return None
 
 
+def warn_of_no_requeue(job: Job) -> None:
+    """SBATCH_NO_REQUEUE in somebody's environment wins over the file's --requeue without a word."""
+    try:
+        if commands.job_fields(job.job_id, limit_s=0).get("Requeue") == "0":
+            log.warning("submitted with --no-requeue: what does not end the run ends the job")
+    except SlurmError as error:
+        log.warning("%s", error)
+
+
 def give_up(job: Job, *, folder: RunFolder, why: str, end: End) -> str | None:
     """Why this failure was the last one; None to try again."""
     if end in (End.STOPPED, End.OUTSIDE):
@@ -178,6 +187,7 @@ def run(job: Job, *, folder: RunFolder, command: Sequence[str]) -> int:
         Path(os.environ["RANK_LOGS"]).mkdir(parents=True, exist_ok=True)
     folder.clear_own_stop()
     ranks = Ranks(job, folder)
+    warn_of_no_requeue(job)
     folder.record_start(job, commit=git_commit())
     try:
         hosts = commands.host_names(job.node_list)

@@ -36,16 +36,15 @@ FORWARDED = (
     "EVE_PROFILE",
 )
 """Variables that decide something in the job."""
-NOT_TAKEN = (
-    "Unable to contact slurm controller",
-    "Connection refused",
-    "temporarily unable to accept job",
-    "Resource temporarily unavailable",
-    "Slurm backup controller in standby mode",
-    "Protocol authentication error",
-    "Invalid authentication credential",
+LEFT_OUT = (
+    "RECIPE",
+    "RUN_DIR",
+    "SBATCH_NO_REQUEUE",
+    "SBATCH_OPEN_MODE",
+    "SBATCH_SIGNAL",
+    "SBATCH_WAIT",
 )
-"""Slurm's words for: there is no job. Anything else may have left one in the queue and is not tried a second time."""
+"""Variables that would take from the files what a job needs to survive its time limit; as --sbatch-arg they count."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,13 +121,13 @@ def refusals(submissions: Sequence[Submission]) -> list[str]:
 
 def sbatch(command: Sequence[str]) -> str:
     """The job's id. A controller that is away is asked again for minutes. Raises: SlurmError."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RECIPE", "RUN_DIR")}
+    env = {k: v for k, v in os.environ.items() if k not in LEFT_OUT}
     waits = commands.pauses(commands.patience_s())
     while True:
         answer = commands.call(command, env=env)
         if answer.code == 0:
             return answer.out.strip().split(";")[0]
-        none_taken = any(words in answer.err for words in NOT_TAKEN)
+        none_taken = commands.took_none(answer.err)
         pause = next(waits, None) if none_taken else None
         if pause is None:
             queued = answer.is_away and not none_taken
@@ -207,6 +206,8 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    if ignored := [name for name in LEFT_OUT if os.environ.get(name)]:
+        print(f"not handed on: {', '.join(ignored)} of the environment", file=sys.stderr)
     submissions = plan(args)
     if refused := refusals(submissions):
         print("\n".join([*refused, "nothing was submitted"]), file=sys.stderr)

@@ -18,6 +18,7 @@ from slurm.job import Job
 
 REPO = Path(__file__).resolve().parents[2]
 TOY = Path(__file__).with_name("toy_slurm.sh")
+NODES = os.environ.get("TOY_SLURM_NODES", "16")  # some tests do with 4
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
@@ -109,7 +110,7 @@ def cluster(toy_cluster: Cluster) -> Iterator[Cluster]:
     toy_cluster.run("scancel", "-u", "root", check=False)
     wait_until("queue is empty", lambda: not toy_cluster.run("squeue", "-h"))
     idle = ("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D")
-    wait_until("all nodes are idle", lambda: toy_cluster.run(*idle).strip() == "16")
+    wait_until("all nodes are idle", lambda: toy_cluster.run(*idle).strip() == NODES)
 
 
 STUB_SRUN = """#!/bin/bash

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.repo.tree import commands
-from tests.slurm.conftest import REPO, Cluster, saved_step, wait_until
+from tests.slurm.conftest import NODES, REPO, Cluster, saved_step, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
@@ -142,10 +142,77 @@ def test_node_that_fails_its_check_is_left_out(submission: Submission, tmp_path:
         'exec python3 "$@"\n'
     )
     python.chmod(0o755)
-    job = submission.sbatch(*ONE_RANK_A_NODE, "-N12", train=rehearse(steps=3), PYTHON=str(python))
+    own = "--exclude=node01"  # of the user, who keeps it
+    job = submission.sbatch(
+        *ONE_RANK_A_NODE, "-N2", own, train=rehearse(steps=3), PYTHON=str(python)
+    )
     ended = submission.cluster.wait(job)
-    assert (ended["JobState"], ended["ExcNodeList"]) == ("COMPLETED", "node02"), submission.text
+    found = (ended["JobState"], ended["ExcNodeList"])
+    assert found == ("COMPLETED", "node01,node02"), submission.text
     assert "preflight: node02: cannot write into /none" in submission.text
+
+
+def test_a_job_with_too_few_good_nodes_ends(submission: Submission, tmp_path: Path) -> None:
+    """Excluded, it would be pending for ever."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/bash\n"
+        'if [ "$SLURMD_NODENAME" = node02 ] && [ "$2" = slurm.preflight ]; then set -- -m slurm.preflight /none; fi\n'
+        'exec python3 "$@"\n'
+    )
+    python.chmod(0o755)
+    job = submission.sbatch(*ONE_RANK_A_NODE, f"-N{NODES}", train="true", PYTHON=str(python))
+    ended = submission.cluster.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), submission.text
+    assert (
+        f"only {int(NODES) - 1} nodes remain in partition main, and it needs {NODES}"
+        in submission.text
+    )
+
+
+def test_requeues_from_outside_are_no_failures(submission: Submission, tmp_path: Path) -> None:
+    """Twice while the ranks still start; the failure after it is the first."""
+    slow = tmp_path / "slow.sh"
+    slow.write_text('#!/bin/bash\nexec -a "slow $*" sleep 600\n')
+    slow.chmod(0o755)
+    job = submission.sbatch(*ONE_RANK_A_NODE, "-N1", train=str(slow))
+    mine = ["pgrep", "-f", f"^slow .*run_dir={submission.run_dir}"]
+
+    def ranks() -> list[str]:
+        return subprocess.run(mine, text=True, capture_output=True).stdout.split()
+
+    for start in range(3):
+        wait_until(f"start {start}", lambda s=start: f"start {s} on" in submission.text)  # type: ignore[misc]
+        wait_until("the rank runs", ranks)
+        if start < 2:
+            submission.cluster.run("scontrol", "requeue", job)
+    subprocess.run(["kill", "-KILL", *ranks()], check=True)
+    wait_until("start 3", lambda: "start 3 on" in submission.text)
+    assert "requeue: rank 0 on" in submission.text
+
+
+def test_a_second_job_in_the_folder_changes_nothing(submission: Submission, tmp_path: Path) -> None:
+    first = submission.sbatch(*ONE_RANK_A_NODE, "-N1", train=rehearse(steps=60))
+    submission.wait_for_step(5)
+    second = submission.sbatch(
+        *ONE_RANK_A_NODE, "-N1", f"--output={tmp_path}/second.log", train=rehearse(steps=60)
+    )
+    assert submission.cluster.wait(second)["JobState"] == "FAILED"
+    assert f"belongs to job {first} (stage2_2 of root" in (tmp_path / "second.log").read_text()
+    ended = submission.cluster.wait(first)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), submission.text
+
+
+def test_ranks_need_nothing_of_the_submitting_shell(submission: Submission, tmp_path: Path) -> None:
+    """A site that submits with an empty environment, a folder with a space; all that counts stands on the line."""
+    folder = tmp_path / "a run"
+    argv = ["sbatch", "--parsable", *ONE_RANK_A_NODE, "-N2", f"--output={submission.log}"]
+    argv += ["--export=PATH", "slurm/stage1.sbatch", "eve_tiny_stage1", f"run_dir={folder}"]
+    argv += [f"TRAIN_CMD={rehearse(steps=3)}", "PYTHON=python3", "EVE_MIN_FREE_GIB=0.1"]
+    job = submission.cluster.run(*argv).strip()
+    assert submission.cluster.wait(job)["JobState"] == "COMPLETED", submission.text
+    assert saved_step(folder) == 3
+    assert "eve_tiny_stage1" in submission.text
 
 
 def test_crash_loop_gives_up(submission: Submission) -> None:

@@ -97,6 +97,14 @@ def test_a_full_disk_ends_no_start(
     assert "this start will not be counted" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("text", "persons"), [("requeue 7", False), ("req", False), ("", True), ("stop", True)]
+)
+def test_whose_stop_it_is(folder: RunFolder, text: str, persons: bool) -> None:
+    (folder.path / "STOP").write_text(text)
+    assert folder.stopped_by_person is persons
+
+
 def test_a_persons_stop_is_not_the_launchers(folder: RunFolder) -> None:
     folder.write_stop(make_job("7"))
     assert not folder.stopped_by_person

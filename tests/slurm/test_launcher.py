@@ -267,6 +267,11 @@ def test_timed_out_job_is_requeued(stub_slurm: StubSlurm) -> None:
     assert requeued(stub_slurm)
 
 
+def test_a_job_that_cannot_be_requeued_says_so_at_its_start(stub_slurm: StubSlurm) -> None:
+    process = stub_slurm.sbatch_file(STUB_STATE="RUNNING Requeue=0")
+    assert "submitted with --no-requeue: what does not end the run ends the job" in output(process)
+
+
 def test_refused_requeue_is_said(stub_slurm: StubSlurm) -> None:
     process = stub_slurm.sbatch_file(TRAIN_CMD="true", STUB_REFUSE="1")
     assert "job 4711 could not be requeued in" in output(process)

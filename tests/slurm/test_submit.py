@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from submitit.core.utils import FailedJobError
 
 from slurm import jobs, submit
 from tests.slurm.conftest import REPO, StubSlurm
@@ -23,7 +25,7 @@ def run(
 
 def test_chain(stub_slurm: StubSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     env = {k: v for k, v in stub_slurm.env.items() if k not in submit.FORWARDED}
-    left_over = {"RECIPE": "eve7b_stage3", "EVE_MAX_RESTARTS": "9"}
+    left_over = {"RECIPE": "eve7b_stage3", "EVE_MAX_RESTARTS": "9", "SBATCH_NO_REQUEUE": "1"}
     monkeypatch.setattr(os, "environ", env | left_over)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "slurm").mkdir()
@@ -144,6 +146,18 @@ def test_local_job_runs_and_hands_back_the_exit_code(tmp_path: Path) -> None:
         "slurm.jobs", "--local", "--logs", str(tmp_path), "--", "data_prep", "no-such-command"
     )
     assert bad.returncode == 2, bad.stderr
+
+
+def test_a_job_is_submitted_once_the_controller_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = FailedJobError("sbatch: error: Unable to contact slurm controller (connect failure)")
+    executor = Mock()
+    executor.submit.side_effect = [away, away, "job"]
+    monkeypatch.setattr(jobs.time, "sleep", lambda _seconds: None)
+    job = jobs.ModuleJob(module="data_prep", args=())
+    assert jobs.submit(executor, job) == "job"
+    executor.submit.side_effect = [FailedJobError("sbatch: error: invalid account"), "job"]
+    with pytest.raises(FailedJobError, match="invalid account"):
+        jobs.submit(executor, job)
 
 
 def test_checkpoint_submits_the_same_command_again() -> None:
