@@ -12,7 +12,7 @@ loop/unreadable.py, over all ranks.
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +39,23 @@ from megatron_eve.data.tokenizer import Tokenizer
 from megatron_eve.errors import DataError
 
 _LOG = logging.getLogger(__name__)
+FAULTS = ("unreadable", "read_retries")
+"""What a loader counts from step to step: rows that turned out to be unreadable, each once; reads tried again."""
+
+IsFirst = Callable[[str], bool]
+"""Whether a name is asked about for the first time."""
+
+
+def first_time() -> IsFirst:
+    """For a loader without peers."""
+    known: set[str] = set()
+
+    def is_first(name: str) -> bool:
+        is_new = name not in known
+        known.add(name)
+        return is_new
+
+    return is_first
 
 
 @dataclass(slots=True)
@@ -81,10 +98,11 @@ class PackLoader:
         device: Literal["cpu", "cuda"],
         quarantine_report: Path | None = None,
         alive: Alive = lambda: None,
+        is_first: IsFirst | None = None,
     ) -> None:
         """`trainable`: the stage's, because a frozen branch costs less and packs are to cost the same.
         `quarantine_report`: a quarantine.jsonl to append to; what the plan leaves out by data rank 0 alone.
-        `alive`: called while tokens are counted (counting.py)."""
+        `alive`: called while tokens are counted (counting.py). `is_first`: over all loaders of the run."""
         if not 0 <= data_rank < data_size:
             raise DataError(f"data_rank={data_rank} is not one of data_size={data_size} ranks")
         self._data_rank, self._data_size = data_rank, data_size
@@ -134,10 +152,11 @@ class PackLoader:
             else None
         )
         self._pending: deque[_PendingStep] = deque()
-        self._retries_taken = 0
+        self._retries_taken = self._num_unreadable = 0
+        self._is_first = is_first or first_time()
         self._state = self._plan.state_dict()
         self.epoch_size = EpochSize(samples=len(order), tokens=order.num_tokens)
-        self.unreadable_left = limit - num_unreadable  # samples that may turn out so in an epoch
+        self.unreadable_left = limit - num_unreadable  # samples that may turn out so in training
 
     def __iter__(self) -> Iterator[list[Pack]]:
         return self
@@ -215,11 +234,12 @@ class PackLoader:
         """Of the plan; loaders with the same plan its packs among them."""
         return self._plan.fingerprint
 
-    def take_retries(self) -> int:
-        """Reads that were tried again since the last call."""
-        retries = self._table.patience.num_retries
-        taken, self._retries_taken = retries - self._retries_taken, retries
-        return taken
+    def take_faults(self) -> dict[str, int]:
+        """FAULTS since the last call."""
+        retries, unreadable = self._table.patience.num_retries, self._num_unreadable
+        faults = {"unreadable": unreadable, "read_retries": retries - self._retries_taken}
+        self._retries_taken, self._num_unreadable = retries, 0
+        return faults
 
     def _refuse_lost_files(self, lengths: SampleLengths, *, limit: int) -> int:
         """How many samples the plan leaves out because they are unreadable.
@@ -267,6 +287,8 @@ class PackLoader:
     def _report_masked(self, entries: Sequence[Quarantined]) -> None:
         for entry in entries:
             self.stats.quarantined[entry.reason] += 1
+            if entry.reason in UNREADABLE and self._is_first(f"{entry.file}:{entry.row}"):
+                self._num_unreadable += 1
         if self._report is None:
             new = entries
         else:

@@ -323,7 +323,7 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
         more = os.pread(descriptor, size - len(data), offset + len(data))
         if not more:
             raise ShortRead(
-                f"the file ends at byte {offset + len(data)}, {size} were to be read at {offset}"
+                f"{len(data)} of {size} bytes at {offset}: the file ends there or before"
             )
         data += more
     return data

@@ -4,7 +4,8 @@ everybody waits for all of them, and all plans are compared.
 
 Nobody waits in a collective, which has a time limit. Leaders leave signs of life in the store that the process group
 was made with, and everybody looks at them there; so counting may take as long as it does, and a leader that is dead
-or stuck is noticed. The first leader that fails tells why; the other processes end without a word of their own.
+or stuck is noticed. The first leader that fails tells why; the other processes end without a word of their own. The
+same store tells a leader later whether it is the first to meet an unreadable row.
 """
 
 import time
@@ -14,7 +15,7 @@ from torch.distributed import Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_eve.data.counting import Alive
-from megatron_eve.data.loader import PackLoader
+from megatron_eve.data.loader import IsFirst, PackLoader, first_time
 from megatron_eve.errors import DataError, ElsewhereError, ParallelError
 from megatron_eve.parallel.groups import ParallelState
 
@@ -24,7 +25,7 @@ _LEADERS_A_LOOK = 16  # where there are more, each looks more rarely: one proces
 
 
 def open_on_all(
-    open_loader: Callable[[Alive], PackLoader], *, state: ParallelState, timeout_s: float
+    open_loader: Callable[[Alive, IsFirst], PackLoader], *, state: ParallelState, timeout_s: float
 ) -> PackLoader | None:
     """This process's loader, if it is a data leader, when all leaders have theirs and have planned the same packs.
 
@@ -32,12 +33,12 @@ def open_on_all(
     Raises: on the first process that fails, what `open_loader` raises, ParallelError if a leader is silent, DataError
     if two leaders have other plans; ElsewhereError on the others."""
     if state.world_size == 1:
-        return open_loader(lambda: None)
+        return open_loader(lambda: None, first_time())
     board = Board(_get_default_store(), state=state, silence_s=max(timeout_s, _LEAST_SILENCE_S))
     loader = None
     try:
         if state.is_data_leader:
-            loader = open_loader(board.alive)
+            loader = open_loader(board.alive, board.is_first)
             board.tell_plan(loader.fingerprint)
         board.wait_for_all()
     except ElsewhereError:
@@ -66,6 +67,13 @@ class Board:
         if time.monotonic() - self._last_look >= self._look_s:
             self._store.add(self._key("beat", self._rank), 1)
             self._look()
+
+    def is_first(self, name: str) -> bool:
+        """Whether no process has asked this about a name before, in this start."""
+        try:
+            return self._store.add(self._key("met", name), 1) == 1
+        except RuntimeError:  # rank 0, which answers, is gone, and this run with it
+            return True
 
     def tell_plan(self, fingerprint: str) -> None:
         """This leader has its loader."""

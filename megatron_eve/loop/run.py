@@ -112,9 +112,7 @@ def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
     epoch, unreadable_left = _from_rank0(
         (loader.epoch_size, loader.unreadable_left) if loader is not None else None
     )
-    guard = UnreadableGuard(
-        left=unreadable_left, epoch_samples=epoch.samples, is_teller=state.rank == 0
-    )
+    guard = UnreadableGuard(left=unreadable_left, is_teller=state.rank == 0)
     steps = total_steps(config, epoch=epoch)
     if not steps:
         raise ConfigError(
@@ -157,7 +155,7 @@ def _open_loader(config: RunConfig, *, state: ParallelState, run_dir: Path) -> P
     if config.data.decode_on == "gpu" and not device.has_gpu():
         raise ConfigError("data.decode_on=gpu, but there is no GPU here; set data.decode_on=cpu.")
     return open_on_all(
-        lambda alive: PackLoader(
+        lambda alive, is_first: PackLoader(
             data=config.data,
             batch=config.batch,
             model=config.model,
@@ -168,6 +166,7 @@ def _open_loader(config: RunConfig, *, state: ParallelState, run_dir: Path) -> P
             device="cuda" if config.data.decode_on == "gpu" else "cpu",
             quarantine_report=run_dir / "quarantine.jsonl",
             alive=alive,
+            is_first=is_first,
         ),
         state=state,
         timeout_s=config.train.distributed_timeout_s,
@@ -226,7 +225,7 @@ def _train(run: Run, *, stop: StopFlag) -> None:
             stopping, values = result.stop_requested, result.metrics
             capture.done(done, values)
             meter.add(values)
-            run.unreadable.count(samples=values["samples"], unreadable=values["unreadable"])
+            run.unreadable.count(values["unreadable"])
             guard.count(skipped=bool(values["skipped"]))
             if is_first:
                 learning.count(values, reached=result.reached)
@@ -263,7 +262,7 @@ def _step(run: Run, *, stop: StopFlag, capture: Capture) -> StepResult:
         config=run.config,
         state=run.state,
         stop_requested=stop(),
-        read_retries=run.loader.take_retries() if run.loader is not None else 0,
+        faults=run.loader.take_faults() if run.loader is not None else {},
         ranges=capture.range,
     )
     seconds = {"step_time_s": time.perf_counter() - started, "data_wait_s": waited}

@@ -3,7 +3,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_eve.config.schema import RunConfig, TrainableGroup
-from megatron_eve.data.quarantine import UNREADABLE
+from megatron_eve.data.loader import FAULTS
 from megatron_eve.data.sample import Pack
 from megatron_eve.loop.learning import GROUPS, reached_groups
 from megatron_eve.loop.loss import label_weights, micro_batch_loss
@@ -46,8 +46,7 @@ COUNTS = (
     "text_tokens",
     "samples",
     "quarantined",
-    "unreadable",
-    "read_retries",
+    *FAULTS,
     "samples_checksum",
     "ideal_flops",
     "executed_flops",
@@ -127,11 +126,11 @@ def train_step(
     config: RunConfig,
     state: ParallelState,
     stop_requested: bool,
-    read_retries: int = 0,
+    faults: Mapping[str, int] | None = None,
     ranges: Callable[[str], AbstractContextManager[None]] = no_range,
 ) -> StepResult:
     """One update. `stop_requested` on any process is true in the result of every process. `ranges` marks the part of
-    the step with that name for a profiler. `read_retries`: of this process since the step before.
+    the step with that name for a profiler. `faults`: what this process's loader met since the step before, by FAULTS.
 
     Raises: NonFiniteLossError before the weights are touched, unless train.on_non_finite=skip: then the step's metric
     `skipped` is 1, and the schedule goes on.
@@ -146,7 +145,7 @@ def train_step(
         config=config,
         state=state,
         stop_requested=stop_requested,
-        read_retries=read_retries,
+        faults=faults or {},
     )
     rates = _learning_rates(optimizer)
     with ranges("optimizer"):
@@ -221,7 +220,7 @@ def _reduce(
     config: RunConfig,
     state: ParallelState,
     stop_requested: bool,
-    read_retries: int,
+    faults: Mapping[str, int],
 ) -> StepResult:
     """Sums over all processes, each quantity counted once: the loss on the last stage, the packs on the data leader.
     A group is reached if it is on any process."""
@@ -230,7 +229,7 @@ def _reduce(
     if logged and state.is_last_stage and state.tp_rank == 0:
         sums[1:3] = torch.stack(list(logged)).sum(0)
     if state.is_data_leader:
-        counts = _counts(packs, config=config) | {"read_retries": read_retries}
+        counts = _counts(packs, config=config) | {name: faults.get(name, 0) for name in FAULTS}
         sums[3 : 3 + len(COUNTS)] = torch.tensor(
             [counts[name] for name in COUNTS], dtype=torch.float64
         )
@@ -255,7 +254,6 @@ def _counts(packs: Sequence[Pack], *, config: RunConfig) -> dict[str, float]:
         "text_tokens": sum(pack.num_real_text for pack in packs),
         "samples": sum(len(pack.sample_ids) for pack in packs),
         "quarantined": sum(len(pack.quarantined) for pack in packs),
-        "unreadable": sum(r in UNREADABLE for pack in packs for _, r in pack.quarantined),
         "samples_checksum": sum(_checksum(pack.sample_ids) for pack in packs),
         "ideal_flops": sum(ideal_flops(pack, model=model, trainable=trainable) for pack in packs),
         "executed_flops": sum(executed_flops(pack, config=config) for pack in packs),

@@ -42,7 +42,9 @@ _ALL = (
     Metric("executed_flops", "FLOP", "last", "the same with padding and recomputation (flops.py)"),
     Metric("samples_checksum", "1", "last", "of the ids of the step's samples, pack by pack"),
     Metric("quarantined", "samples", "sum", "samples whose labels were masked while reading"),
-    Metric("unreadable", "samples", "sum", "of these, samples whose row could not be read"),
+    Metric(
+        "unreadable", "samples", "sum", "of these, rows that could not be read, each once a start"
+    ),
     Metric("read_retries", "reads", "sum", "reads of shards that failed and were tried again"),
     Metric("skipped", "steps", "sum", "steps whose loss or gradient was not finite: no update"),
     Metric("step_time_s", "s", "mean", "time of one step"),

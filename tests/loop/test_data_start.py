@@ -37,7 +37,7 @@ class Place:
         return self.rank % 2 == 0
 
 
-Opener = Callable[[int, Callable[[], None]], Any]
+Opener = Callable[[int, Callable[[], None], Callable[[str], bool]], Any]
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def start_all(opener: Opener, *, world_size: int = 4) -> list[Any]:
         place: Any = Place(rank, world_size)
         try:
             results[rank] = open_on_all(
-                lambda alive: opener(rank, alive), state=place, timeout_s=0.1
+                lambda *start: opener(rank, *start), state=place, timeout_s=0.1
             )
         except Exception as error:
             results[rank] = error
@@ -78,7 +78,7 @@ def loader(fingerprint: str = "plan") -> SimpleNamespace:
 def test_all_wait_for_a_leader_that_counts_longer_than_the_limit(store: HashStore) -> None:
     finished: list[float] = []
 
-    def opener(rank: int, alive: Callable[[], None]) -> Any:
+    def opener(rank: int, alive: Callable[[], None], is_first: Any) -> Any:
         until = time.monotonic() + (1.0 if rank == 2 else 0.0)
         while time.monotonic() < until:
             alive()
@@ -94,7 +94,7 @@ def test_all_wait_for_a_leader_that_counts_longer_than_the_limit(store: HashStor
 
 
 def test_one_failure_is_told_by_one_process(store: HashStore) -> None:
-    def opener(rank: int, alive: Callable[[], None]) -> Any:
+    def opener(rank: int, alive: Callable[[], None], is_first: Any) -> Any:
         raise DataError("18 samples are not counted yet")
 
     results = start_all(opener)
@@ -104,7 +104,7 @@ def test_one_failure_is_told_by_one_process(store: HashStore) -> None:
 
 
 def test_a_failure_ends_those_who_still_count(store: HashStore) -> None:
-    def opener(rank: int, alive: Callable[[], None]) -> Any:
+    def opener(rank: int, alive: Callable[[], None], is_first: Any) -> Any:
         if rank == 2:
             raise DataError("damaged")
         while True:
@@ -117,7 +117,7 @@ def test_a_failure_ends_those_who_still_count(store: HashStore) -> None:
 
 
 def test_a_leader_without_a_sign_of_life_is_named(store: HashStore) -> None:
-    def opener(rank: int, alive: Callable[[], None]) -> Any:
+    def opener(rank: int, alive: Callable[[], None], is_first: Any) -> Any:
         if rank == 2:
             time.sleep(2.0)
         return loader()
@@ -129,25 +129,37 @@ def test_a_leader_without_a_sign_of_life_is_named(store: HashStore) -> None:
 
 
 def test_leaders_with_other_plans_do_not_train_together(store: HashStore) -> None:
-    results = start_all(lambda rank, alive: loader(f"plan {rank}"))
+    results = start_all(lambda rank, *_: loader(f"plan {rank}"))
     assert any(
         isinstance(result, DataError) and "plans other packs" in str(result) for result in results
     )
 
 
+def test_a_row_is_met_for_the_first_time_by_one_process(store: HashStore) -> None:
+    for _ in range(2):  # each start anew
+        met: list[tuple[str, bool]] = []
+
+        def opener(rank: int, alive: Any, is_first: Callable[[str], bool]) -> Any:
+            met.extend((name, is_first(name)) for name in ("a.mds:1", "a.mds:2", "a.mds:1"))  # noqa: B023
+            return loader()
+
+        start_all(opener)
+        assert sorted(name for name, is_first in met if is_first) == ["a.mds:1", "a.mds:2"]
+
+
 def test_a_process_alone_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_start, "_get_default_store", None)
     place: Any = Place(0, 1)
-    assert open_on_all(lambda alive: loader(), state=place, timeout_s=1) == loader()  # type: ignore[arg-type,return-value]
+    assert open_on_all(lambda *_: loader(), state=place, timeout_s=1) == loader()  # type: ignore[arg-type,return-value]
 
 
-def test_unreadable_samples_are_counted_over_an_epoch() -> None:
-    guard = UnreadableGuard(left=2, epoch_samples=10, is_teller=True)
-    for _ in range(4):  # two an epoch are allowed, again and again
-        guard.count(samples=5, unreadable=1)
-    guard.count(samples=5, unreadable=2)
-    with pytest.raises(DataError, match=r"3 samples could not be read in this epoch, .* leaves 2"):
-        guard.count(samples=5, unreadable=1)
-    other = UnreadableGuard(left=0, epoch_samples=10, is_teller=False)
+def test_too_many_unreadable_samples_end_every_process_at_the_same_step() -> None:
+    told = UnreadableGuard(left=2, is_teller=True)
+    other = UnreadableGuard(left=2, is_teller=False)
+    for guard in (told, other):
+        for unreadable in (1, 0, 1, 0):
+            guard.count(unreadable)
+    with pytest.raises(DataError, match=r"3 samples could not be read since .* leaves 2"):
+        told.count(1)
     with pytest.raises(ElsewhereError):
-        other.count(samples=5, unreadable=1)
+        other.count(1)
