@@ -181,7 +181,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "--validate",
         choices=("header", "draft", "full"),
         default="draft",
-        help="header: open images; draft: decode them, JPEG at 1/8; full: decode",
+        help="header: open images, decode PNG and TIFF; draft: decode all, JPEG at 1/8; full: decode",
     )
     parser.add_argument(
         "--max-pixels", type=int, default=120_000_000, help="images with more go to quarantine"
