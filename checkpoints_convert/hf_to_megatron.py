@@ -26,6 +26,7 @@ from checkpoints_convert.model_text import model_text
 from checkpoints_convert.names import tensor_rules, text_twin
 from checkpoints_convert.tensors import ROTARY, EveView, canonical_hf_names
 from megatron_eve.config.schema import ModelConfig, SplitConfig
+from megatron_eve.data.vocabulary import stored_vocabulary
 from megatron_eve.errors import CheckpointError
 
 _PATCH_EMBEDDING = "patch_embedding."
@@ -143,6 +144,7 @@ def import_hf(source: Path, dest: Path, options: ImportOptions) -> Imported:
         headers=plan.headers,
         dtype=plan.dtype,
         config_text=model_text(plan.model, origin=str(source.resolve()), generation=generation),
+        vocabulary=stored_vocabulary(source),
         overwrite=options.overwrite,
     )
     return Imported(

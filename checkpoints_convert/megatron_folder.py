@@ -8,7 +8,7 @@ layout (tensor, pipeline, context, data parallel) are put together tensor by ten
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from megatron_eve.checkpoint.manifest import (
 )
 from megatron_eve.checkpoint.weights import read_config_text, weights_folder
 from megatron_eve.config.schema import ModelConfig, RunConfig
+from megatron_eve.data.vocabulary import FACT
 from megatron_eve.errors import CheckpointError
 from megatron_eve.finite import check_finite, is_finite
 from megatron_eve.parallel.groups import init_distributed
@@ -60,11 +61,13 @@ def write_megatron(
     headers: Mapping[str, Tensor],
     dtype: Dtype,
     config_text: str,
+    vocabulary: Mapping[str, Any] | None,
     overwrite: bool,
 ) -> None:
     """Write a distributed checkpoint of a whole model, published when it is whole.
 
     `headers`: shapes of all tensors (device "meta"); `tensors`: their values, rounded to `dtype` where they differ.
+    `vocabulary`: of the tokenizer beside the source, if there is one.
     """
     # Not at the top: megatron_eve redirects CUDA before megatron.core is imported.
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -80,10 +83,11 @@ def write_megatron(
             num_layers=model.num_layers,
         )
         save_config(CheckpointingConfig("torch_dist", 1), str(partial))
-        _complete(partial, config_text=config_text)
+        facts = {"kind": "weights"} | ({} if vocabulary is None else {FACT: dict(vocabulary)})
+        _complete(partial, config_text=config_text, facts=facts)
 
 
-def _complete(folder: Path, *, config_text: str) -> None:
+def _complete(folder: Path, *, config_text: str, facts: Mapping[str, Any]) -> None:
     """Bytes are hashed, tensors are not: what a converter writes is compared with its source by `verify`."""
     write_text(folder / CONFIG, config_text)
     with WriteBack() as disk:
@@ -91,7 +95,7 @@ def _complete(folder: Path, *, config_text: str) -> None:
         for path in paths:
             disk.sync(path)
         files = {path.name: file_entry(path) for path in paths}
-    write_manifest(folder, Manifest(facts={"kind": "weights"}, files=files))
+    write_manifest(folder, Manifest(facts=facts, files=files))
 
 
 def _chunks(tensors: EveView, model: ModelConfig, dtype: torch.dtype) -> list[Chunk]:

@@ -19,7 +19,10 @@ from checkpoints_convert.official_layout import refuse_other_heads, write_offici
 from checkpoints_convert.release import Release, fitting_tokenizer, write_release
 from checkpoints_convert.run_record import read_history
 from checkpoints_convert.tensors import HfView
+from megatron_eve.checkpoint.manifest import read_manifest
 from megatron_eve.config.schema import RunConfig
+from megatron_eve.data.tokenizer import load_tokenizer
+from megatron_eve.data.vocabulary import FACT, refuse_other_vocabulary
 from megatron_eve.errors import CheckpointError, ConfigError
 from megatron_eve.finite import check_finite
 from megatron_eve.run_folder import step_of
@@ -49,7 +52,7 @@ def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
     release = Release(
         model=weights.model,
         dtype=_TORCH_NAMES[weights.dtype],
-        tokenizer=_tokenizer(weights.run, options),
+        tokenizer=_tokenizer(weights, options),
         image_edge=_image_edge(weights.run, options),
         run=weights.run,
         origin=_origin(folder),
@@ -92,7 +95,7 @@ def hf_view(weights: MegatronWeights) -> HfView:
 def planned_mapping(source: Path, options: ExportOptions) -> list[str]:
     """`EVEMODEL_NAME [shape] dtype -> NAME, ...` for each tensor, after the export's checks; for a dry run."""
     weights = read_megatron(source)
-    fitting_tokenizer(_tokenizer(weights.run, options), weights.model, run=weights.run)
+    fitting_tokenizer(_tokenizer(weights, options), weights.model, run=weights.run)
     _image_edge(weights.run, options)
     _exif_rotation(weights.run, options)
     if options.layout == "official":
@@ -110,7 +113,16 @@ def _origin(folder: Path) -> str:
     return f"{folder.parent.parent.name}, {folder.name}" if is_step else folder.name
 
 
-def _tokenizer(run: RunConfig | None, options: ExportOptions) -> Path:
+def _tokenizer(weights: MegatronWeights, options: ExportOptions) -> Path:
+    """The one that is given, or the run's. Raises: ConfigError if it is not the one of the weights."""
+    folder = _tokenizer_folder(weights.run, options)
+    recorded = read_manifest(weights.folder).facts.get(FACT)
+    backend = load_tokenizer(folder).backend
+    refuse_other_vocabulary(recorded, backend, folder=folder, weights=weights.folder)
+    return folder
+
+
+def _tokenizer_folder(run: RunConfig | None, options: ExportOptions) -> Path:
     if options.tokenizer is not None:
         return options.tokenizer
     if run is None:
@@ -124,6 +136,11 @@ def _tokenizer(run: RunConfig | None, options: ExportOptions) -> Path:
 
 
 def _image_edge(run: RunConfig | None, options: ExportOptions) -> int:
+    if run is not None and options.image_edge not in (None, run.data.image_edge):
+        raise ConfigError(
+            f"The run was trained with data.image_edge={run.data.image_edge}, --image-edge is {options.image_edge}; a "
+            "release that scales pictures to another area would be asked what it has not learned: leave it out."
+        )
     if options.image_edge is not None:
         return options.image_edge
     if run is None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run is told twice, compared before anything is built: its model against the weights that it starts from, its
-tokenizer against the model, its choices about pictures against its shards.
+tokenizer against the model and against the tokenizer of the weights, its choices about pictures against its shards.
 
 resolve() checks the configuration by itself; this reads the files that it names, small ones, and imports no torch
 unless the run has checkpoints of its own. A dry run does the same with what is there, and says what is not."""
@@ -9,7 +9,11 @@ import logging
 from pathlib import Path
 
 from megatron_eve.config.schema import RunConfig
-from megatron_eve.config.weights_model import model_of_weights, refuse_other_model
+from megatron_eve.config.weights_model import (
+    fact_of_weights,
+    model_of_weights,
+    refuse_other_model,
+)
 from megatron_eve.data.shard_record import check_exif_rotation
 from megatron_eve.errors import CheckpointError
 from megatron_eve.run_folder import checkpoints_of
@@ -56,6 +60,7 @@ def _check_weights(config: RunConfig, *, dry_run: bool) -> None:
 
 def _check_tokenizer(config: RunConfig, *, dry_run: bool) -> None:
     from megatron_eve.data.tokenizer import STOP_TEXT, load_tokenizer, refuse_ids_beyond
+    from megatron_eve.data.vocabulary import FACT, refuse_other_vocabulary
 
     folder = Path(config.data.tokenizer)
     if dry_run and not folder.exists():
@@ -64,3 +69,8 @@ def _check_tokenizer(config: RunConfig, *, dry_run: bool) -> None:
     tokenizer = load_tokenizer(folder)
     tokenizer.token_id(STOP_TEXT)
     refuse_ids_beyond(tokenizer, vocab_size=config.model.vocab_size)
+    own = checkpoints_of(Path(config.run_dir))
+    weights = config.run_dir if own else config.checkpoint.load_weights_from
+    if weights is not None:
+        recorded = fact_of_weights(weights, FACT)
+        refuse_other_vocabulary(recorded, tokenizer.backend, folder=folder, weights=weights)

@@ -44,6 +44,7 @@ from megatron_eve.checkpoint.verify import (
     verify_folder,
 )
 from megatron_eve.checkpoint.writer import Contents, FolderWrite, raise_together
+from megatron_eve.data.vocabulary import FACT
 from megatron_eve.errors import CheckpointError
 from megatron_eve.run_folder import CHECKPOINTS, LATEST, checkpoints_of, step_name
 from megatron_eve.whole import replace_folder, write_text
@@ -81,11 +82,14 @@ class CheckpointManager:
         keep_every_steps: int | None = None,
         in_background: bool = False,
         stage: str = "",
+        vocabulary: Mapping[str, Any] | None = None,
     ) -> None:
         """`keep_every_steps`: checkpoints of its multiples are never removed. `in_background`: save() returns when the
-        tensors are copied; poll() after each step, wait() at the end."""
+        tensors are copied; poll() after each step, wait() at the end. `vocabulary`: of the run's tokenizer (data/
+        vocabulary.py), recorded with each checkpoint by rank 0."""
         self.folder = run_dir / CHECKPOINTS
         self._run_dir, self._config_text, self._stage = run_dir, config_text, stage
+        self._vocabulary = {} if vocabulary is None else {FACT: dict(vocabulary)}
         self._keep_last, self._keep_every = keep_last, keep_every_steps
         self._in_background = in_background
         self._is_main = torch.distributed.get_rank() == 0
@@ -109,6 +113,7 @@ class CheckpointManager:
             "layout": layout_of(training),
             "distributed_optimizer": training.optimizer.config.use_distributed_optimizer,
             "data": dict(data),
+            **self._vocabulary,
         }
         write = FolderWrite(
             self.folder / f".tmp-{final.name}-{attempt[0]}",

@@ -6,9 +6,11 @@ their tensors have the same shapes. So every constant in the weights' config.txt
 anything is built, in a dry run too; `model.FIELD=from_weights` and `model=from_weights` take it from there instead.
 Reads config.txt alone: no torch."""
 
+import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_eve.config.model_lines import PREFIX, flat_model, model_fields, model_from_text
 from megatron_eve.config.schema import ModelConfig
@@ -51,6 +53,15 @@ def config_of_weights(path: Path) -> Path:
         f"{path} is neither a checkpoint nor a run directory with one ({COMPLETE} not found); name a run, a "
         "checkpoint, or what `python -m checkpoints_convert hf-to-megatron` wrote."
     )
+
+
+def fact_of_weights(path: str | Path, name: str) -> Any:
+    """What complete.json of the checkpoint that `path` means says under `name`; None if nothing."""
+    try:
+        folder = config_of_weights(Path(path)).parent
+        return json.loads((folder / COMPLETE).read_text(encoding="utf-8")).get(name)
+    except (OSError, ValueError, AttributeError, CheckpointError):
+        return None  # the load, which compares every byte, says what is wrong with it
 
 
 def refuse_other_model(

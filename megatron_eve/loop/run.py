@@ -11,7 +11,7 @@ RUN_DIR/evaluations/    results of evaluation.command, see loop/evaluation.py
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from megatron_eve.config.sizes import total_steps
 from megatron_eve.config.text_form import config_text
 from megatron_eve.data.loader import PackLoader
 from megatron_eve.data.tokenizer import load_tokenizer
+from megatron_eve.data.vocabulary import vocabulary_of
 from megatron_eve.errors import ConfigError
 from megatron_eve.loop.data_start import open_on_all
 from megatron_eve.loop.evaluation import Evaluations
@@ -107,6 +108,7 @@ def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
         in_background=config.checkpoint.async_save,
         config_text=config_text(config),
         stage=config.stage.name,
+        vocabulary=_vocabulary(config) if state.rank == 0 else None,
     )
     loader = _open_loader(config, state=state, run_dir=run_dir)
     epoch, unreadable_left = _from_rank0(
@@ -149,6 +151,12 @@ def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
     schedule = build_schedule(optimizer, config=config, steps=steps)
     training = TrainingState(chunks, model, optimizer, schedule)
     return Run(config, run_dir, state, model, training, loader, guard, checkpoints, steps)
+
+
+def _vocabulary(config: RunConfig) -> Mapping[str, Any]:
+    """What each row of the embedding stands for, to be recorded with the weights."""
+    backend = load_tokenizer(config.data.tokenizer).backend
+    return vocabulary_of(backend, with_added=True).as_json()
 
 
 def _open_loader(config: RunConfig, *, state: ParallelState, run_dir: Path) -> PackLoader | None:

@@ -105,6 +105,20 @@ def test_what_becomes_infinite_by_rounding_is_not_converted(  # type: ignore[no-
     assert "as torch.bfloat16: final_layernorm.weight holds 1 values" in message
 
 
+def test_another_tokenizer_is_not_released(tmp_path: Path, folder: Path, gloo1) -> None:  # type: ignore[no-untyped-def]
+    """The one of the folder that was converted is recorded with the weights."""
+    megatron = tmp_path / "megatron"
+    gloo1.run(run_import, folder, megatron)
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    content = json.loads((other / "tokenizer.json").read_text())
+    words = content["model"]["vocab"]
+    words["a"], words["e"] = words["e"], words["a"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    (message,) = gloo1.run(run_export, megatron, tmp_path / "out", other, 16)
+    assert f"the tokenizer {other} is not the one of the weights {megatron}" in message
+    assert gloo1.run(run_export, megatron, tmp_path / "out", folder, 16) == [""]
+
+
 def test_a_value_that_is_no_number_is_not_released(tmp_path: Path, gloo1) -> None:  # type: ignore[no-untyped-def]
     megatron = tmp_path / "megatron"
     gloo1.run(save_with, float("inf"), NAME, str(megatron), layout())

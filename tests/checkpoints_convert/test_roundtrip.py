@@ -277,6 +277,8 @@ def test_release_tells_the_run(
     assert (processor["max_size"], processor["exif_rotation"]) == (48, False)
     other = gloo1.run(run_export, trained, tmp_path / "other", None, None, exif_rotation=True)
     assert "The run was trained with data.exif_rotation=false" in other[0]
+    (message,) = gloo1.run(run_export, trained, tmp_path / "other", None, 16)
+    assert "trained with data.image_edge=48, --image-edge is 16" in message
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert (config["tune_VE"], config["tune_LLM"], config["tune_MOE"]) == (True, True, True)
     assert config["vision_tower_lr"] == run.optim.patch_embedding_lr

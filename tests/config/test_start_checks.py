@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run is told twice is compared before anything is built, in a dry run too."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,8 @@ import pytest
 
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import ModelConfig
+from megatron_eve.data.tokenizer import load_tokenizer
+from megatron_eve.data.vocabulary import FACT, vocabulary_of
 from megatron_eve.train import main
 from tests.support.weights_text import write_model_folder, write_word_tokenizer
 
@@ -148,3 +151,54 @@ def test_nothing_is_compared_with_torch(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def record(weights: Path, tokenizer: Path, *, with_added: bool) -> None:
+    """As a run or a converter does, into complete.json."""
+    backend = load_tokenizer(tokenizer).backend
+    fact = vocabulary_of(backend, with_added=with_added).as_json()
+    (weights / "complete.json").write_text(json.dumps({FACT: fact}))
+
+
+@pytest.mark.parametrize("with_added", [True, False])
+def test_a_tokenizer_with_other_tokens_in_its_rows_is_refused(
+    arguments: list[str],
+    tmp_path: Path,
+    tokenizer: Path,
+    capsys: pytest.CaptureFixture[str],
+    with_added: bool,
+) -> None:
+    """As many ids, the special token where it was: nothing but the words tell."""
+    record(tmp_path / "weights", tokenizer, with_added=with_added)
+    assert main([*arguments, "--dry-run"]) == 0
+    words = [f"w{number}" for number in range(15)]
+    write_word_tokenizer(tokenizer, [*words[:8], words[9], words[8], *words[10:]], special=[STOP])
+    assert main([*arguments, "--dry-run"]) == 2
+    assert "is not the one of the weights" in capsys.readouterr().err
+
+
+def test_tokens_that_are_added_behind_the_weights_own_fit(
+    arguments: list[str], tmp_path: Path, tokenizer: Path
+) -> None:
+    record(tmp_path / "weights", tokenizer, with_added=True)
+    words = [f"w{number}" for number in range(15)]
+    write_word_tokenizer(tokenizer, words, special=[STOP, "<|more|>"])
+    weights = write_model_folder(
+        tmp_path / "more", replace(load_recipe("eve_tiny_stage3").model, vocab_size=17)
+    )
+    (weights / "complete.json").write_text((tmp_path / "weights/complete.json").read_text())
+    bigger = [f"checkpoint.load_weights_from={weights}", "model.vocab_size=17"]
+    assert main([*arguments, *bigger, "--dry-run"]) == 0
+
+
+def test_a_language_models_reserved_token_may_get_a_name(
+    arguments: list[str], tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A converter records the words alone; a run knows what its special tokens mean."""
+    words = [f"w{number}" for number in range(15)]
+    before = write_word_tokenizer(tmp_path / "llama", words, special=["<|reserved|>"])
+    record(tmp_path / "weights", before, with_added=False)
+    assert main([*arguments, "--dry-run"]) == 0
+    record(tmp_path / "weights", before, with_added=True)
+    assert main([*arguments, "--dry-run"]) == 2
+    assert "is not the one of the weights" in capsys.readouterr().err

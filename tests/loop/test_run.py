@@ -17,6 +17,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_eve.errors import ConfigError
+from megatron_eve.start_checks import check_start
+from megatron_eve.train import configure
 from tests.loop.test_run_directory import held
 
 REPOSITORY = Path(__file__).parents[2]
@@ -248,6 +251,24 @@ def test_a_run_directory_of_another_stage_is_refused(overrides, tmp_path):  # ty
     assert "holds the checkpoints of another run" in output
     assert "stage.name was 3, is 2.2" in output
     assert (tmp_path / "run" / "config.txt").read_text() == before
+    other = _with_two_words_exchanged(overrides, tmp_path / "tokenizer")
+    load = [f"checkpoint.load_weights_from={tmp_path / 'run'}", f"run_dir={tmp_path / 'next'}"]
+    for start in ([], load):  # to resume, and to start from its weights
+        same = [*overrides, *start]
+        check_start(configure("eve_tiny_stage3", overrides=same), dry_run=False)
+        with pytest.raises(ConfigError, match="tokenizer is not the one of the weights"):
+            check_start(configure("eve_tiny_stage3", overrides=[*same, other]), dry_run=False)
+
+
+def _with_two_words_exchanged(overrides: list[str], folder: Path) -> str:
+    """An override for the run's tokenizer with two rows of the embedding exchanged; every length stays."""
+    source = next(o for o in overrides if o.startswith("data.tokenizer=")).partition("=")[2]
+    shutil.copytree(source, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    words = content["model"]["vocab"]
+    words["a"], words["e"] = words["e"], words["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return f"data.tokenizer={folder}"
 
 
 def test_a_second_run_waits_for_the_first_ones_end(overrides, tmp_path):  # type: ignore[no-untyped-def]
