@@ -8,9 +8,11 @@ wait for ever, and so does a disk that is full on rank 0. Here every failure rea
 """
 
 import errno
+import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -46,7 +48,9 @@ from megatron_eve.errors import CheckpointError
 from megatron_eve.whole import sync_path, write_text
 
 _GIB = 1 << 30
+_LOG = logging.getLogger(__name__)
 _STOP_S = 10.0  # a disk that hangs must not keep a process whose run has failed
+_SLOW_S = 120.0  # a checkpoint that takes longer is spoken of, then after twice the time
 _SPARE_BYTES = 64 << 20  # headers, metadata and what the file system itself needs
 
 
@@ -241,11 +245,23 @@ class FolderWrite:
     def finish(self) -> None:
         """Wait for every rank's bytes, then write what makes the folder a checkpoint; complete.json last."""
         assert self._written is not None, "start() first"
+        self._wait_for_disks()
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, self._written.result())
         if problem := next((rank.problem for rank in everyone if rank.problem), None):
             self._fail(problem)
         self._agree(self._complete(everyone) if self._is_main else None)
+
+    def _wait_for_disks(self) -> None:
+        """Of all ranks, by asking again and again: a collective, which has a time limit, waits for no disk."""
+        began, pause, told_at = time.monotonic(), 0.002, _SLOW_S
+        while not self.is_done():
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+            seconds = time.monotonic() - began
+            if self._is_main and seconds > told_at:
+                _LOG.warning("%s is still being written after %.0f s", self.folder, seconds)
+                told_at *= 2
 
     def _complete(self, everyone: list[_Written]) -> str | None:
         path = self.folder

@@ -40,6 +40,7 @@ from megatron_eve.loop.run_directory import claimed
 from megatron_eve.loop.signals import StopFlag
 from megatron_eve.loop.step import StepResult, train_step
 from megatron_eve.loop.unreadable import UnreadableGuard
+from megatron_eve.loop.watchdog import Watch, watch_ranks
 from megatron_eve.metrics.peak import peak_flops
 from megatron_eve.metrics.profiling import Capture
 from megatron_eve.metrics.sinks import Sinks
@@ -91,13 +92,15 @@ def run(config: RunConfig, *, signals: StopSignals) -> None:
     with ours:
         signals.catch_stops()
         stop = StopFlag(run_dir, signals)
-        assembled = _assemble(config, state=state, run_dir=run_dir)
-        try:
-            _train(assembled, stop=stop)
-        finally:
-            assembled.checkpoints.close()
-            if assembled.loader is not None:
-                assembled.loader.close()
+        limit_s = config.train.distributed_timeout_s
+        with watch_ranks(state, limit_s=limit_s, run_dir=run_dir) as watch:
+            assembled = _assemble(config, state=state, run_dir=run_dir)
+            try:
+                _train(assembled, stop=stop, watch=watch)
+            finally:
+                assembled.checkpoints.close()
+                if assembled.loader is not None:
+                    assembled.loader.close()
 
 
 def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
@@ -199,7 +202,7 @@ def _resume(run: Run) -> int:
     return resumed.step
 
 
-def _train(run: Run, *, stop: StopFlag) -> None:
+def _train(run: Run, *, stop: StopFlag, watch: Watch) -> None:
     done = _resume(run)
     if run.state.rank == 0 and done < run.steps:
         (run.run_dir / DONE_FILE).unlink(missing_ok=True)  # of a run of fewer steps
@@ -229,7 +232,7 @@ def _train(run: Run, *, stop: StopFlag) -> None:
         while done < run.steps and not stopping:
             done += 1
             with capture.step(done):
-                result = _step(run, stop=stop, capture=capture)
+                result = _step(run, number=done, stop=stop, capture=capture, watch=watch)
             stopping, values = result.stop_requested, result.metrics
             capture.done(done, values)
             meter.add(values)
@@ -246,22 +249,26 @@ def _train(run: Run, *, stop: StopFlag) -> None:
                 sinks.log(done, record | evaluations.news())
             run.checkpoints.poll()
             if done % run.config.checkpoint.save_every_steps == 0 or last:
+                watch.at(f"saving step {done}")
                 _save(run, step=done)
                 evaluations.saved(done)
             if last:
                 run.checkpoints.wait()
             evaluations.poll()
+        watch.finish()
         learning.finish()
         _finish(run, done=done)
         evaluations.finish(give_up=stop)
 
 
-def _step(run: Run, *, stop: StopFlag, capture: Capture) -> StepResult:
+def _step(run: Run, *, number: int, stop: StopFlag, capture: Capture, watch: Watch) -> StepResult:
     """One step, with its times and memory among the metrics."""
     started = time.perf_counter()
+    watch.at(f"{'reading' if run.loader is not None else 'receiving'} the data of step {number}")
     with capture.range("data_wait"):
         packs = next_step(run.loader, state=run.state)
     waited = time.perf_counter() - started
+    watch.at(f"step {number}")
     result = train_step(
         run.model,
         packs,

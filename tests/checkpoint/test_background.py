@@ -6,7 +6,6 @@ import os
 import threading
 import time
 import weakref
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -139,7 +138,7 @@ def save_and_interrupt(run_dir: Path) -> tuple[list[Any], set[str]]:
     with patch.object(_ShardWriter, "_write_item", late):
         manager.save(assemble(layout()), step=1, data={})
         with (
-            patch.object(Future, "result", side_effect=KeyboardInterrupt),
+            patch.object(writer.time, "sleep", side_effect=KeyboardInterrupt),
             pytest.raises(KeyboardInterrupt),
         ):
             manager.wait()
