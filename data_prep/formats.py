@@ -78,6 +78,14 @@ _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\xfe\xff", "UTF-16 text", "convert it to UTF-8"),
 )  # fmt: skip
 """(offset, bytes there, what the file is, what to do). Zip, tar and text are told apart by hand."""
+_BINARY_SUFFIXES = {
+    ".mds": "a shard of mosaicml-streaming (MDS)",
+    ".tfrecord": "a TFRecord file",
+    ".rec": "a RecordIO file",
+    ".mdb": "an LMDB file",
+    ".msgpack": "a MessagePack file",
+}
+"""What has no signature of its own."""
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(.*)", re.DOTALL)
 
 
@@ -94,6 +102,8 @@ def refusal_of_path(path: Path) -> DataError:
         return DataError(
             f"{address} is not a file but an address, and nothing is fetched; copy it to a disk and give its path."
         )
+    if path.exists() and not path.is_dir():  # a pipe cannot be read twice
+        return DataError(f"{path} is not a file but a pipe or a device; write it to a file first.")
     if not path.is_dir():
         return DataError(f"{path} is not a file: there is nothing of that name; {_SAMPLES}.")
     what, advice = _describe_folder(path)
@@ -134,16 +144,13 @@ def describe_bytes(head: bytes, *, path: Path) -> tuple[str | None, str]:
         )
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return f"a zip archive{_zip_members(path)}", _LIST_IT
-    if head[257:262] == b"ustar":
+    if head[257:262] == b"ustar" or (path.suffix == ".tar" and _tar_members(path)):
         return f"a tar archive{_tar_members(path)}", _LIST_IT
     for offset, magic, what, advice in _SIGNATURES:
         if head[offset : offset + len(magic)] == magic:
             return what, advice
-    if path.suffix == ".mds":
-        return (
-            "a shard of mosaicml-streaming",
-            "give its samples as JSON, with their pictures as files",
-        )
+    if path.suffix in _BINARY_SUFFIXES:
+        return _BINARY_SUFFIXES[path.suffix], _TABLE
     if (
         b"\x00" in head
         or sum(byte < 32 and byte not in b"\t\n\r\f" for byte in head) > len(head) // 50
@@ -205,7 +212,10 @@ def _tar_members(path: Path) -> str:
 
 def _zip_members(path: Path) -> str:
     with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
-        return _members(archive.namelist()[:60])
+        names = archive.namelist()[:60]
+        if "[Content_Types].xml" in names:
+            return " of Office (a sheet or a text)"
+        return _members(names)
     return ""
 
 

@@ -225,9 +225,8 @@ def _image_paths(raw: Mapping[str, object]) -> tuple[str, ...]:
                 f"`image` holds {embedded} as base64, {path[:24]!r}…; write the pictures to files",
             )
         if _ADDRESS.match(path):
-            raise Rejected(
-                "bad_image_field", f"`image` is the address {path[:200]!r}; download the pictures"
-            )
+            advice = "write the path alone" if path.startswith("file:") else "download the pictures"
+            raise Rejected("bad_image_field", f"`image` is the address {path[:200]!r}; {advice}")
         kind = suffix_kind(path)
         if kind not in (None, "picture"):
             raise Rejected("bad_image_field", f"`image` names a {kind}, {path[:200]!r}")

@@ -28,9 +28,10 @@ from megatron_eve.data.media_names import (
 
 SAMPLE_KEYS = ("id", "image", "conversations", "system")
 TURN_KEYS = ("from", "value")
-PROMPT_WORDS = frozenset(
-    ("system", "instruction", "prompt", "context", "history", "message", "dialog", "dialogue")
+_PROMPTS = (
+    "system instruction prompt context history message dialog dialogue conversation chat tool"
 )
+PROMPT_WORDS = frozenset(_PROMPTS.split())
 """Words of keys whose text belongs to the conversation."""
 BASE64_HEADS = {
     "/9j/": "a JPEG",

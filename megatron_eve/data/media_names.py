@@ -34,6 +34,19 @@ AUDIO_SUFFIXES = (
     ".mid",
 )
 OTHER_SUFFIXES = (".pdf", ".djvu", ".ply", ".obj", ".glb", ".gltf", ".stl", ".pcd", ".las")
+DATA_SUFFIXES = (
+    ".npy",
+    ".npz",
+    ".h5",
+    ".hdf5",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".tar",
+    ".zip",
+    ".parquet",
+    ".mds",
+)
 SUFFIX_KINDS = {
     suffix: kind
     for kind, suffixes in (
@@ -41,11 +54,13 @@ SUFFIX_KINDS = {
         ("video", VIDEO_SUFFIXES),
         ("sound", AUDIO_SUFFIXES),
         ("document", OTHER_SUFFIXES),
+        ("file of data", DATA_SUFFIXES),
     )
     for suffix in suffixes
 }
 _WORDS = {
-    "picture": "image img picture pic photo photograph screenshot thumbnail jpg jpeg png webp pixel vision visual",
+    "picture": "image img picture pic photo photograph screenshot thumbnail jpg jpeg png webp pixel vision visual "
+    "thermal infrared radar",
     "video": "video vid clip frame gif mp4",
     "sound": "audio sound speech voice music wav mp3 waveform spectrogram",
     "document": "pdf pointcloud lidar media multimedia multimodal attachment",
@@ -56,10 +71,10 @@ _WEAK = {
     **dict.fromkeys(("figure", "fig", "depth"), "picture"),
     **dict.fromkeys(("movie", "film"), "video"),
     **dict.fromkeys(("song",), "sound"),
-    **dict.fromkeys(("mesh", "scan", "document"), "document"),
+    **dict.fromkeys(("mesh", "scan", "document", "doc", "page", "file"), "document"),
 }
 """Words that mark-up and metadata use for other things (`<figure>`, `"movie": "Titanic"`): they stand for a medium only
-in a mark with a number, a bar or a word such as `pad`."""
+in a mark with a number, a bar or a word such as `pad`, or apart from the words of a question and not closed again."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -81,13 +96,25 @@ _COMPANIONS = _words(
     "embedding soft newline row sep mark input slot fake around history query global local latent"
 )
 """Words that stand beside a medium in marks written in capitals of the middle, as `<ImageHere>`."""
+_SPELLED = frozenset(("im_patch", "boi", "eoi", "bov", "eov"))
+"""Marks whose words say nothing: begin and end of an image, of a video."""
+_GLUED = re.compile("image|video|audio|vision|speech", re.IGNORECASE)
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
-_ANGLE = re.compile(r"<\s*(\|?)\s*([A-Za-z][A-Za-z0-9_\-:#. ]{0,40}?)\s*\|?\s*/?>")
+_ANGLE = re.compile(r"<\s*([|#@$%]?)\s*([A-Za-z][A-Za-z0-9_\-:#. ]{0,40}?)\s*[|#@$%]?\s*/?>")
 _SQUARE = re.compile(
-    r"\[\s*/?(?:images?|img|pictures?|photos?|videos?|audios?)[ _-]?\d*\s*\](?!\()", re.I
+    r"\[\s*/?(?:images?|img|pictures?|pic|photos?|videos?|vid|audios?)(?:[ _#-]*\d*\s*|\s*:[^\]\n]{0,200})\](?!\()",
+    re.I,
 )
 _CURLY = re.compile(r"\{\s*(?:images?|img|pictures?|photos?|videos?|audios?)[ _-]?\d*\s*\}", re.I)
 _CHINESE = re.compile(r"[<\[【《](?:图片|图像|照片|圖片|视频|音频|语音)[ _-]?\d*[>\]】》]")
+_ESCAPED = re.compile(
+    r"(?:&lt;|＜)\s*/?(?:image|img|picture|video|audio)[ _-]?\d*\s*(?:&gt;|＞)", re.I
+)
+_PRINTED = re.compile(r"<PIL\.\w+")
+_APART = re.compile(
+    r"\A\s*<([A-Za-z]+)>|^[ \t]*<([A-Za-z]+)>[ \t]*$|<([A-Za-z]+)>\s*\Z", re.MULTILINE
+)
+"""A tag at the very start or end of a text, or on a line of its own."""
 _DATA_URL = re.compile(r"data:(?:image|video|audio)/[\w.+-]+;base64,")
 _MARKDOWN = re.compile(r"!\[[^\]\n]{0,200}\]\(\s*[^)\s]{1,400}")
 _GENERIC = re.compile(
@@ -106,6 +133,8 @@ def media_kind(name: str) -> str | None:
     words = words_of(name)
     if "point" in words and "cloud" in words:
         return "document"
+    if "depth" in words and "map" in words:
+        return "picture"
     return next((WORD_KINDS[word] for word in words if word in WORD_KINDS), None)
 
 
@@ -115,7 +144,7 @@ def suffix_kind(path: str) -> str | None:
         return None
     bare = path.split("?", 1)[0].split("#", 1)[0].rstrip().lower()
     stem, dot, suffix = bare.rpartition(".")
-    return SUFFIX_KINDS.get(dot + suffix) if stem and len(suffix) <= 4 else None
+    return SUFFIX_KINDS.get(dot + suffix) if stem else None
 
 
 def unread_mark(text: str, *, in_question: bool) -> str | None:
@@ -129,9 +158,15 @@ def unread_mark(text: str, *, in_question: bool) -> str | None:
             if match.group(2).isalpha() and _GENERIC.search(text[: match.start()][-80:]):
                 continue  # a type: List<Image>
             return match.group()
+        for match in _APART.finditer(text) if in_question else ():
+            name = match[match.lastindex or 0]
+            if words_of(name)[-1] in _WEAK and f"</{name}" not in text:
+                return match.group().strip()
     patterns = (
         [_SQUARE, _CHINESE] if "[" in text or "<" in text or "【" in text or "《" in text else []
     )
+    patterns += [_ESCAPED] if "&lt;" in text or "＜" in text else []
+    patterns += [_PRINTED] if "<PIL" in text else []
     patterns += [_DATA_URL] if "data:" in text else []
     if in_question:
         patterns += [_CURLY] if "{" in text else []
@@ -143,9 +178,13 @@ def unread_mark(text: str, *, in_question: bool) -> str | None:
 @functools.lru_cache(maxsize=4096)
 def _is_mark(bar: str, name: str) -> bool:
     """Whether what stands between angle brackets (and bars) is a mark of media."""
+    if suffix_kind(name) is not None:  # <leaf.png>, <image:leaf.png>
+        return True
     words = words_of(name)
     weak = [word for word in words if word in _WEAK]
-    if name != "im_patch" and media_kind(name) is None and not weak:
+    if name.lower() in _SPELLED or (bar and _GLUED.search(name)):
+        return True
+    if media_kind(name) is None and not weak:
         return False
     others = [w for w in words if w not in WORD_KINDS and w not in weak and not w.isdigit()]
     if bar:

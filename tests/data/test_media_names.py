@@ -65,9 +65,24 @@ MARKS = (
         "<图片>",
         "[图片]",
     ),
-    *("data:image/png;base64,iVBORw0KGgo=",),
+    *(
+        "data:image/png;base64,iVBORw0KGgo=",
+        "[image: a leaf]",
+        "[Image #2]",
+        "<#image#>",
+        "&lt;image&gt;",
+        "<boi>",
+        "<image:leaf.png>",
+        "<leaf.png>",
+    ),
 )
-MARKS_OF_QUESTIONS = ("{image}", "{video_1}", "![a leaf](leaf.png)")
+MARKS_OF_QUESTIONS = (
+    "{image}",
+    "<depth>\nHow far is it?\n",
+    "\n<movie>\n",
+    "{video_1}",
+    "![a leaf](leaf.png)",
+)
 NO_MARKS = (
     *(
         "<image>",
@@ -116,6 +131,16 @@ def test_what_answers_write_in_code_is_a_mark_in_questions_alone(mark: str) -> N
     assert unread_mark(f"{mark} What is it?", in_question=False) is None
 
 
+@pytest.mark.parametrize(
+    "question", ["<depth> How far?", "How far?\n<depth>\n", "Who plays?<movie>"]
+)
+def test_a_tag_that_stands_apart_is_a_mark_unless_it_is_closed(question: str) -> None:
+    assert unread_mark(question, in_question=True) is not None
+    assert unread_mark(question, in_question=False) is None
+    name = question[question.index("<") + 1 : question.index(">")]
+    assert unread_mark(f"{question}A</{name}>", in_question=True) is None
+
+
 @pytest.mark.parametrize("text", NO_MARKS)
 def test_other_text_is_no_mark(text: str) -> None:
     assert unread_mark(text, in_question=False) is None
@@ -130,6 +155,7 @@ def test_other_text_is_no_mark(text: str) -> None:
         ("clips/river.mp4", "video"),
         ("bird.wav", "sound"),
         ("page.pdf", "document"),
+        ("depth/1.npy", "file of data"),
         ("leaf", None),
         (".png", None),
         ("3.5", None),

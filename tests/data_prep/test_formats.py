@@ -63,6 +63,10 @@ FILES: list[tuple[str, bytes, str]] = [
     ("a.txt", b"a.jpg\nb/c.png\n", "is a plain list of paths"),
     ("a.yaml", b"samples:\n - a.jpg", "is YAML"),
     ("a.json", b'{"data": [{"id": 1}]}', "is one JSON object with the keys `data`, .*write the list of samples alone"),
+    ("a.tfrecord", b"\x10\x00\x00\x00\x00\x00\x00\x00abc", "is a TFRecord file"),
+    ("a.mds", b"\x01\x00\x00\x00\x0c", r"is a shard of mosaicml-streaming \(MDS\)"),
+    ("a.xlsx", packed("[Content_Types].xml", "xl/a.xml"), "is a zip archive of Office"),
+    ("a.csv.gz", gzip.compress(b"path,title\na.jpg,A leaf"), "is a CSV table, packed by gzip, .*; unpack it"),
     ("a.bin", bytes(range(1, 32)) * 40, "is binary data of no known format"),
     ("a.json", b" \n", "is empty; expected a JSON list"),
 ]
