@@ -163,8 +163,9 @@ def encode_prompt(
 def _training_segments(
     turns: Sequence[Turn], *, num_images: int, template: TemplateName, tokenizer: Tokenizer
 ) -> list[_Segment]:
-    check_conversation(turns, num_images=num_images, template=template)
-    check_texts(turns, end_texts=tokenizer.end_texts)  # of a tokenizer with ends of its own
+    check_conversation(
+        turns, num_images=num_images, template=template, end_texts=tokenizer.end_texts
+    )
     if template == "plain":
         caption = spoken_turns(turns)[1].text.strip()
         return [_Segment(IMAGE_MARK, False)] * num_images + [_Segment(caption + "\n", True)]

@@ -151,7 +151,7 @@ def unread_mark(text: str, *, in_question: bool) -> str | None:
     """The first thing in `text` that stands for a medium and is not `<image>`.
 
     Curly brackets and Markdown pictures count in questions only: answers that write code are full of them."""
-    if "<" in text:
+    if text.count("<") > text.count(IMAGE_MARK):
         for match in _ANGLE.finditer(text):
             if match.group() == IMAGE_MARK or not _is_mark(*match.groups()):
                 continue
@@ -162,9 +162,8 @@ def unread_mark(text: str, *, in_question: bool) -> str | None:
             name = match[match.lastindex or 0]
             if words_of(name)[-1] in _WEAK and f"</{name}" not in text:
                 return match.group().strip()
-    patterns = (
-        [_SQUARE, _CHINESE] if "[" in text or "<" in text or "【" in text or "《" in text else []
-    )
+    patterns = [_SQUARE] if "[" in text else []
+    patterns += [] if text.isascii() else [_CHINESE]
     patterns += [_ESCAPED] if "&lt;" in text or "＜" in text else []
     patterns += [_PRINTED] if "<PIL" in text else []
     patterns += [_DATA_URL] if "data:" in text else []

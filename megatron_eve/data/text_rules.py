@@ -34,10 +34,11 @@ def templates_that_train(turns: Sequence[Turn], *, num_images: int) -> tuple[Tem
     """The templates that can train this conversation. Raises SampleError (of qwen2) if none can."""
     found: list[TemplateName] = []
     refused: list[SampleError] = []
+    check_texts(turns)
     templates: tuple[TemplateName, ...] = ("qwen2", "plain")
     for template in templates:
         try:
-            check_conversation(turns, num_images=num_images, template=template)
+            _check_template(turns, num_images=num_images, template=template)
             found.append(template)
         except SampleError as error:
             refused.append(error)
@@ -46,9 +47,20 @@ def templates_that_train(turns: Sequence[Turn], *, num_images: int) -> tuple[Tem
     return tuple(found)
 
 
-def check_conversation(turns: Sequence[Turn], *, num_images: int, template: TemplateName) -> None:
-    """Raises SampleError unless `template` can train this conversation."""
-    check_texts(turns)
+def check_conversation(
+    turns: Sequence[Turn],
+    *,
+    num_images: int,
+    template: TemplateName,
+    end_texts: Sequence[str] = END_TEXTS,
+) -> None:
+    """Raises SampleError unless `template` can train this conversation. `end_texts`: a tokenizer may have ends of its
+    own, beside END_TEXTS."""
+    check_texts(turns, end_texts=end_texts)
+    _check_template(turns, num_images=num_images, template=template)
+
+
+def _check_template(turns: Sequence[Turn], *, num_images: int, template: TemplateName) -> None:
     spoken = spoken_turns(turns)
     roles = [turn.role for turn in spoken]
     found = f"roles are {' '.join(turn.role for turn in turns)}"[:200]
