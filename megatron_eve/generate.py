@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_eve.command import end_with
 from megatron_eve.errors import DataError, EveError
 
 
@@ -28,8 +29,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EveError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 
@@ -117,4 +116,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

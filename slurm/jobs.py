@@ -22,6 +22,7 @@ import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import DelayedSubmission
 
+from megatron_eve.command import end_with
 from slurm import commands
 
 PACKAGES = ("data_prep", "checkpoints_convert", "tools")
@@ -137,4 +138,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_with(lambda: main(sys.argv[1:]))

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_eve.command import end_with
 from slurm import commands
 
 STAGES = ("stage1", "stage2_1_ld", "stage2_1_hd", "stage2_2", "stage3")
@@ -225,4 +226,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_with(lambda: main(sys.argv[1:]))

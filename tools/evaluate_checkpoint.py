@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints_convert.evaluation_results import Figure, read_results
+from megatron_eve.command import end_with
 from megatron_eve.errors import EveError
 from megatron_eve.whole import write_json
 
@@ -100,4 +101,4 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_eve.command import end_with
+
 IMAGE_ID = -200
 """What the official code takes for an image in the ids."""
 SIZES = ((96, 64), (200, 150), (33, 97))  # width, height
@@ -170,4 +172,4 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_eve.command import end_with
 from megatron_eve.errors import DataError, EveError
 from megatron_eve.metrics.definitions import METRICS
 from megatron_eve.metrics.sinks import METRICS_FILE, read_metrics
@@ -134,4 +135,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

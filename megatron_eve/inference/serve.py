@@ -4,7 +4,7 @@
 OpenAI's API under /v1 (chat completions with images, streaming or not), /health, and a page at / to drop an image in
 and chat. Listens on this machine only unless --host says otherwise; there is no authentication. Images come as data:
 URIs; --allow-url and --allow-path open the network and a folder to whoever can reach the server. Exit codes: 0 stopped
-by Ctrl-C or SIGTERM, 1 cannot serve, 2 wrong usage.
+by Ctrl-C or SIGTERM, 1 cannot serve, 2 wrong usage, 130 Ctrl-C before it serves.
 """
 
 import argparse
@@ -12,9 +12,11 @@ import logging
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megatron_eve.command import end_with
 from megatron_eve.errors import ConfigError, EveError
 
 _MIB = 2**20
@@ -30,8 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EveError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        pass
     return 0
 
 
@@ -49,7 +49,10 @@ def _serve(arguments: argparse.Namespace) -> None:
     )
     service.worker.start()
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        with suppress(
+            KeyboardInterrupt
+        ):  # raised again by uvicorn, when it has ended as it was asked to
+            uvicorn.Server(config).run(sockets=[listener])
     finally:
         service.worker.stop()
 
@@ -146,4 +149,4 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from checkpoints_convert.megatron_to_hf import hf_stream
 from checkpoints_convert.names import tensor_rules
 from checkpoints_convert.tensors import EveView
 from checkpoints_convert.verify import compare_tensors
+from megatron_eve.command import end_with
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.parallel.groups import init_distributed
@@ -275,4 +275,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_eve.command import end_with
 from megatron_eve.errors import EveError
 from megatron_eve.whole import write_json
 from tools.bench.report import BenchmarkError, hardware
@@ -216,4 +217,4 @@ def _refuse_without_gpu(size: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -11,7 +11,6 @@ Then greedy steps, each with the token brought to the host, as a server does. Ra
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_eve import device as devices
+from megatron_eve.command import end_with
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.config.variants import VARIANTS
 from megatron_eve.data.assemble import image_layout
@@ -244,4 +244,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -14,13 +14,13 @@ import multiprocessing
 import os
 import resource
 import socket
-import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
+from megatron_eve.command import end_with
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.sizes import memory_estimate
 from megatron_eve.parallel.groups import init_distributed, init_model_parallel
@@ -189,4 +189,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -19,7 +19,6 @@ import dataclasses
 import itertools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_eve.command import end_with
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import BatchConfig, ModelConfig, RunConfig
 from megatron_eve.data.lengths import SampleLengths
@@ -286,4 +286,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

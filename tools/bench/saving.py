@@ -13,7 +13,6 @@ import argparse
 import itertools
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eve.checkpoint.manager import CheckpointManager
+from megatron_eve.command import end_with
 from megatron_eve.data.sample import Pack
 from megatron_eve.parallel.groups import init_distributed, init_model_parallel
 from tools.bench.contenders import OurStep
@@ -155,4 +155,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

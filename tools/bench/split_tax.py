@@ -11,13 +11,13 @@ timed. The tax is the ratio of times minus one. A profile of both says where it 
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from megatron_eve.command import end_with
 from megatron_eve.config.megatron import transformer_config
 from megatron_eve.config.schema import SplitConfig
 from megatron_eve.model.attention import EveSelfAttention, rotate_half
@@ -272,4 +272,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from megatron_eve import device
+from megatron_eve.command import end_with
 from megatron_eve.config.recipes import RECIPES
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.data.sample import Pack
@@ -367,4 +368,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

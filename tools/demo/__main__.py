@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_eve.command import end_with
 from megatron_eve.errors import ConfigError, EveError
 from tools.demo.evaluate import RESULTS_FILE
 from tools.demo.pipelines import DEMOS, Demo, DemoOptions
@@ -42,9 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except EveError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
         return 1
 
 
@@ -110,4 +108,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main, after_interrupt="run the same command again to go on")

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.demo.shape_facts import COLORS, SHAPES, YES_NO
+from megatron_eve.command import end_with
 from megatron_eve.data.media_names import IMAGE_MARK
 from megatron_eve.errors import DataError, EveError
 from megatron_eve.whole import write_json
@@ -209,4 +210,4 @@ def _read_json(path: Path) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

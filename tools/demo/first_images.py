@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.readers import iterate_entries
+from megatron_eve.command import end_with
 from megatron_eve.errors import DataError, EveError
 from megatron_eve.whole import write_json
 
@@ -50,4 +51,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_eve.command import end_with
 from megatron_eve.errors import DataError, EveError
 from tools.demo.evaluate import ANSWERS_FILE
 from tools.demo.scoring import Answered, normalised
@@ -124,4 +125,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

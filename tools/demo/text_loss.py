@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from megatron_eve.command import end_with
 from megatron_eve.data.tokenizer import load_tokenizer
 from megatron_eve.errors import EveError
 from megatron_eve.whole import write_json
@@ -123,4 +124,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

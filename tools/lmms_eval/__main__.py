@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_eve.command import end_with
+
 TASKS = Path(__file__).parent / "tasks"
 PLUGIN = "tools.lmms_eval"
 INSTALL = "`make install-eval`, or pip install -c constraints.txt --no-deps lmms-eval after the `eval` set"
@@ -103,4 +105,4 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_eve.command import end_with
 from megatron_eve.errors import ConfigError
 from tools.plan.cluster import GPUS, WORKSPACE
 
@@ -75,4 +76,4 @@ def _calibrate_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)

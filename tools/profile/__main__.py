@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_eve.command import end_with
 from megatron_eve.errors import ConfigError, EveError
 from megatron_eve.metrics.captured import PROFILE_FOLDER
 from megatron_eve.whole import write_json
@@ -215,4 +216,4 @@ def _add_steps(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)
