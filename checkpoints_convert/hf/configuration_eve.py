@@ -10,6 +10,18 @@ from typing import Any
 
 from transformers import Qwen2Config
 
+COMPUTED = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+"""Fields of Qwen2 and Llama configurations, and the only value of each that this decoder computes. (Biases of q, k and
+v are always there; `attention_bias` would ask for the output's, too.)"""
+PARTS = ("layernorm", "self_attn", "mlp")
+
 
 class EVEQwen2Config(Qwen2Config):
     """A Qwen2 decoder with EVEv2's patch embedding and modality-split weights."""
@@ -32,6 +44,8 @@ class EVEQwen2Config(Qwen2Config):
         vision_tower_lr: float | None = None,
         **kwargs: Any,
     ) -> None:
+        for name in ("rope_scaling", "rope_parameters"):
+            refuse_scaling(name, kwargs.get(name))  # before versions of 5 make something else of it
         super().__init__(**kwargs)
         if head_dim is None:
             head_dim = self.hidden_size // self.num_attention_heads
@@ -50,9 +64,46 @@ class EVEQwen2Config(Qwen2Config):
         self.tune_MOE = tune_MOE
         self.vision_tower_lr = vision_tower_lr
 
+    def check_computed(self) -> None:
+        """Raises: ValueError for a field with a value that the model would not follow, by its name."""
+        for name, value in COMPUTED.items():
+            if (found := getattr(self, name, None)) not in (None, value):
+                raise ValueError(
+                    f"{name}={found!r} is not computed by this model; leave it at {value!r}."
+                )
+        for name in ("rope_scaling", "rope_parameters"):
+            found = getattr(self, name, None)
+            refuse_scaling(name, found)
+            if (found or {}).get("rope_theta", self.rope_theta) != self.rope_theta:
+                raise ValueError(
+                    f"{name}={found!r} is not computed by this model: rope_theta is {self.rope_theta!r}."
+                )
+        if sliding := set(getattr(self, "layer_types", None) or ()) - {"full_attention"}:
+            raise ValueError(
+                f"layer_types has {sorted(sliding)}; every layer attends to all tokens."
+            )
+        parts = [part for part in (self.moe_part or "").split("-") if part]
+        unknown = sorted(set(parts) - set(PARTS))
+        if unknown or (self.add_moe and not parts):
+            raise ValueError(
+                f"moe_part={self.moe_part!r} with add_moe={self.add_moe!r}; expected some of {', '.join(PARTS)}, "
+                "joined by dashes."
+            )
+
     def splits(self, part: str) -> bool:
         """Whether `part` (layernorm, self_attn or mlp) has separate weights for vision tokens."""
         return self.add_moe and part in (self.moe_part or "").split("-")
+
+
+def refuse_scaling(name: str, found: Any) -> None:
+    """Raises: ValueError for anything that scales rotary positions, or does something that is not known to be none."""
+    rest = dict(found or {})
+    kind = rest.pop("rope_type", rest.pop("type", None))
+    rest.pop("rope_theta", None)
+    if kind not in (None, "default") or any(value not in (None, 1.0) for value in rest.values()):
+        raise ValueError(
+            f"{name}={found!r} is not computed by this model: rotary positions are not scaled. Take it out."
+        )
 
 
 __all__ = ["EVEQwen2Config"]

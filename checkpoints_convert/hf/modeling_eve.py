@@ -158,6 +158,7 @@ class EVEQwen2Model(EVEQwen2PreTrainedModel):
     """Embeddings, layers and final norm."""
 
     def __init__(self, config: EVEQwen2Config) -> None:
+        config.check_computed()
         super().__init__(config)
         self.vision_tower = EVEVisionTower(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

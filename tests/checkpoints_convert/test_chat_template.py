@@ -153,3 +153,20 @@ def run_with(template: str | None) -> RunConfig | None:
         return None
     run = load_recipe("eve_tiny_stage3")
     return dataclasses.replace(run, data=dataclasses.replace(run.data, template=template))  # type: ignore[arg-type]
+
+
+def test_what_a_template_is_given_and_does_not_write_is_refused(processor: Any) -> None:
+    tokenizer, messages = processor.tokenizer, conversation()
+    asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert asked == tokenizer.apply_chat_template(messages, tokenize=False)
+    tool = {"type": "function", "function": {"name": "look", "parameters": {}}}
+    for options, problem in (
+        ({"tools": [tool]}, "tools and documents are not supported"),
+        ({"documents": [{"title": "a", "text": "b"}]}, "tools and documents are not supported"),
+    ):
+        with pytest.raises(Exception, match=problem):  # of the template engine below transformers
+            tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    answered = tokenizer.apply_chat_template(messages[:2], tokenize=False)
+    assert answered.endswith(" red<|im_end|>")
+    with pytest.raises(Exception, match="no question at the end: there is nothing to answer"):
+        tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)

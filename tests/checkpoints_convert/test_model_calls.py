@@ -11,8 +11,10 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
+from checkpoints_convert.hf.configuration_eve import EVEQwen2Config
 from checkpoints_convert.hf.modality_eve import TEXT
 from checkpoints_convert.hf.modeling_eve import EVEQwen2ForCausalLM
+from checkpoints_convert.hf_config import model_json
 from tests.checkpoints_convert.test_modeling import (
     PAD_ID,
     greedy,
@@ -323,3 +325,29 @@ def test_misuse_is_refused_by_name(
     for name in ("inputs_embeds", "visible", "tokens_kinds"):
         with pytest.raises((TypeError, ValueError), match=name):
             model.generate(**batch, max_new_tokens=2, **{name: torch.zeros(4, 15, 8)}, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_act", "gelu"),
+        ("attention_dropout", 0.1),
+        ("use_sliding_window", True),
+        ("partial_rotary_factor", 0.5),
+        ("rope_scaling", {"factor": 2.0}),
+        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"type": "yarn", "factor": 4.0}),
+        ("moe_part", "layernorm-attention"),
+        ("moe_part", ""),
+    ],
+)
+def test_a_configuration_that_is_not_computed_is_refused(
+    field: str, value: Any, eve: ReferenceEve
+) -> None:
+    content = model_json(
+        eve.config, dtype="float32", eos_id=1, pad_id=PAD_ID, image_edge=16, run=None
+    )
+    del content["model_type"]
+    EVEQwen2ForCausalLM(EVEQwen2Config(**content))
+    with pytest.raises(ValueError, match=r"not computed by this model|moe_part="):
+        EVEQwen2ForCausalLM(EVEQwen2Config(**(content | {field: value})))
