@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.tokenizer import END_OF_TEXT
 from megatron_eve.checkpoint.weights import read_config_text, weights_folder
-from megatron_eve.data.conversation import STOP_TEXT
+from megatron_eve.data.text_rules import END_TEXTS
 from megatron_eve.data.tokenizer import Tokenizer
 from megatron_eve.errors import CheckpointError
 
@@ -66,8 +65,8 @@ def source_generation(checkpoint: Path) -> dict[str, Any]:
 
 def answer_ends(tokenizer: Tokenizer, source: Mapping[str, Any]) -> tuple[int, ...]:
     """Ids that end an answer, the one of training first."""
-    own = [tokenizer.backend.token_to_id(STOP_TEXT), tokenizer.eos_id]
-    own.append(tokenizer.backend.token_to_id(END_OF_TEXT))
+    of_training, *others = (tokenizer.backend.token_to_id(text) for text in END_TEXTS)
+    own = [of_training, tokenizer.eos_id, *others]
     kept = [i for i in source.get("eos_token_id", []) if _is_special(i, tokenizer)]
     return tuple(dict.fromkeys(i for i in [*own, *kept] if i is not None))
 

@@ -30,6 +30,7 @@ from megatron_eve.config.schema import ModelConfig, RunConfig
 from megatron_eve.data.conversation import STOP_TEXT
 from megatron_eve.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_eve.errors import CheckpointError
+from megatron_eve.inference.release import check_tokenizer, read_release
 
 CODE_FILES = (
     "attention_eve.py",
@@ -88,6 +89,7 @@ def write_release(
         code = resources.files("checkpoints_convert.hf")
         for name in CODE_FILES:
             (partial / name).write_text(code.joinpath(name).read_text(encoding="utf-8"))
+        check_tokenizer(read_release(partial), load_tokenizer(partial))
         card = model_card(_facts(release, tokenizer))
         (partial / "README.md").write_text(card, encoding="utf-8")
     return total

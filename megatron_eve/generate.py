@@ -8,10 +8,11 @@ one. Exit codes: 0 done, 1 the folder or an image is bad, 2 wrong usage, 130 int
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_eve.command import end_with
-from megatron_eve.errors import DataError, EveError
+from megatron_eve.errors import ConfigError, DataError, EveError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--template plain writes a caption and takes no --prompt")
     if arguments.template == "plain" and not arguments.image:
         parser.error("--template plain needs at least one --image")
-    if arguments.template == "qwen2" and not (arguments.prompt or arguments.image):
+    if arguments.template != "plain" and not (arguments.prompt or arguments.image):
         parser.error("--prompt is missing (or use --template plain for a caption)")
     try:
         _answer(arguments)
@@ -38,7 +39,7 @@ def _answer(arguments: argparse.Namespace) -> None:
     import torch  # seconds to import: not for --help, and not before a missing file is named
 
     from megatron_eve.inference.engine import Engine, Request, device_named
-    from megatron_eve.inference.prompts import ChatTurn, prepare_image
+    from megatron_eve.inference.prompts import STOPS, ChatTurn, prepare_image
     from megatron_eve.inference.release import read_release
     from megatron_eve.inference.sampling import SamplingOptions
 
@@ -46,12 +47,21 @@ def _answer(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
-        repetition_penalty=arguments.repetition_penalty,
+        repetition_penalty=1.0
+        if arguments.repetition_penalty is None
+        else arguments.repetition_penalty,
         seed=arguments.seed,
-        stop=("\n",) if arguments.template == "plain" else (),  # a caption has no end token
     )
+    if options.top_p < 1 and options.temperature == 0:
+        raise ConfigError(
+            f"--top-p {options.top_p} does nothing without --temperature above 0: the answer is greedy."
+        )
     device = device_named(arguments.device)
     info = read_release(arguments.folder)
+    template = arguments.template or info.template
+    options = replace(options, stop=STOPS[template])
+    if arguments.repetition_penalty is None:
+        options = replace(options, repetition_penalty=info.repetition_penalty)
     images = []
     for path, data in zip(arguments.image, encoded, strict=True):
         try:
@@ -65,7 +75,7 @@ def _answer(arguments: argparse.Namespace) -> None:
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     engine = Engine.load(arguments.folder, device=device, dtype=dtype)
     turn = ChatTurn("user", arguments.prompt, tuple(images))
-    prompt = engine.prompt([turn], template=arguments.template)
+    prompt = engine.prompt([turn], template=template)
     for piece in engine.stream(Request(prompt, options)):
         print(piece, end="", flush=True)
     print()
@@ -93,8 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--template",
         choices=("qwen2", "plain"),
-        default="qwen2",
-        help="plain: a caption, as stages 1 and 2.1 train it (default qwen2)",
+        help="plain: a caption, as stages 1 and 2.1 train it (default: the release's)",
     )
     parser.add_argument(
         "--resize-rule",
@@ -105,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, help="default 0: greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="default 1: all tokens")
     parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="default 1: none; official: 1.05"
+        "--repetition-penalty", type=float, help="default: the release's, 1 (none); official: 1.05"
     )
     parser.add_argument("--seed", type=int, help="the same answer again when sampling")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")

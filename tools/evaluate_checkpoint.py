@@ -58,7 +58,7 @@ def commands(arguments: argparse.Namespace, *, released: Path) -> list[list[str]
         )
     if arguments.tasks is not None:
         found.append(["tools.lmms_eval", str(released), "--tasks", arguments.tasks, "--out", str(out), *batch,
-                      "--resize-rule", arguments.resize_rule])  # fmt: skip
+                      "--resize-rule", arguments.resize_rule or "eval"])  # fmt: skip
     return found
 
 
@@ -90,13 +90,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--easy-vqa", type=Path, metavar="FOLDER", help="ask its test questions")
     parser.add_argument("--images", type=int, metavar="N", help="of easy-VQA; default: all")
     parser.add_argument("--tasks", help="of lmms-eval, joined by commas")
-    parser.add_argument("--resize-rule", choices=("train", "eval"), default="eval",
+    parser.add_argument("--resize-rule", choices=("train", "eval"),
                         help="of --tasks (default eval)")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=64, help="questions (default 64)")
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: the run's")
     arguments = parser.parse_args(argv)
     if arguments.easy_vqa is None and arguments.tasks is None:
         parser.error("nothing to ask: give --easy-vqa or --tasks")
+    if arguments.images is not None and arguments.easy_vqa is None:
+        parser.error("--images N is of --easy-vqa, which is not given")
+    if arguments.resize_rule is not None and arguments.tasks is None:
+        parser.error("--resize-rule is of --tasks, which is not given")
     return arguments
 
 

@@ -24,7 +24,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor, DynamicCache
 
 from megatron_eve.config.schema import TemplateName
-from megatron_eve.errors import CheckpointError, DataError
+from megatron_eve.data.tokenizer import load_tokenizer
+from megatron_eve.errors import CheckpointError, ConfigError, DataError
+from megatron_eve.inference.release import check_tokenizer, read_release
 
 ResizeRule = Literal["train", "eval"]
 _RELEASE_FILES = ("config.json", "preprocessor_config.json", "modeling_eve.py", "tokenizer.json")
@@ -66,6 +68,7 @@ def load_released(folder: Path, *, device: str | None = None) -> ReleasedModel:
             f"{folder} is no released folder: {missing[0]} not found; make one with "
             "`python -m checkpoints_convert megatron-to-hf`."
         )
+    check_tokenizer(read_release(folder), load_tokenizer(folder))
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     auto_processor: Any = AutoProcessor  # untyped upstream
     auto_model: Any = AutoModelForCausalLM
@@ -91,6 +94,7 @@ def iter_answers(
     """(index of the question, answer), batch by batch, shorter prompts first."""
     if not questions:
         return
+    refuse_conversation(released.processor, options.template)
     prompts = _prompts(released.processor, questions, options=options)
     prefix_length = shared_prefix([(prompt.ids, prompt.kinds) for prompt in prompts])
     prefix = _Prefix.of(released.model, prompts[0].ids[:prefix_length])
@@ -105,8 +109,16 @@ def iter_answers(
             **inputs, max_new_tokens=options.max_new_tokens, do_sample=False
         )
         length = inputs["input_ids"].shape[1]
-        texts = released.processor.answers(output, prompt_length=length)
-        yield from zip(rows, map(_first_line(options.template), texts), strict=True)
+        texts = released.processor.answers(output, prompt_length=length, template=options.template)
+        yield from zip(rows, texts, strict=True)
+
+
+def refuse_conversation(processor: Any, template: TemplateName) -> None:
+    """Raises: ConfigError for questions to a model that was trained on captions alone."""
+    if template == "qwen2" and processor.template == "plain":
+        raise ConfigError(
+            "template=qwen2, but the model was trained on captions alone and holds no conversation; use template plain."
+        )
 
 
 def shared_prefix(prompts: Sequence[tuple[np.ndarray, np.ndarray]]) -> int:
@@ -178,11 +190,6 @@ def _image_tokens(processor: Any, path: Path, rule: ResizeRule) -> Any:
 
 def _without_prefix(prompt: Any, length: int) -> Any:
     return replace(prompt, ids=prompt.ids[length:], kinds=prompt.kinds[length:])
-
-
-def _first_line(template: TemplateName) -> Any:
-    """Captions of template `plain` end with a newline, not with an end token."""
-    return (lambda text: text.split("\n")[0]) if template == "plain" else str
 
 
 __all__ = [

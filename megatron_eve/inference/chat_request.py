@@ -98,6 +98,7 @@ def parse_chat_request(body: Any) -> ChatRequest:
             raise ApiError(f"unknown field {name!r}; leave it out.", param=text, code="unknown")
     long, short = (_integer(body, f) for f in ("max_completion_tokens", "max_tokens"))
     options = _object(body, "stream_options")
+    _refuse_unknown(options, ("include_usage",), "stream_options", param="stream_options")
     rule = body.get("resize_rule")
     if rule is not None and rule not in RESIZE_RULES:
         raise ApiError(f"resize_rule is {rule!r}, expected train or eval.", param="resize_rule")
@@ -164,13 +165,15 @@ def _message(entry: Any, place: str) -> Message:
     return Message(role, "\n".join(texts), tuple(images))
 
 
-def _refuse_unknown(found: Mapping[str, Any], known: Sequence[str], place: str) -> None:
+def _refuse_unknown(
+    found: Mapping[str, Any], known: Sequence[str], place: str, *, param: str = "messages"
+) -> None:
     """Tool calls in a turn, say. What is null or empty asks for nothing: clients send answers back as they got them."""
     for name, value in found.items():
         if name not in known and value not in (None, [], {}):
             raise ApiError(
                 f"{place} has the unknown field {name!r}; leave it out.",
-                param="messages",
+                param=param,
                 code="unknown",
             )
 
@@ -183,6 +186,7 @@ def _parts(parts: Sequence[Any], place: str) -> tuple[list[str], list[str]]:
         where = f"{place}.content[{number}]"
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
+            _refuse_unknown(part, ("type", "text"), where)
             texts.append(part["text"])
         elif kind == "image_url":
             image = part.get("image_url")
@@ -190,6 +194,7 @@ def _parts(parts: Sequence[Any], place: str) -> tuple[list[str], list[str]]:
             if not isinstance(url, str):
                 raise ApiError(f"{where}.image_url.url is {_kind(url)}, expected a string.",
                                param="messages")  # fmt: skip
+            _refuse_unknown(part, ("type", "image_url"), where)
             _refuse_unknown(image, _OF_AN_IMAGE, f"{where}.image_url")
             images.append(url)
         else:

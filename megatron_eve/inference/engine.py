@@ -18,12 +18,12 @@ from torch import Tensor
 from megatron_eve import device as devices
 from megatron_eve.config.schema import TemplateName
 from megatron_eve.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_eve.errors import ConfigError
+from megatron_eve.errors import ConfigError, DataError
 from megatron_eve.inference.cache import KeyValueCache
 from megatron_eve.inference.decoder import EveForInference, rotary_table
 from megatron_eve.inference.prompts import ChatTurn, PreparedImage, build_prompt, prepare_image
 from megatron_eve.inference.ragged import Prompt, ragged
-from megatron_eve.inference.release import ReleaseInfo, ResizeRule, read_release
+from megatron_eve.inference.release import ReleaseInfo, ResizeRule, check_tokenizer, read_release
 from megatron_eve.inference.sampling import SamplingOptions, next_tokens
 from megatron_eve.inference.text_stream import TextStream
 from megatron_eve.inference.weights import load_weights
@@ -91,11 +91,7 @@ class Engine:
         weights' own. Raises CheckpointError, ConfigError."""
         info = read_release(folder)
         tokenizer = load_tokenizer(folder)
-        if tokenizer.vocab_size > info.model.vocab_size:
-            raise ConfigError(
-                f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {info.model.vocab_size} "
-                "rows; put the tokenizer there that the model was trained with."
-            )
+        check_tokenizer(info, tokenizer)
         target = device or device_named(None)
         model = load_weights(folder, info.model, device=target, dtype=dtype)
         return cls(info, tokenizer, model)
@@ -110,11 +106,15 @@ class Engine:
         rules = self.info.images
         return prepare_image(data, model=self.info.model, rules=rules, resize_rule=resize_rule)
 
-    def prompt(self, turns: Sequence[ChatTurn], *, template: TemplateName = "qwen2") -> Prompt:
-        """Raises DataError."""
-        return build_prompt(
-            turns, template=template, tokenizer=self.tokenizer, model=self.info.model
-        )
+    def prompt(self, turns: Sequence[ChatTurn], *, template: TemplateName | None = None) -> Prompt:
+        """`template`: None is the release's own. Raises DataError, also for a conversation with a model of captions."""
+        chosen = template or self.info.template
+        if chosen == "qwen2" and self.info.template == "plain":
+            raise DataError(
+                f"{self.info.folder} was trained on captions alone (template plain) and holds no conversation; use "
+                "template plain."
+            )
+        return build_prompt(turns, template=chosen, tokenizer=self.tokenizer, model=self.info.model)
 
     def answer(self, requests: Sequence[Request], *, batch_size: int = 8) -> list[Answer]:
         """All answers, in the order of the requests; at most `batch_size` are in flight at a time."""

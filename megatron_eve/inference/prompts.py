@@ -33,6 +33,9 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVI
 """What is decoded. Not all that Pillow opens: it runs Ghostscript on EPS, and an icon file's header says nothing of the
 size of the image inside."""
 
+STOPS: dict[TemplateName, tuple[str, ...]] = {"qwen2": (), "plain": ("\n",)}
+"""Texts that end an answer beside the release's end tokens: a caption ends with its line."""
+
 
 @dataclass(frozen=True, slots=True)
 class PreparedImage:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a released folder says about its model: shape, split, image preparation, where an answer ends.
+"""What a released folder says about its model: shape, split, image preparation, template, where an answer ends.
 
-Reads config.json, generation_config.json and preprocessor_config.json, never the folder's Python files. Refuses a
-folder that is no release, and one whose decoder computes something else than ours.
+Reads its JSON files, never its Python files. Refuses a folder that is no release, whose decoder computes something else
+than ours, or whose files contradict each other: transformers would follow one of them, and the engine another.
 """
 
 import json
@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 from megatron_eve.config.hf_checks import unsupported
 from megatron_eve.config.hf_fields import HF_EVE_FIELDS, HF_FIELDS
-from megatron_eve.config.schema import ModelConfig
+from megatron_eve.config.schema import ModelConfig, TemplateName
 from megatron_eve.config.variants import split_from_moe_part
+from megatron_eve.data.conversation import STOP_TEXT
+from megatron_eve.data.tokenizer import Tokenizer
 from megatron_eve.errors import CheckpointError
 
 ResizeRule = Literal["train", "eval"]
@@ -42,7 +44,9 @@ class ReleaseInfo:
     folder: Path
     model: ModelConfig
     images: ImageRules
+    template: TemplateName  # how it is asked; plain: it was trained on captions alone
     stop_ids: tuple[int, ...]  # tokens that end an answer
+    pad_id: int | None
     repetition_penalty: float  # generation_config.json's; 1.0 in our releases
 
 
@@ -65,11 +69,15 @@ def read_release(folder: Path) -> ReleaseInfo:
     _refuse_other_patches(content, folder / "preprocessor_config.json")
     generation = folder / "generation_config.json"
     settings = _read_json(generation) if generation.is_file() else {}
+    _refuse_other_ends(content, settings, generation)
+    _refuse_other_decoding(settings, generation)
     return ReleaseInfo(
         folder=folder,
         model=_model(content, path),
         images=_image_rules(folder / "preprocessor_config.json"),
+        template=_template(folder),
         stop_ids=_stop_ids(settings.get("eos_token_id", content.get("eos_token_id")), generation),
+        pad_id=settings.get("pad_token_id", content.get("pad_token_id")),
         repetition_penalty=1.0
         if settings.get("repetition_penalty") is None
         else _field(settings, "repetition_penalty", float, path=generation),
@@ -140,9 +148,78 @@ def _field(content: dict[str, Any], name: str, kind: type, *, path: Path) -> Any
     return value
 
 
+def check_tokenizer(info: ReleaseInfo, tokenizer: Tokenizer) -> None:
+    """Raises: CheckpointError for a tokenizer with ids that the model has no rows for, whose end of an answer ends none
+    here, or that pads with another token than the model's."""
+    folder, model = info.folder, info.model
+    if tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model {model.vocab_size} rows; put "
+            "the tokenizer there that the model was trained with."
+        )
+    ends = {"eos_token of tokenizer_config.json": tokenizer.eos_id}
+    if info.template == "qwen2":
+        ends[f"{STOP_TEXT}, which the chat template writes,"] = tokenizer.token_id(STOP_TEXT)
+    for name, number in ends.items():
+        if number not in info.stop_ids:
+            raise CheckpointError(
+                f"{folder}: {name} is {number}, but an answer ends at {list(info.stop_ids)} (eos_token_id of "
+                "generation_config.json, else of config.json); make the release again, or name it there."
+            )
+    if info.pad_id not in (None, tokenizer.pad_id):
+        raise CheckpointError(
+            f"{folder}: pad_token_id is {info.pad_id}, pad_token of tokenizer_config.json {tokenizer.pad_id}; make the "
+            "release again with `python -m checkpoints_convert megatron-to-hf`."
+        )
+
+
+def _template(folder: Path) -> TemplateName:
+    """Releases of conversations have a chat template; transformers may have saved it to a file of its own."""
+    files = ("chat_template.jinja", "chat_template.json")
+    found = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    return "qwen2" if found or any((folder / name).is_file() for name in files) else "plain"
+
+
+def _refuse_other_ends(content: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
+    """generation_config.json and config.json: who reads the second alone must not answer on and on."""
+    if settings.get("eos_token_id") is not None and content.get("eos_token_id") is not None:
+        ends = _stop_ids(settings["eos_token_id"], path)
+        others = _stop_ids(content["eos_token_id"], path.with_name("config.json"))
+        if not set(others) <= set(ends):
+            raise CheckpointError(
+                f"{path}: eos_token_id is {list(ends)}, in config.json {list(others)}; make the release again with "
+                "`python -m checkpoints_convert megatron-to-hf`."
+            )
+    pads = {c["pad_token_id"] for c in (content, settings) if c.get("pad_token_id") is not None}
+    if len(pads) > 1:
+        raise CheckpointError(
+            f"{path}: pad_token_id is {settings['pad_token_id']}, in config.json {content['pad_token_id']}; keep one."
+        )
+
+
+_GREEDY: dict[str, Any] = {
+    "do_sample": False, "num_beams": 1, "num_beam_groups": 1, "penalty_alpha": 0.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "min_length": 0, "min_new_tokens": 0,
+    "diversity_penalty": 0.0, "guidance_scale": 1.0, "bad_words_ids": [], "suppress_tokens": [],
+    "begin_suppress_tokens": [], "sequence_bias": {}, "forced_bos_token_id": [], "forced_eos_token_id": [],
+    "stop_strings": [],
+}  # fmt: skip
+"""Settings of generation_config.json that choose other tokens, and the value with which they do not."""
+
+
+def _refuse_other_decoding(settings: dict[str, Any], path: Path) -> None:
+    """What transformers would do by default and the engine does not."""
+    for name, neutral in _GREEDY.items():
+        if settings.get(name) not in (None, neutral):
+            raise CheckpointError(
+                f"{path}: {name} is {settings[name]!r}; by default the engine decodes greedily, with a repetition "
+                "penalty at most. Take it out, and ask for it where you ask."
+            )
+
+
 def _stop_ids(value: Any, path: Path) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [value]
-    if not ids or not all(isinstance(number, int) for number in ids):
+    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise CheckpointError(f"{path}: eos_token_id is {value!r}, expected a token id or a list.")
     return tuple(ids)
 

@@ -135,6 +135,12 @@ class Service:
                 param="messages",
                 code="context_length_exceeded",
             )
+        if chat.temperature is None and 0 < (chat.top_p or 1.0) < 1:
+            raise ApiError(
+                f"top_p is {chat.top_p} without a temperature, which is 0 here (greedy) unless it is given: it would "
+                "do nothing. Send a temperature, too, or leave it out.",
+                param="top_p",
+            )
         try:
             return SamplingOptions(
                 max_new_tokens=default if wanted is None else wanted,

@@ -17,7 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from megatron_eve.config.schema import TemplateName
+from megatron_eve.data.tokenizer import load_tokenizer
 from megatron_eve.errors import CheckpointError, ConfigError
+from megatron_eve.inference.answers import refuse_conversation
+from megatron_eve.inference.release import check_tokenizer, read_release
 
 ResizeRule = Literal["train", "eval"]
 IMAGE_MARK = "<image>"
@@ -92,10 +95,12 @@ class ReleasedFolder:
                 f"{folder} is no released folder: modeling_eve.py not found; make one with "
                 "`python -m checkpoints_convert release`."
             )
+        check_tokenizer(read_release(folder), load_tokenizer(folder))
         auto_processor: Any = AutoProcessor  # untyped upstream
         auto_model: Any = AutoModelForCausalLM
         self.settings = settings
         self.processor = auto_processor.from_pretrained(folder, trust_remote_code=True)
+        refuse_conversation(self.processor, settings.template)
         model = auto_model.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
         self.model = model.to(device).eval()
         self.device = torch.device(device)
@@ -158,10 +163,12 @@ class ReleasedFolder:
             repetition_penalty=self.settings.repetition_penalty,
             **sampling,
         )
-        texts = self.processor.answers(output, prompt_length=batch["input_ids"].shape[1])
-        if self.settings.template == "plain":
-            return [text.split("\n")[0] for text in texts]  # a caption ends with its line
-        return [cut(text, decoding.until) for text in texts]
+        template = self.settings.template
+        texts = self.processor.answers(
+            output, prompt_length=batch["input_ids"].shape[1], template=template
+        )
+        # A caption ends with its line, whatever the task asks for.
+        return texts if template == "plain" else [cut(text, decoding.until) for text in texts]
 
     def likelihoods(
         self, questions: Sequence[Asked], continuations: Sequence[str]

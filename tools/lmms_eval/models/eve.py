@@ -142,6 +142,10 @@ def decoding(settings: dict[str, Any]) -> Decoding:
         raise ConfigError(
             f"generation_kwargs {sorted(unknown)} are not known; use {', '.join(sorted(KNOWN))}"
         )
+    if settings.get("do_sample") and not settings.get("temperature"):
+        raise ConfigError(
+            "generation_kwargs: do_sample is true without a temperature above 0; name one, or leave do_sample out"
+        )
     until = settings.get("until") or ()
     is_sampled = settings.get("do_sample", True) and (settings.get("temperature") or 0) > 0
     return Decoding(
