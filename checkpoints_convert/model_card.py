@@ -15,7 +15,7 @@ from megatron_eve.config.schema import ModelConfig, RunConfig
 from megatron_eve.config.sizes import parameter_counts
 
 _RUN_HEADS = (
-    "run", "stage", "trained", "images", "global batch", "peak lr", "steps", "last logged loss",
+    "run", "stage", "trained", "images", "global batch", "loss", "peak lr", "steps", "last logged loss",
 )  # fmt: skip
 _SOURCE_HEADS = ("run", "data", "samples", "proportion", "template")
 
@@ -109,6 +109,7 @@ def _run_row(run: RunRecord) -> tuple[str, ...]:
         config.get("stage.trainable", "?").replace(",", ", "),
         f"at most {edge}²",
         _batch(config),
+        _weighting(config),
         config.get("optim.peak_lr", "?"),
         "not recorded" if run.last_step is None else f"{run.last_step:,}",
         loss,
@@ -119,6 +120,15 @@ def _batch(config: Mapping[str, str]) -> str:
     text = f"{config.get('batch.size', '?')} {config.get('batch.unit', '')}".strip()
     is_packs = config.get("batch.unit") == "packs"
     return f"{text} of {config.get('data.pack_tokens', '?')} tokens" if is_packs else text
+
+
+def _weighting(config: Mapping[str, str]) -> str:
+    """Losses of runs that weigh samples differently do not compare."""
+    how, size = (
+        config.get("optim.loss_normalization", "?"),
+        config.get("optim.loss_group_samples", "none"),
+    )
+    return how if size == "none" else f"{how}, groups of {size} samples"
 
 
 def _source_row(run: RunRecord, source: SourceRecord) -> tuple[str, ...]:

@@ -100,6 +100,20 @@ def test_every_recipe_has_a_plan(name: str) -> None:
     assert len(plan_text(load_recipe(name), epoch=LD).splitlines()) == 18
 
 
+@pytest.mark.parametrize(
+    ("recipe", "line"),
+    [
+        (
+            "eve7b_stage1",
+            "official: mean over groups of 8 samples in data order of each .* token mean",
+        ),
+        ("eve_tiny_stage3", "global_tokens: mean over all label tokens of a step"),
+    ],
+)
+def test_the_plan_says_which_loss_is_trained(recipe: str, line: str) -> None:
+    assert re.search(rf"^loss +{line}$", plan_text(load_recipe(recipe), epoch=None), re.MULTILINE)
+
+
 def test_configuration_needs_no_torch() -> None:
     code = (
         "import sys; from megatron_eve.config import overrides, plan, recipes, resolve, text_form; "

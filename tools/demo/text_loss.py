@@ -91,7 +91,11 @@ def report(losses: Mapping[str, Sequence[float]]) -> list[str]:
         if found
         else "MET: stage 2.1 left every bit of the text loss."
     )
-    return [*aligned(("model", "nats per token", "same bits as imported"), cells), "", verdict]
+    return [
+        *aligned(("model", "nats per token, mean of passages", "same bits as imported"), cells),
+        "",
+        verdict,
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
