@@ -2,6 +2,7 @@
 """A sample that turns out to be unreadable counts for nothing, exactly: on packs of the real data path."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,28 @@ from tests.data.test_loader import open_loader, run
 from tests.support.tiny import layout
 
 __all__ = ["write_shards"]
+WEIGHTS: tuple[Any, ...] = ("global_tokens", "sample_mean", "sqrt_tokens", "official")
 TINY = dataclasses.replace(MODEL, vocab_size=320)
 
 
 def losses_and_gradients(model: Any, data: Any, steps: list[list[Pack]]) -> list[Any]:
-    """In a worker: loss and gradients of each step's packs, with the same random weights."""
+    """In a worker: loss and gradients by each kind of WEIGHTS of each step's packs, of the same random model."""
     from megatron_eve.loop.step import forward_backward
     from megatron_eve.parallel.groups import init_model_parallel
     from tests.support.train_once import build, run_config
 
     config = run_config(model, layout())
-    config = dataclasses.replace(config, data=data)
     state = init_model_parallel(config.parallel, seed=1)
     found = []
     torch.manual_seed(0)
     chunks, wrapped, _, _ = build(config, weights=None, state=state)
-    for packs in steps:
+    for weights, packs in itertools.product(WEIGHTS, steps):
+        optim = dataclasses.replace(
+            config.optim,
+            loss_normalization=weights,
+            loss_group_samples=2 if weights == "official" else None,
+        )
+        config = dataclasses.replace(config, data=data, optim=optim)
         logged = torch.stack(forward_backward(wrapped, packs, config=config, state=state)).sum(0)
         gradients = {name: p.main_grad.clone() for name, p in chunks[0].named_parameters()}
         found.append((logged.tolist(), gradients))
@@ -77,9 +84,10 @@ def test_an_unreadable_sample_counts_for_nothing(
     assert lost == {("shard.00000.mds row 1", "damaged_row")}
     assert {reason for _, reason in lost} <= UNREADABLE
     expected = [without_labels(pack, {"sample-00001"}) for pack in whole]
-    (found, right) = gloo1.run(losses_and_gradients, TINY, data, [damaged, expected])[0]
-    assert found[0][1] == right[0][1] > 0  # denominators
-    assert found[0][0] == pytest.approx(right[0][0], rel=1e-6)
-    for name, gradient in right[1].items():
-        error = float((found[1][name] - gradient).abs().max())
-        assert error <= 1e-5 * max(float(gradient.abs().max()), 1e-6), name
+    results = gloo1.run(losses_and_gradients, TINY, data, [damaged, expected])[0]
+    for weights, found, right in zip(WEIGHTS, results[::2], results[1::2], strict=True):
+        assert found[0][1] == right[0][1] > 0  # denominators
+        assert found[0][0] == pytest.approx(right[0][0], rel=1e-6), weights
+        for name, gradient in right[1].items():
+            error = float((found[1][name] - gradient).abs().max())
+            assert error <= 1e-5 * max(float(gradient.abs().max()), 1e-6), (weights, name)
