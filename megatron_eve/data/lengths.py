@@ -27,7 +27,7 @@ from megatron_eve.data.quarantine import UNREADABLE, Quarantined, SampleError
 from megatron_eve.data.sample import Sample, image_token_count
 from megatron_eve.data.shards import ShardTable
 from megatron_eve.data.tokenizer import Tokenizer
-from megatron_eve.errors import DataError
+from megatron_eve.errors import ConfigError
 
 START_LIMIT = 250_000
 """Samples that the trainer counts at its start."""
@@ -125,7 +125,8 @@ def load_lengths(
     """Lengths of all samples of a table; what was not counted yet is counted. What no pack holds is `too_long`.
 
     `settings`: of each source. `start_limit`: refuse to count more samples than that. `share`, `alive`: see
-    counting.CountedSource. Raises: DataError, also if more than `max_unreadable` rows could not be read."""
+    counting.CountedSource. Raises: DataError, also if more than `max_unreadable` rows could not be read; ConfigError
+    beyond `start_limit`: starting again does not help."""
     counted = [
         CountedSource(
             table,
@@ -221,7 +222,7 @@ def _image_tokens(
 def _refuse_long_counting(
     counted: Sequence[CountedSource], *, limit: int, tokenizer: Tokenizer
 ) -> None:
-    """Raises DataError with the command that counts, if there is more to count than the trainer does."""
+    """Raises ConfigError with the command that counts, if there is more to count than the trainer does."""
     missing = {source: source.missing_samples() for source in counted if source.missing_samples()}
     total = sum(missing.values())
     if total <= limit:
@@ -234,7 +235,7 @@ def _refuse_long_counting(
         f"--template {text.template} --max-text-tokens {text.max_text_tokens}"
         for text, folders in groups.items()
     )
-    raise DataError(
+    raise ConfigError(
         f"the tokens of {total:,} samples are not counted yet, and the trainer counts at most {limit:,} at its start; "
         f"run this once, which keeps what it counts, and start again: {commands}"
     )

@@ -15,7 +15,7 @@ from megatron_eve.data.counts_file import SourceCounts, load_counts, save_counts
 from megatron_eve.data.lengths import unreadable_limit
 from megatron_eve.data.shards import ShardTable
 from megatron_eve.data.tokenizer import Tokenizer
-from megatron_eve.errors import DataError, ElsewhereError
+from megatron_eve.errors import ConfigError, DataError, ElsewhereError
 from tests.data.conftest import WriteShards, data_config, mixed_samples
 from tests.data.test_loader import open_loader
 
@@ -205,7 +205,7 @@ def test_the_trainer_names_the_command_for_more_than_it_counts(
 ) -> None:
     monkeypatch.setattr("megatron_eve.data.loader.START_LIMIT", 10)
     data = dataclasses.replace(data_config([shards], tokenizer=qwen_folder), template="plain")
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(ConfigError) as refused:
         open_loader(data, qwen)
     command = (
         f"python -m data_prep count {shards} --tokenizer {qwen_folder} --template plain "
