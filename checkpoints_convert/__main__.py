@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_eve.command import end_with
 from megatron_eve.config.schema import SplitConfig
-from megatron_eve.errors import ConfigError, EveError
+from megatron_eve.errors import CheckpointError, ConfigError, EveError
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -317,7 +317,7 @@ def _release(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from checkpoints_convert.verify import compare_tensors, logits_gap
+    from checkpoints_convert.verify import compare_constants, compare_tensors, logits_gap
 
     first, second = arguments.first, arguments.second
     if arguments.logits:
@@ -329,13 +329,19 @@ def _verify(arguments: argparse.Namespace) -> int:
         )
         return 0 if same else 1
     result = compare_tensors(first, second, allow_extra=arguments.allow_extra)
-    for difference in result.differences:
+    try:
+        constants = compare_constants(first, second)
+    except CheckpointError as error:  # another kind of model: its tensors can be compared
+        print(f"constants of the models are not compared: {error}", file=sys.stderr)
+        constants = ()
+    for difference in (*constants, *result.differences):
         print(f"{difference.name}: {difference.reason}")
     verdict = f"{len(result.differences)} differ" if result.differences else "all the same"
+    verdict += f"; {len(constants)} constants of the models differ" if constants else ""
     print(
         f"{result.num_tensors} tensors, {result.num_bytes / 1e6:,.1f} MB, of {first} and {second}: {verdict}"
     )
-    return 1 if result.differences else 0
+    return 1 if result.differences or constants else 0
 
 
 if __name__ == "__main__":

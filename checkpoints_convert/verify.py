@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are two sets of weights the same? Tensor by tensor, byte by byte; and two Hugging Face folders by their logits.
+"""Are two sets of weights the same? Tensor by tensor, byte by byte, and by the constants that they are computed with;
+and two Hugging Face folders by their logits.
 
 Either side of the comparison of tensors is a Hugging Face folder or a distributed checkpoint, which is compared under
 its Hugging Face names.
@@ -17,8 +18,11 @@ from torch import Tensor
 from checkpoints_convert.hf_config import read_hf_config
 from checkpoints_convert.hf_folder import SafetensorsFolder
 from checkpoints_convert.tensors import canonical_hf_names
-from megatron_eve.checkpoint.manifest import COMPLETE
+from megatron_eve.checkpoint.manifest import COMPLETE, CONFIG
 from megatron_eve.checkpoint.weights import weights_folder
+from megatron_eve.config.model_lines import model_from_text
+from megatron_eve.config.schema import ModelConfig
+from megatron_eve.config.weights_model import differing_constants
 from megatron_eve.errors import CheckpointError
 
 QUESTION = "What is in the image? Describe it in one sentence."
@@ -66,6 +70,36 @@ def compare_tensors(first: Path, second: Path, *, allow_extra: bool = False) -> 
         num_bytes=num_bytes,
         differences=tuple(sorted(differences, key=lambda d: d.name)),
     )
+
+
+def compare_constants(first: Path, second: Path) -> tuple[Difference, ...]:
+    """Constants of the two models that differ and that no tensor's shape tells: the same bytes with another rotary base
+    are another model. None where a folder of safetensors has no config.json."""
+    a, b = _model_of(first), _model_of(second)
+    if a is None or b is None:
+        return ()
+    return tuple(
+        Difference(name=f"model.{name}", reason=f"{here} against {there}")
+        for name, (here, there) in differing_constants(a, b).items()
+        if name not in _TOLD_BY_SHAPES
+    )
+
+
+_TOLD_BY_SHAPES = {
+    *("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size", "tie_word_embeddings"),
+    *("patch_stride", "dense_stride", "patch_embed_dim"),
+}
+"""Compared as tensors; a language model has no patches to compare."""
+
+
+def _model_of(folder: Path) -> ModelConfig | None:
+    checkpoint = weights_folder(folder)
+    if (checkpoint / COMPLETE).is_file():
+        where = checkpoint / CONFIG
+        return model_from_text(where.read_text(encoding="utf-8"), where=str(where))
+    if (folder / "config.json").is_file():
+        return read_hf_config(folder, patch_embed_dim=0).model
+    return None
 
 
 def open_weights(folder: Path) -> Mapping[str, Tensor]:

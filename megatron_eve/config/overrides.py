@@ -20,7 +20,7 @@ from megatron_eve.config.text_form import build, flatten
 from megatron_eve.config.values import EMPTY_TUPLE, NONE, format_value, parse_value
 from megatron_eve.config.variants import VARIANTS
 from megatron_eve.config.weights_model import model_of_weights
-from megatron_eve.errors import ConfigError
+from megatron_eve.errors import CheckpointError, ConfigError
 from megatron_eve.run_folder import checkpoints_of
 
 FROM_WEIGHTS = "from_weights"
@@ -34,7 +34,7 @@ def apply_overrides(config: RunConfig, overrides: Iterable[str]) -> RunConfig:
     """The configuration with every `key=value` laid over it, in order. Does not check how the fields fit together.
 
     Raises: ConfigError for a malformed override, an unknown key (naming close ones), a value of the wrong type, or
-    `from_weights` where there are no weights; CheckpointError if the weights do not say what is asked of them.
+    `from_weights` where there are no weights or they do not say what is asked of them.
     """
     flat = flatten(config)
     for override in overrides:
@@ -97,7 +97,10 @@ def _model_of_start(flat: dict[str, str], *, asked_by: str) -> ModelConfig:
         raise ConfigError(
             f"{asked_by}={FROM_WEIGHTS} needs {_START}, found none; name the weights or give {asked_by} a value."
         )
-    model = model_of_weights(str(path))
+    try:
+        model = model_of_weights(str(path))
+    except CheckpointError as error:
+        raise ConfigError(f"{asked_by}={FROM_WEIGHTS}: {error}") from None
     if model is None:
         raise ConfigError(
             f"{asked_by}={FROM_WEIGHTS} needs the weights {_START}={path}, which are not here; make them first or give "

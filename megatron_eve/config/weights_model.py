@@ -79,19 +79,27 @@ def differences(
     model: ModelConfig, stored: ModelConfig, *, weights: str | Path, copy_text_to_vision: bool
 ) -> Iterator[str]:
     """One line a field: both values, and what to change."""
-    here, there = flat_model(model), flat_model(stored)
-    for name, annotation in model_fields().items():
+    for name, (here, there) in differing_constants(model, stored).items():
         key = PREFIX + name
-        if name in FREE or name.startswith("split."):
-            continue
-        if not _same(here[key], there[key], is_float=annotation is float):
-            yield (
-                f"{key}={here[key]}, but the weights of {weights} have {there[key]}; set {key}={there[key]} or "
-                f"{key}=from_weights, or load other weights{_HINTS.get(name, '')}."
-            )
+        yield (
+            f"{key}={here}, but the weights of {weights} have {there}; set {key}={there} or {key}=from_weights, or "
+            f"load other weights{_HINTS.get(name, '')}."
+        )
     yield from _split_differences(
         model, stored, weights=weights, copy_text_to_vision=copy_text_to_vision
     )
+
+
+def differing_constants(model: ModelConfig, other: ModelConfig) -> dict[str, tuple[str, str]]:
+    """Field -> both values as text, of every constant but the split and those that may differ."""
+    here, there = flat_model(model), flat_model(other)
+    return {
+        name: (here[PREFIX + name], there[PREFIX + name])
+        for name, annotation in model_fields().items()
+        if name not in FREE
+        and not name.startswith("split.")
+        and not _same(here[PREFIX + name], there[PREFIX + name], is_float=annotation is float)
+    }
 
 
 _HINTS = {

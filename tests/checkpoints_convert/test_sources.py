@@ -17,7 +17,7 @@ from checkpoints_convert.hf_to_megatron import new_patch_embedding, plan_import,
 from checkpoints_convert.megatron_folder import read_megatron
 from checkpoints_convert.megatron_to_hf import hf_stream
 from checkpoints_convert.names import HF_ALIASES
-from checkpoints_convert.verify import compare_tensors, logits_gap
+from checkpoints_convert.verify import compare_constants, compare_tensors, logits_gap
 from megatron_eve.errors import CheckpointError
 from tests.checkpoints_convert.test_roundtrip import IMPORT, run_export, run_import, whole_hf_state
 from tests.support.official import GOLDEN, initial_weights, write_official_folder
@@ -175,6 +175,9 @@ def test_logits_tell_another_decoder(tmp_path: Path) -> None:
     write_llama(tmp_path / "one")
     write_llama(tmp_path / "other", rope_theta=1e4)
     assert compare_tensors(tmp_path / "one", tmp_path / "other").differences == ()
+    (constant,) = compare_constants(tmp_path / "one", tmp_path / "other")
+    assert (constant.name, constant.reason.split()[2]) == ("model.rope_theta", "10000.0")
+    assert compare_constants(tmp_path / "one", tmp_path / "one") == ()
     assert logits_gap(tmp_path / "one", tmp_path / "other") > 1e-2
 
 
