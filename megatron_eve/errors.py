@@ -6,13 +6,20 @@ sample it concerns, and what to change."""
 class EveError(Exception):
     """Base of every error that this package raises for something a user, file or cluster caused."""
 
+    is_final = False
+    """Whether another start would find the same: exit code 2, after which slurm/launcher.py starts no other one."""
+
 
 class ConfigError(EveError):
     """A field of the run's configuration is wrong or contradicts another one."""
 
+    is_final = True
+
 
 class InUseError(ConfigError):
     """Another process has the folder: a later start with the same configuration may find it free."""
+
+    is_final = False
 
 
 class DataError(EveError):
@@ -25,6 +32,10 @@ class CheckpointError(EveError):
 
 class ParallelError(EveError):
     """The parallel layout cannot be set up on the processes that are there."""
+
+    def __init__(self, text: str, *, is_final: bool = False) -> None:
+        super().__init__(text)
+        self.is_final = is_final
 
 
 class ElsewhereError(EveError):

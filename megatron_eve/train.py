@@ -20,7 +20,7 @@ from megatron_eve.config.recipes import RECIPES
 from megatron_eve.config.resolve import resolve
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.text_form import config_text
-from megatron_eve.errors import ConfigError, ElsewhereError, EveError, InUseError
+from megatron_eve.errors import ConfigError, ElsewhereError, EveError
 from megatron_eve.start_checks import check_start
 from megatron_eve.stop_signals import StopSignals
 
@@ -88,7 +88,7 @@ def _train(config: RunConfig) -> int:
 
 def _exit_code(error: Exception) -> int:
     """2 tells slurm/launcher.py that another start would find the same."""
-    return 2 if isinstance(error, ConfigError) and not isinstance(error, InUseError) else 1
+    return 2 if isinstance(error, EveError) and error.is_final else 1
 
 
 def _told(error: Exception, signals: StopSignals) -> str:

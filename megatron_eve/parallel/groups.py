@@ -79,7 +79,8 @@ def init_model_parallel(
         raise ParallelError(
             f"{world_size} processes are running but parallel.num_nodes={parallel.num_nodes} x "
             f"parallel.gpus_per_node={parallel.gpus_per_node} is {parallel.world_size}; "
-            "start that many or change these two fields"
+            "start that many or change these two fields",
+            is_final=True,
         )
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
