@@ -89,7 +89,7 @@ def warn_of_no_requeue(job: Job) -> None:
         log.warning("%s", error)
 
 
-def give_up(job: Job, *, folder: RunFolder, why: str, end: End) -> str | None:
+def give_up(job: Job, *, folder: RunFolder, end: End) -> str | None:
     """Why this failure was the last one; None to try again."""
     if end in (End.STOPPED, End.OUTSIDE):
         return None
@@ -125,7 +125,7 @@ def finish(
     if folder.stopped_by_person:
         log.info("stopped by %s/STOP at step %d: not requeued", folder.path, folder.step)
         return 1
-    if reason := give_up(job, folder=folder, why=found.why, end=found.end):
+    if reason := give_up(job, folder=folder, end=found.end):
         log.error("not requeued (%s): %s", found.why, reason)
         return 1
     ranks.ignore_signals()

@@ -136,7 +136,7 @@ def test_requeues_from_outside_do_not_count(stub_slurm: StubSlurm, tmp_path: Pat
 
 
 def test_a_second_job_in_the_folder_refuses_and_touches_nothing(stub_slurm: StubSlurm) -> None:
-    first = stub_slurm.sbatch_file(TRAIN_CMD="python3 -m slurm.rehearse --step-s 0.05 --steps 100")
+    first = stub_slurm.sbatch_file(TRAIN_CMD="python3 -m slurm.rehearse --step-s 0.1 --steps 9999")
     wait_until("step 5", lambda: saved_step(stub_slurm.run_dir) >= 5)
     before = (stub_slurm.run_dir / "launcher/starts.jsonl").read_text()
     second = stub_slurm.sbatch_file(SLURM_JOB_ID="4712")
@@ -145,7 +145,10 @@ def test_a_second_job_in_the_folder_refuses_and_touches_nothing(stub_slurm: Stub
     assert "belongs to job 4711 (stage2_2 of" in text
     assert not (stub_slurm.run_dir / "STOP").exists()
     assert (stub_slurm.run_dir / "launcher/starts.jsonl").read_text() == before
-    assert first.wait(timeout=60) == 0
+    step = saved_step(stub_slurm.run_dir)
+    wait_until("the first goes on", lambda: saved_step(stub_slurm.run_dir) > step)
+    first.send_signal(signal.SIGUSR2)
+    assert first.wait(timeout=60) == KILLED_BY_SLURM
 
 
 def test_a_job_that_has_ended_leaves_its_folder(stub_slurm: StubSlurm) -> None:
