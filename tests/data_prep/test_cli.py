@@ -13,6 +13,7 @@ COMMANDS = (
     ["tokenizer", "qwen2.5"],
     ["tokenizer", "train"],
     ["build-shards"],
+    ["count"],
     ["verify"],
     ["inspect"],
     ["demo", "easy-vqa"],
