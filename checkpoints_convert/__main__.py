@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoints_convert.new_folder import refuse_taken
 from megatron_eve.command import end_with
 from megatron_eve.config.schema import SplitConfig
 from megatron_eve.errors import CheckpointError, ConfigError, EveError
@@ -225,9 +226,9 @@ def _split(text: str) -> SplitConfig:
 
 
 def _import(arguments: argparse.Namespace) -> int:
+    _check_folders(arguments, holds="config.json", expected=" with config.json and *.safetensors")
     from checkpoints_convert.hf_to_megatron import ImportOptions, import_hf, planned_mapping
 
-    _keep_source(arguments)
     options = ImportOptions(
         dtype=arguments.dtype,
         split=arguments.split,
@@ -247,9 +248,9 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    _check_folders(arguments)
     from checkpoints_convert.megatron_to_hf import ExportOptions, export_hf, planned_mapping
 
-    _keep_source(arguments)
     options = ExportOptions(
         tokenizer=arguments.tokenizer,
         image_edge=arguments.image_edge,
@@ -266,9 +267,19 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _keep_source(arguments: argparse.Namespace) -> None:
-    """Raises: ConfigError if --overwrite would delete what is converted."""
+def _check_folders(arguments: argparse.Namespace, *, holds: str = "", expected: str = "") -> None:
+    """What can be refused before torch is imported.
+
+    Raises: CheckpointError if the source is not there or the destination is taken; ConfigError if --overwrite would
+    delete what is converted."""
     source, dest = arguments.source.resolve(), arguments.dest.resolve()
+    if not source.is_dir():
+        what = "Hugging Face" if holds else "checkpoint"
+        raise CheckpointError(f"no {what} folder {arguments.source}; give a folder{expected}.")
+    if not (source / holds).exists():
+        raise CheckpointError(f"{source / holds} not found; give a Hugging Face folder{expected}.")
+    if not arguments.dry_run:
+        refuse_taken(arguments.dest, overwrite=arguments.overwrite)
     if arguments.overwrite and source.is_relative_to(dest):
         raise ConfigError(
             f"{dest} holds the source {source}, which would be deleted; choose another name."
@@ -277,8 +288,6 @@ def _keep_source(arguments: argparse.Namespace) -> None:
 
 def _list_mapping(lines: Sequence[str], arguments: argparse.Namespace) -> int:
     """Raises: CheckpointError if the destination is taken: what is not dry would be refused."""
-    from checkpoints_convert.new_folder import refuse_taken
-
     for line in lines:
         print(line)
     refuse_taken(arguments.dest, overwrite=arguments.overwrite)
@@ -289,6 +298,7 @@ def _list_mapping(lines: Sequence[str], arguments: argparse.Namespace) -> int:
 
 
 def _release(arguments: argparse.Namespace) -> int:
+    _check_folders(arguments)
     from checkpoints_convert.evaluation_results import read_results
 
     if arguments.dry_run:
@@ -298,7 +308,6 @@ def _release(arguments: argparse.Namespace) -> int:
     from checkpoints_convert.megatron_to_hf import ExportOptions
     from checkpoints_convert.release_run import ReleaseOptions, release_run
 
-    _keep_source(arguments)
     options = ReleaseOptions(
         export=ExportOptions(
             tokenizer=arguments.tokenizer,
@@ -317,6 +326,11 @@ def _release(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    for folder in (arguments.first, arguments.second):
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"no folder {folder}; give a Hugging Face folder or a checkpoint."
+            )
     from checkpoints_convert.verify import compare_constants, compare_tensors, logits_gap
 
     first, second = arguments.first, arguments.second

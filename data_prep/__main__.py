@@ -27,7 +27,8 @@ from data_prep.count_options import (
     count_options,
 )
 from data_prep.images import ImageLimits
-from data_prep.ownership import refuse_foreign
+from data_prep.ownership import refuse_foreign, refuse_unfinished
+from data_prep.readers import refuse_no_file
 from data_prep.tokenizer import TokenizerSummary, build_qwen25, train_bpe
 from megatron_eve.command import end_with
 from megatron_eve.data.tokenizer import load_tokenizer
@@ -271,6 +272,7 @@ def _build(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         ignored_keys=tuple(sorted(set(arguments.ignore_key))),
     )
+    refuse_no_file(options.data)
     refuse_foreign(options.out)
     if arguments.tokenizer is not None:
         load_tokenizer(arguments.tokenizer)  # not only after hours of building
@@ -310,6 +312,7 @@ def _count(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    refuse_unfinished(arguments.shards)
     from data_prep.verify_shards import verify_shards
 
     result = verify_shards(arguments.shards)
@@ -324,6 +327,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    refuse_unfinished(arguments.shards)
     from data_prep.inspect_shards import describe, find_samples, iterate_samples
 
     if arguments.sample is not None:

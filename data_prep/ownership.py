@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron_eve.errors import ConfigError
+from megatron_eve.errors import ConfigError, DataError
 from megatron_eve.folder_lock import LOCK_FILE
 from megatron_eve.whole import TEMPORARY_PREFIX, temporary_name, write_json
 
@@ -80,6 +80,15 @@ def refuse_foreign(out: Path) -> None:
     if foreign:
         raise ConfigError(
             f"{out} is not a shard folder but holds {foreign[:3]}; give an empty or new folder."
+        )
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Raises: DataError if no finished build is there."""
+    if not (folder / INDEX_FILE).is_file():
+        raise DataError(
+            f"{folder} has no {INDEX_FILE}: it is no shard folder, or its build is not complete; "
+            "run build-shards (again)."
         )
 
 

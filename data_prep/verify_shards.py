@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from data_prep.ownership import DATASET_FILE
+from data_prep.ownership import DATASET_FILE, refuse_unfinished
 from data_prep.parts import INDEX_FILE, QUARANTINE_FILE, SHARD_HASH
 from megatron_eve.data.image import image_size
 from megatron_eve.data.quarantine import SampleError
@@ -52,11 +52,7 @@ def verify_shards(folder: Path) -> Verification:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """index.json of a complete shard folder."""
-    if not (folder / INDEX_FILE).is_file():
-        raise DataError(
-            f"{folder} has no {INDEX_FILE}: it is no shard folder, or its build is not complete; "
-            "run build-shards (again)."
-        )
+    refuse_unfinished(folder)
     content = _read_json(folder / INDEX_FILE)
     if not isinstance(content.get("shards"), list):
         raise DataError(f"{folder / INDEX_FILE} has no list `shards`; build the folder again.")

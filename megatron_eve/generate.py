@@ -34,13 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _answer(arguments: argparse.Namespace) -> None:
+    from megatron_eve.inference.release import read_release
+
+    info = read_release(arguments.folder)
     encoded = [_read_image(path) for path in arguments.image]
 
     import torch  # seconds to import: not for --help, and not before a missing file is named
 
     from megatron_eve.inference.engine import Engine, Request, device_named
     from megatron_eve.inference.prompts import STOPS, ChatTurn, prepare_image
-    from megatron_eve.inference.release import read_release
     from megatron_eve.inference.sampling import SamplingOptions
 
     options = SamplingOptions(
@@ -57,7 +59,6 @@ def _answer(arguments: argparse.Namespace) -> None:
             f"--top-p {options.top_p} does nothing without --temperature above 0: the answer is greedy."
         )
     device = device_named(arguments.device)
-    info = read_release(arguments.folder)
     template = arguments.template or info.template
     options = replace(options, stop=STOPS[template])
     if arguments.repetition_penalty is None:

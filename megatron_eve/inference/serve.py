@@ -36,6 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
+    from megatron_eve.inference.release import read_release
+
+    if read_release(arguments.folder).template == "plain":
+        raise ConfigError(
+            f"{arguments.folder} was trained on captions alone (template plain) and holds no conversation; use "
+            "`python -m megatron_eve.generate`."
+        )
     uvicorn, create_app = _import_server()
     listener = _listen(arguments.host, arguments.port)
     service = _service(arguments)
@@ -64,15 +71,9 @@ def _service(arguments: argparse.Namespace) -> Any:
     from megatron_eve.inference.cache import cache_bytes
     from megatron_eve.inference.engine import Engine, device_named
     from megatron_eve.inference.image_source import ImageSource
-    from megatron_eve.inference.release import read_release
     from megatron_eve.inference.service import Limits, Service
     from megatron_eve.inference.worker import Worker
 
-    if read_release(arguments.folder).template == "plain":
-        raise ConfigError(
-            f"{arguments.folder} was trained on captions alone (template plain) and holds no conversation; use "
-            "`python -m megatron_eve.generate`."
-        )
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     engine = Engine.load(arguments.folder, device=device_named(arguments.device), dtype=dtype)
     rows, tokens = arguments.batch_size, min(arguments.context_tokens, engine.context_tokens)

@@ -95,10 +95,14 @@ def test_verify_finds_one_changed_value(
     assert command("verify", folder, other, "--logits", "--tolerance", 1e9)[0] == 0
 
     (other / "config.json").write_text("{}")
-    for unloadable in (other, tmp_path / "nothing" / "here"):
+    reasons = {
+        other: f"{other} cannot be loaded by transformers' Auto classes",
+        tmp_path / "nothing": f"no folder {tmp_path / 'nothing'}",
+    }
+    for unloadable, reason in reasons.items():
         code, _, errors = command("verify", folder, unloadable, "--logits")
         assert (code, errors.count("\n")) == (1, 1)
-        assert f"error: {unloadable} cannot be loaded by transformers' Auto classes" in errors
+        assert f"error: {reason}" in errors
 
     del state["model.norm.weight"]
     save_file(state, other / "model.safetensors")

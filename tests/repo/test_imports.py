@@ -3,9 +3,13 @@
 every third-party package that is imported is pinned."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from tests.repo.tree import PACKAGES, REPO, python_files, text_of
 
@@ -128,3 +132,39 @@ def test_layers_are_the_folders() -> None:
     parts = [p.split("/") for p in python_files(tests=False) if p.startswith("megatron_eve/")]
     found = {p[1].removesuffix(".py") for p in parts} - {"__init__"}
     assert found <= set(LEVEL), "name the new folder's layer in LAYERS"
+
+
+REFUSED = (
+    "data_prep build-shards absent.json . out",
+    "data_prep build-shards taken/file taken taken",
+    "data_prep tokenizer qwen2.5 taken",
+    "data_prep verify absent",
+    "data_prep inspect absent",
+    "checkpoints_convert hf-to-megatron absent out",
+    "checkpoints_convert hf-to-megatron taken out",
+    "checkpoints_convert megatron-to-hf absent out",
+    "checkpoints_convert megatron-to-hf taken taken",
+    "checkpoints_convert release absent out",
+    "checkpoints_convert verify absent absent",
+    "megatron_eve.generate absent --prompt hi",
+    "megatron_eve.inference.serve absent",
+    "megatron_eve.train eve_tiny_stage1 data.tokenizer=absent checkpoint.load_weights_from=absent",
+    "tools.demo eve-tiny --out taken",
+)
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_what_is_missing_or_taken_is_refused_before_torch_is_imported(
+    command: str, tmp_path: Path
+) -> None:
+    """A person waits for a refusal; torch alone takes seconds."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/file").write_text("[]")
+    arguments = [sys.executable, "-X", "importtime", "-m", *command.split()]
+    env = os.environ | {"PYTHONPATH": str(REPO)}
+    done = subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode in (1, 2), done.stderr
+    lines = done.stderr.splitlines()
+    message = [line for line in lines if not line.startswith("import time:")]
+    assert any("absent" in line or "taken" in line for line in message), message
+    assert not {"torch", "transformers"} & {line.split("|")[-1].strip() for line in lines}
