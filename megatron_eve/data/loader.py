@@ -35,7 +35,7 @@ from megatron_eve.data.plan import PackPlan, SampleOrder
 from megatron_eve.data.quarantine import UNREADABLE, Quarantined, QuarantineReport, SampleError
 from megatron_eve.data.sample import Pack
 from megatron_eve.data.shards import ShardTable
-from megatron_eve.data.tokenizer import Tokenizer
+from megatron_eve.data.tokenizer import Tokenizer, refuse_ids_beyond
 from megatron_eve.errors import DataError
 
 _LOG = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ class PackLoader:
         `alive`: called while tokens are counted (counting.py). `is_first`: over all loaders of the run."""
         if not 0 <= data_rank < data_size:
             raise DataError(f"data_rank={data_rank} is not one of data_size={data_size} ranks")
+        refuse_ids_beyond(tokenizer, vocab_size=model.vocab_size)
         self._data_rank, self._data_size = data_rank, data_size
         self._report = QuarantineReport(quarantine_report) if quarantine_report else None
         self.stats = LoaderStats()
