@@ -16,7 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoints_convert.hf_processor import read_object
 from megatron_eve.checkpoint.weights import read_config_text, weights_folder
+from megatron_eve.config.model_lines import lines_of
 from megatron_eve.data.text_rules import END_TEXTS
 from megatron_eve.data.tokenizer import Tokenizer
 from megatron_eve.errors import CheckpointError
@@ -54,7 +56,7 @@ def source_generation(checkpoint: Path) -> dict[str, Any]:
             text = read_config_text(weights_folder(checkpoint))
         except (CheckpointError, OSError):
             return {}
-        lines = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+        lines = lines_of(text)
         found = {k.removeprefix(_PREFIX): v for k, v in lines.items() if k.startswith(_PREFIX)}
         before = lines.get("checkpoint.load_weights_from", "none")
         if found or before == "none":
@@ -103,15 +105,7 @@ def _is_special(number: int, tokenizer: Tokenizer) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); download it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; download it again.")
-    return content
+    return read_object(path) if path.is_file() else {}
 
 
 def _ends(content: Mapping[str, Any], path: Path) -> Sequence[int]:

@@ -7,12 +7,11 @@ folder that contradict each other. Written: the official EVE fields, plus what m
 (`auto_map`, the geometry of the patch embedding).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from checkpoints_convert.hf_processor import with_processor
+from checkpoints_convert.hf_processor import read_object, with_processor
 from checkpoints_convert.names import moe_part
 from megatron_eve.config.hf_checks import unsupported
 from megatron_eve.config.hf_fields import HF_FIELDS
@@ -70,16 +69,11 @@ class HfModel:
 def read_hf_config(folder: Path, *, patch_embed_dim: int) -> HfModel:
     """Read folder/config.json. `patch_embed_dim` is for a plain language model, which has no patch embedding yet."""
     path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise CheckpointError(
             f"{path} not found; give a Hugging Face folder with config.json and *.safetensors."
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); download it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; download it again.")
+        )
+    content = read_object(path)
     kind = content.get("model_type")
     if kind not in ("qwen2", "llama", "eve-qwen2"):
         what = f" ({_REASONS[kind]})" if kind in _REASONS else ""

@@ -56,10 +56,10 @@ def with_processor(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
 def _files(folder: Path, content: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Image processors inside the folder: at the top, and the one that mm_vision_tower names."""
     if (folder / _FILE).is_file():
-        yield folder / _FILE, _json(folder / _FILE)
+        yield folder / _FILE, read_object(folder / _FILE)
     tower = (folder / str(content.get("mm_vision_tower")) / _FILE).resolve()
     if tower.is_relative_to(folder.resolve()) and tower.is_file():
-        found = _json(tower)
+        found = read_object(tower)
         try:
             yield tower, found | {name: int(found[name]) for name in _STRIDES}
         except (ValueError, KeyError, TypeError) as error:
@@ -68,13 +68,14 @@ def _files(folder: Path, content: dict[str, Any]) -> Iterator[tuple[Path, dict[s
             ) from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file of a Hugging Face folder. Raises: CheckpointError unless it can be read and holds an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as JSON ({error}); download it again."
-        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); download it again.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); download it again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object; download it again.")
     return content

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eve.checkpoint.manifest import CONFIG
+from megatron_eve.config.model_lines import lines_of
 from megatron_eve.metrics.sinks import METRICS_FILE, read_metrics
 from megatron_eve.run_folder import CHECKPOINTS, step_of
 
@@ -49,14 +50,14 @@ def read_history(folder: Path) -> History:
     `folder`: a run directory, or a checkpoint of a run: metrics of later steps are not its own and are left out. What
     is neither gives an empty history."""
     runs: list[RunRecord] = []
-    seen: set[Path] = set()
+    followed: set[Path] = set()
     step = step_of(folder)
     while True:
         folder = _run_directory(folder)
         config = _lines(folder / CONFIG)
-        if "recipe" not in config or folder.resolve() in seen:
+        if "recipe" not in config or folder.resolve() in followed:
             break
-        seen.add(folder.resolve())
+        followed.add(folder.resolve())
         runs.insert(0, _run_record(folder, config, up_to_step=step))
         before = config.get("checkpoint.load_weights_from", "none")
         if before == "none":
@@ -117,7 +118,4 @@ def _num_samples(shards: Path) -> int | None:
 
 
 def _lines(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    text = path.read_text(encoding="utf-8")
-    return dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+    return lines_of(path.read_text(encoding="utf-8")) if path.is_file() else {}
