@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of a run's checkpoints: RUN_DIR/checkpoints/step_00000100, and `latest`, which holds the newest one's name; of
-the two files that every checkpoint has; and of those by which a run and what started it talk. No torch: a dry run and
-the launcher read them, too."""
+"""Names in RUN_DIR: of a run's checkpoints, checkpoints/step_00000100, and of `latest`, which holds the newest one's
+name; of the two files that every checkpoint has; and of those by which a run and what started it talk. No torch: a dry
+run and slurm/launcher.py read them, too."""
 
 import re
 from pathlib import Path
@@ -11,6 +11,7 @@ LATEST = "latest"
 COMPLETE = "complete.json"  # written last: a folder without it is no checkpoint
 CONFIG = "config.txt"  # the resolved configuration of the run, or the model of a converter
 STOP_FILE = "STOP"  # in RUN_DIR: asks a run to stop
+LATEST_STEP_FILE = "latest_step"  # in RUN_DIR: step of the newest checkpoint, as text
 DONE_FILE = "DONE"  # in RUN_DIR: the run's last step is done and saved
 
 _STEP = re.compile(r"step_(\d{8})")

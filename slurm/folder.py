@@ -18,12 +18,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_eve.run_folder import DONE_FILE, LATEST_STEP_FILE, STOP_FILE, checkpoints_of
 from megatron_eve.whole import write_text
 from slurm.job import Job
 from slurm.outcome import End
 
 LAUNCHER_STOP = "requeue"
 """First word of a STOP file that a launcher wrote; any other text is a person's wish."""
+
+STARTS_FILE = "launcher/starts.jsonl"
 
 log = logging.getLogger("slurm.launcher")
 
@@ -60,36 +63,33 @@ class RunFolder:
     @property
     def done_step(self) -> int | None:
         """Steps after which the run was done; None before."""
-        return read_step(self.path / "DONE")
+        return read_step(self.path / DONE_FILE)
 
     @property
     def step(self) -> int:
         """Last saved step; 0 before the first checkpoint."""
-        step = read_step(self.path / "latest_step")
-        if step is not None:
-            return step
-        names = (p.name for p in (self.path / "checkpoints").glob("step_*"))
-        return max((int(n[5:]) for n in names if re.fullmatch(r"step_[0-9]{8}", n)), default=0)
+        step = read_step(self.path / LATEST_STEP_FILE)
+        return max(checkpoints_of(self.path), default=0) if step is None else step
 
     @property
     def stopped_by_person(self) -> bool:
-        stop = self.path / "STOP"
+        stop = self.path / STOP_FILE
         first = (read_text(stop).split() or [""])[0]
         return stop.exists() and not (first and LAUNCHER_STOP.startswith(first))
 
     def write_stop(self, job: Job) -> None:
         """Ask the ranks to stop; a person's STOP stays as it is, and where none can be written the signal must do."""
-        if (self.path / "STOP").exists():
+        if (self.path / STOP_FILE).exists():
             return
         try:
-            write_text(self.path / "STOP", f"{LAUNCHER_STOP} {job.job_id}\n")
+            write_text(self.path / STOP_FILE, f"{LAUNCHER_STOP} {job.job_id}\n")
         except OSError as error:
             log.error("cannot write %s/STOP (%s): the ranks get the signal only", self.path, error)
 
     def clear_own_stop(self) -> None:
         """Remove the STOP file of this start or one before it."""
         if not self.stopped_by_person:
-            (self.path / "STOP").unlink(missing_ok=True)
+            (self.path / STOP_FILE).unlink(missing_ok=True)
 
     def record_start(self, job: Job, *, commit: str) -> None:
         """Note that this start begins."""
@@ -102,7 +102,7 @@ class RunFolder:
     def _record(self, job: Job, **values: object) -> None:
         line = {"job": job.job_id, "restart": job.restart, **values}
         line["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        file = self.path / "launcher" / "starts.jsonl"
+        file = self.path / STARTS_FILE
         try:
             before = "" if read_text(file)[-1:] in ("", "\n") else "\n"  # half a line stays alone
             with file.open("a", encoding="utf-8") as stream:
@@ -113,7 +113,7 @@ class RunFolder:
     def attempts(self, job: Job) -> list[Attempt]:
         """The starts of this job, this one included; what a file of another job, cluster or format says is left out."""
         found: dict[int, Attempt] = {}
-        for line in read_text(self.path / "launcher" / "starts.jsonl").splitlines():
+        for line in read_text(self.path / STARTS_FILE).splitlines():
             values = _object(line)
             restart, step = values.get("restart"), values.get("step")
             if values.get("job") != job.job_id or type(restart) is not int or type(step) is not int:

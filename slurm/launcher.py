@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_eve.run_folder import DONE_FILE
 from slurm import commands, configuration, outcome, owner, preflight
 from slurm.commands import SlurmError
 from slurm.folder import RunFolder, rank_log_tail
@@ -70,13 +71,13 @@ def may_start(job: Job, *, folder: RunFolder, trainer: Sequence[str]) -> int | N
             found.steps,
         )
         return 0
-    if (folder.path / "DONE").exists():
+    if (folder.path / DONE_FILE).exists():
         tells = "is half-written" if done is None else f"tells of {done} steps"
         asked = "the data decide how many" if found.steps is None else f"{found.steps}"
         log.info(
             "%s/DONE %s, asked for: %s; the trainer goes on and decides", folder.path, tells, asked
         )
-        (folder.path / "DONE").unlink(missing_ok=True)
+        (folder.path / DONE_FILE).unlink(missing_ok=True)
     return None
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from megatron_eve.run_folder import DONE_FILE, LATEST_STEP_FILE, STOP_FILE
 from megatron_eve.whole import write_text
 from slurm.folder import read_step
 
@@ -38,7 +39,7 @@ def rehearse(
 ) -> None:
     """Sleep through the steps, with rank 0 writing latest_step and DONE."""
     stop = StopFlag()
-    latest = run_dir / "latest_step"
+    latest = run_dir / LATEST_STEP_FILE
     step = read_step(latest) or 0
     print(
         f"rank {rank}/{os.environ['WORLD_SIZE']} on {os.environ.get('SLURMD_NODENAME', os.uname().nodename)} "
@@ -46,20 +47,20 @@ def rehearse(
         flush=True,
     )
     if rank == 0 and step < steps:
-        (run_dir / "DONE").unlink(missing_ok=True)  # of fewer steps
+        (run_dir / DONE_FILE).unlink(missing_ok=True)  # of fewer steps
     while step < steps:
         time.sleep(step_s)
         step += 1
         if step == fail_at:
             raise SystemExit(f"rank {rank} fails at step {step}, as asked with --fail-at")
-        stopping = stop.is_set or (run_dir / "STOP").exists()
+        stopping = stop.is_set or (run_dir / STOP_FILE).exists()
         if rank == 0 and (stopping or step % save_every == 0 or step == steps):
             write_text(latest, str(step))
         if stopping:
             print(f"rank {rank} stops at step {step}", flush=True)
             return
     if rank == 0:
-        write_text(run_dir / "DONE", f"{step}\n")
+        write_text(run_dir / DONE_FILE, f"{step}\n")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

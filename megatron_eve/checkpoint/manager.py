@@ -46,12 +46,17 @@ from megatron_eve.checkpoint.verify import (
 from megatron_eve.checkpoint.writer import Contents, FolderWrite, raise_together
 from megatron_eve.data.vocabulary import FACT
 from megatron_eve.errors import CheckpointError
-from megatron_eve.run_folder import CHECKPOINTS, LATEST, checkpoints_of, step_name
+from megatron_eve.run_folder import (
+    CHECKPOINTS,
+    LATEST,
+    LATEST_STEP_FILE,
+    checkpoints_of,
+    step_name,
+)
 from megatron_eve.whole import replace_folder, write_text
 
-__all__ = ["LATEST_STEP_FILE", "CheckpointManager", "Resumed", "TrainingState"]
+__all__ = ["CheckpointManager", "Resumed", "TrainingState"]
 _LOG = logging.getLogger(__name__)
-LATEST_STEP_FILE = "latest_step"
 _LEFT_OVER = (".tmp-*", ".old-*")  # of a run that was killed
 
 
