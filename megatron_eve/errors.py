@@ -22,6 +22,13 @@ class InUseError(ConfigError):
     is_final = False
 
 
+class MissingHereError(ConfigError):
+    """This machine lacks a GPU or a package that the configuration asks for: a node that is broken looks the same, and
+    a later start may be on another one."""
+
+    is_final = False
+
+
 class DataError(EveError):
     """A data set, shard, sample or image is wrong as a whole; single bad samples are quarantined instead."""
 

@@ -11,6 +11,7 @@ collective for it (loop/data_start.py). For more, the refusal names the command 
 """
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -231,7 +232,7 @@ def _refuse_long_counting(
     for source in missing:
         groups.setdefault(source.settings, []).append(str(source.folder))
     commands = " && ".join(
-        f"python -m data_prep count {' '.join(folders)} --tokenizer {tokenizer.folder} "
+        f"python -m data_prep count {shlex.join(folders)} --tokenizer {shlex.quote(str(tokenizer.folder))} "
         f"--template {text.template} --max-text-tokens {text.max_text_tokens}"
         for text, folders in groups.items()
     )

@@ -30,7 +30,7 @@ from megatron_eve.config.text_form import config_text
 from megatron_eve.data.loader import PackLoader
 from megatron_eve.data.tokenizer import load_tokenizer
 from megatron_eve.data.vocabulary import vocabulary_of
-from megatron_eve.errors import ConfigError
+from megatron_eve.errors import ConfigError, MissingHereError
 from megatron_eve.loop.data_start import open_on_all
 from megatron_eve.loop.evaluation import Evaluations
 from megatron_eve.loop.feed import next_step
@@ -164,7 +164,9 @@ def _vocabulary(config: RunConfig) -> Mapping[str, Any]:
 
 def _open_loader(config: RunConfig, *, state: ParallelState, run_dir: Path) -> PackLoader | None:
     if config.data.decode_on == "gpu" and not device.has_gpu():
-        raise ConfigError("data.decode_on=gpu, but there is no GPU here; set data.decode_on=cpu.")
+        raise MissingHereError(
+            "data.decode_on=gpu, but there is no GPU here; set data.decode_on=cpu."
+        )
     return open_on_all(
         lambda alive, is_first: PackLoader(
             data=config.data,

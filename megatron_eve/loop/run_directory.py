@@ -67,9 +67,11 @@ def _refuse_other_loss(before: Mapping[str, str], now: Mapping[str, str], *, run
             " ".join(f"{key}={value}" for key, value in found.items())
             for found in (written, wanted)
         )
+        is_offered = written["optim.loss_normalization"] != "microbatch_mean"
+        as_before = f"Add `{was}` to go on as before, or choose" if is_offered else "Choose"
         raise ConfigError(
-            f"{run_dir} holds checkpoints of a run with {was}, this run has {is_now}. Add `{was}` to go on as before, "
-            f"or choose another run_dir, and checkpoint.load_weights_from={run_dir} to start from its weights"
+            f"{run_dir} holds checkpoints of a run with {was}, this run has {is_now}. {as_before} another run_dir, and "
+            f"checkpoint.load_weights_from={run_dir} to start from its weights"
         )
 
 

@@ -18,7 +18,7 @@ import torch
 
 from megatron_eve import device
 from megatron_eve.config.schema import RunConfig
-from megatron_eve.errors import ConfigError
+from megatron_eve.errors import MissingHereError
 from megatron_eve.metrics.captured import PROFILE_FOLDER, STEP_VALUES, capture_file
 from megatron_eve.metrics.peak import peak_flops
 from megatron_eve.metrics.ranges import (
@@ -58,7 +58,7 @@ class Capture:
         model: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
     ) -> None:
-        """Raises: ConfigError for profile.tool=nsys on a machine without CUDA."""
+        """Raises: MissingHereError for profile.tool=nsys on a machine without CUDA."""
         self._config, self._profile, self._state = config, config.profile, state
         self._folder = run_dir / PROFILE_FOLDER
         self._model, self._optimizer = model, optimizer
@@ -66,7 +66,7 @@ class Capture:
         self._recorder: _Recorder | None = None
         self._steps: list[dict[str, float]] = []
         if self._profile.tool == "nsys" and not device.has_gpu():
-            raise ConfigError(
+            raise MissingHereError(
                 "profile.tool=nsys records CUDA and there is no CUDA device; use profile.tool=kineto"
             )
 

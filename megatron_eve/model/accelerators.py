@@ -10,7 +10,7 @@ import importlib.util
 
 from megatron_eve import device
 from megatron_eve.config.schema import RunConfig
-from megatron_eve.errors import ConfigError
+from megatron_eve.errors import MissingHereError
 
 _APEX_WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
 """Apex's extension that adds a weight gradient to its fp32 buffer; megatron-core's own linears can use it."""
@@ -46,16 +46,16 @@ def fused_adam_source() -> str:
 
 
 def refuse_missing_accelerators(config: RunConfig) -> None:
-    """Raises: ConfigError for a choice whose package is not here; nothing slower takes its place silently."""
+    """Raises: MissingHereError for a choice whose package is not here; nothing slower takes its place silently."""
     gpu = config.gpu
     by_apex = gpu.fused_weight_gradients and config.train.backend == "local"
     if by_apex and not has_fused_weight_gradient():
-        raise ConfigError(
+        raise MissingHereError(
             "gpu.fused_weight_gradients=true with train.backend=local needs NVIDIA Apex with its CUDA extensions "
             f"({_APEX_WEIGHT_GRADIENT}), which is not here; see docs/gpu.md, or set it to false"
         )
     if gpu.fused_rope and not (device.has_gpu() and has_module("triton")):
-        raise ConfigError(
+        raise MissingHereError(
             "gpu.fused_rope=true needs a GPU and Triton; install it with `pip install -c constraints.txt triton` or "
             "set it to false"
         )

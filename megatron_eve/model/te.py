@@ -18,18 +18,18 @@ from typing import Any
 
 import torch
 
-from megatron_eve.errors import ConfigError
+from megatron_eve.errors import MissingHereError
 
 
 def classes() -> dict[str, type]:
     """Fields of layer_specs.Backend.
 
-    Raises: ConfigError if Transformer Engine cannot be imported.
+    Raises: MissingHereError if Transformer Engine cannot be imported.
     """
     try:
         import transformer_engine.pytorch  # noqa: F401
     except (ImportError, OSError) as error:  # OSError: a library that does not fit this CUDA
-        raise ConfigError(
+        raise MissingHereError(
             f"train.backend=te needs Transformer Engine, which does not import here ({error}); "
             "install the gpu extra or use train.backend=local"
         ) from error

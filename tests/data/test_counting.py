@@ -3,6 +3,7 @@
 
 import dataclasses
 import os
+import shlex
 import threading
 from pathlib import Path
 
@@ -201,21 +202,22 @@ def test_more_than_the_limit_is_refused_and_not_kept(shards: Path, qwen: Tokeniz
 
 
 def test_the_trainer_names_the_command_for_more_than_it_counts(
-    shards: Path, qwen: Tokenizer, qwen_folder: Path, monkeypatch: pytest.MonkeyPatch
+    write_shards: WriteShards, qwen: Tokenizer, qwen_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megatron_eve.data.loader.START_LIMIT", 10)
+    shards = write_shards("two words", mixed_samples(18))
     data = dataclasses.replace(data_config([shards], tokenizer=qwen_folder), template="plain")
     with pytest.raises(ConfigError) as refused:
         open_loader(data, qwen)
     command = (
-        f"python -m data_prep count {shards} --tokenizer {qwen_folder} --template plain "
+        f"python -m data_prep count '{shards}' --tokenizer {qwen_folder} --template plain "
         "--max-text-tokens 200"
     )
     assert command in str(refused.value)
     assert "18 samples are not counted yet" in str(refused.value)
     from data_prep.__main__ import main
 
-    assert main([*command.split()[3:], "--workers", "1"]) == 0
+    assert main([*shlex.split(command)[3:], "--workers", "1"]) == 0
     open_loader(data, qwen).close()
 
 

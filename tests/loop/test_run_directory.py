@@ -64,13 +64,18 @@ def test_another_loss_is_refused(run_dir: Path) -> None:
     lines = [line for line in path.read_text().splitlines() if "loss_group_samples" not in line]
     path.write_text("\n".join(lines) + "\n")
     claim(run_dir)
-    path.write_text("\n".join(lines).replace("global_tokens", "microbatch_mean") + "\n")
-    with pytest.raises(ConfigError) as refusal:
-        claim(run_dir)
-    assert (
-        "with optim.loss_normalization=microbatch_mean optim.loss_group_samples=none, this run has "
-        "optim.loss_normalization=global_tokens optim.loss_group_samples=none. Add "
-    ) in str(refusal.value)
+    was = "optim.loss_normalization={} optim.loss_group_samples=none"
+    for before, advice in (
+        ("sqrt_tokens", "Add `{}` to go on as before, or choose"),
+        ("microbatch_mean", "Choose"),
+    ):
+        path.write_text("\n".join(lines).replace("global_tokens", before) + "\n")
+        with pytest.raises(ConfigError) as refusal:
+            claim(run_dir)
+        assert (
+            f"a run with {was.format(before)}, this run has {was.format('global_tokens')}. "
+            f"{advice.format(was.format(before))} another run_dir, "
+        ) in str(refusal.value), "what is not offered any more is no advice"
 
 
 def test_a_full_disk_leaves_the_configuration_as_it_was(run_dir: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import GpuConfig, RunConfig
-from megatron_eve.errors import ConfigError
+from megatron_eve.errors import MissingHereError
 
 
 def config(backend: str = "local", **gpu: Any) -> RunConfig:
@@ -22,7 +22,7 @@ def _refusals() -> list[str]:
 
     found = []
     for gpu in (dict(fused_weight_gradients=True), dict(fused_rope=True)):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(MissingHereError) as caught:
             refuse_missing_accelerators(config(**gpu))
         found.append(str(caught.value))
     refuse_missing_accelerators(config())
