@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from checkpoints_convert.hf_processor import read_object, with_processor
 from checkpoints_convert.names import moe_part
-from megatron_eve.config.hf_checks import unsupported
+from megatron_eve.config.hf_checks import unsupported, with_rope_theta
 from megatron_eve.config.hf_fields import HF_FIELDS
 from megatron_eve.config.pixels import CLIP_MEAN, CLIP_STD
 from megatron_eve.config.schema import ModelConfig, RunConfig, SplitConfig
@@ -84,7 +84,7 @@ def read_hf_config(folder: Path, *, patch_embed_dim: int) -> HfModel:
     if kind == "llama":
         content = _completed_llama(content)
     _refuse_unsupported(content, path)
-    content = _flat_rope(content, path)
+    content = with_rope_theta(content)
     values = {
         field: _read(content, name, kind=python_type, path=path)
         for field, (name, python_type) in HF_FIELDS.items()
@@ -218,22 +218,9 @@ def _completed_llama(content: dict[str, Any]) -> dict[str, Any]:
     """With the fields that a Llama config.json may leave out."""
     given = {name: value for name, value in content.items() if value is not None}
     made = _LLAMA_DEFAULTS | {"num_key_value_heads": content.get("num_attention_heads")}
-    if "rope_theta" in (given.get("rope_parameters") or {}):
+    if "rope_theta" in with_rope_theta(given):
         del made["rope_theta"]
     return made | given
-
-
-def _flat_rope(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """rope_theta at the top, where transformers 5 writes it into rope_parameters."""
-    theta = (content.get("rope_parameters") or {}).get("rope_theta")
-    if theta is None:
-        return content
-    if content.get("rope_theta", theta) != theta:
-        raise CheckpointError(
-            f"{path}: rope_theta is {content['rope_theta']!r} and {theta!r} in rope_parameters; keep the one that the "
-            "checkpoint was trained with."
-        )
-    return content | {"rope_theta": theta}
 
 
 def _default_head_dim(values: dict[str, Any], path: Path) -> int:

@@ -37,6 +37,7 @@ _ARCHITECTURES = {
     "eve-qwen2": {"EVEQwen2ForCausalLM"},
 }
 
+_ROPE_FIELDS = ("rope_scaling", "rope_parameters")
 _ROPE_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 
 _INERT = {
@@ -107,8 +108,32 @@ def _window(content: Mapping[str, Any], *, kind: str) -> Iterator[str]:
         yield f"layer_types holds {other[0]!r}; this decoder has 'full_attention' only."
 
 
+def with_rope_theta(content: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with rope_theta at the top, wherever it says it: transformers 5 writes it into rope_parameters."""
+    thetas = [*_rope_thetas(content).values()]
+    return {**content, "rope_theta": thetas[0]} if thetas else dict(content)
+
+
+def _rope_thetas(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the rotary base is said -> what is said."""
+    places = {"config.json": content} | {field: content.get(field) for field in _ROPE_FIELDS}
+    return {
+        name: found["rope_theta"]
+        for name, found in places.items()
+        if isinstance(found, Mapping) and found.get("rope_theta") is not None
+    }
+
+
 def _rope(content: Mapping[str, Any]) -> Iterator[str]:
-    for field in ("rope_scaling", "rope_parameters"):
+    (first, theta), *others = _rope_thetas(content).items() or [("", None)]
+    for field, other in others:
+        if other != theta:
+            inside = "" if first == "config.json" else f" in {first}"
+            yield (
+                f"rope_theta is {theta!r}{inside} and {other!r} in {field}; keep the one that the checkpoint was "
+                "trained with."
+            )
+    for field in _ROPE_FIELDS:
         scaling = content.get(field) or {}
         if not isinstance(scaling, dict):
             yield f"{field} is {scaling!r}, expected an object or null."

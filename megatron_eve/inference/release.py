@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_eve.config.hf_checks import unsupported
+from megatron_eve.config.hf_checks import unsupported, with_rope_theta
 from megatron_eve.config.hf_fields import HF_EVE_FIELDS, HF_FIELDS
 from megatron_eve.config.schema import ModelConfig, TemplateName
 from megatron_eve.config.variants import split_from_moe_part
@@ -95,9 +95,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _model(content: dict[str, Any], path: Path) -> ModelConfig:
-    rope = content.get("rope_parameters") or {}  # where transformers 5 writes rope_theta
-    flat = {"rope_theta": rope["rope_theta"], **content} if "rope_theta" in rope else content
-    fields = HF_FIELDS | HF_EVE_FIELDS
+    flat, fields = with_rope_theta(content), HF_FIELDS | HF_EVE_FIELDS
     values = {field: _field(flat, *entry, path=path) for field, entry in fields.items()}
     is_split = _field(content, "add_moe", bool, path=path)
     part = _field(content, "moe_part", str, path=path) if is_split else None

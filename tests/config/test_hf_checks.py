@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, Qwen2Config
 
-from megatron_eve.config.hf_checks import unsupported
+from megatron_eve.config.hf_checks import unsupported, with_rope_theta
 
 QWEN25 = {  # Qwen2.5-7B-Instruct
     "architectures": ["Qwen2ForCausalLM"],
@@ -114,6 +114,10 @@ def test_published_files_pass(content: dict[str, Any]) -> None:
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "what full_attention does"),
         ({"rope_scaling": [2.0]}, "rope_scaling is [2.0], expected an object or null"),
         ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_scaling: partial_"),
+        ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta is 1000000.0 and 500000.0 in rope_parameters"),
+        ({"rope_scaling": {"type": "default", "rope_theta": 5e5}}, "rope_theta is 1000000.0 and 500000.0 in rope_sc"),
+        ({"rope_theta": None, "rope_scaling": {"rope_theta": 1e4}, "rope_parameters": {"rope_theta": 5e5}},
+         "rope_theta is 10000.0 in rope_scaling and 500000.0 in rope_parameters"),
         ({"use_sliding_window": True}, "use_sliding_window is true"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds 'sliding_attention'"),
         ({"attention_bias": True}, "attention_bias is True"),
@@ -137,6 +141,14 @@ def test_published_files_pass(content: dict[str, Any]) -> None:
 def test_another_function_is_refused(change: dict[str, Any], message: str) -> None:
     (line,) = unsupported(QWEN25 | change)
     assert message in line
+
+
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+def test_the_rotary_base_is_found_wherever_a_file_says_it(field: str) -> None:
+    inside = QWEN25 | {"rope_theta": None, field: {"rope_type": "default", "rope_theta": 5e5}}
+    assert list(unsupported(inside)) == []
+    assert with_rope_theta(inside)["rope_theta"] == 5e5
+    assert with_rope_theta(QWEN25) == QWEN25
 
 
 def test_a_window_without_a_switch_is_awake_in_a_llama() -> None:

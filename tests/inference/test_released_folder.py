@@ -69,6 +69,11 @@ def test_needs_nothing_but_data(copy: Path) -> None:
             {"rope_scaling": {"type": "yarn"}},
             r"rope_scaling has RoPE of type 'yarn'",
         ),
+        (
+            "config.json",
+            {"rope_parameters": {"rope_theta": 5e5}},
+            r"rope_theta is .* and 500000.0 in rope_parameters",
+        ),
         ("config.json", {"hidden_size": None}, r"hidden_size is None, expected a int"),
         ("config.json", {"num_hidden_layers": True}, r"num_hidden_layers is True"),
         ("config.json", {"add_moe": None}, r"add_moe is None"),
