@@ -109,14 +109,16 @@ def refusals(submissions: Sequence[Submission]) -> list[str]:
         )
         return []
     found = []
-    for one in submissions:
+    for submission in submissions:
         overrides = [
-            text for text in one.overrides if not (one.waits and text.endswith("=from_weights"))
+            text
+            for text in submission.overrides
+            if not (submission.waits and text.endswith("=from_weights"))
         ]
         try:
-            configure(one.recipe, overrides=[f"run_dir={one.run_dir}", *overrides])
+            configure(submission.recipe, overrides=[f"run_dir={submission.run_dir}", *overrides])
         except ConfigError as error:
-            found.append(f"{one.stage}: ConfigError: {error}")
+            found.append(f"{submission.stage}: ConfigError: {error}")
     return found
 
 

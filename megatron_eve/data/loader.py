@@ -66,9 +66,8 @@ class LoaderStats:
     num_packs: int = 0
     real_tokens: int = 0
     total_tokens: int = 0
-    quarantined: Counter[str] = field(
-        default_factory=Counter
-    )  # left out of the plan, or masked while decoding
+    # Left out of the plan, or masked while decoding.
+    quarantined: Counter[str] = field(default_factory=Counter)
 
     @property
     def fill(self) -> float:
@@ -111,23 +110,10 @@ class PackLoader:
         self.stats = LoaderStats()
         self._shape = PackShape(pack_tokens=data.pack_tokens, align=data.align)
         self._cost = PackCost.of_model(model, trainable=trainable)
-        table = ShardTable.open([source.path for source in data.sources])
+        self._table = ShardTable.open([source.path for source in data.sources])
         settings = LengthSettings.of_sources(data, model=model)
-        limit = unreadable_limit(data.max_unreadable, num_samples=len(table))
-        lengths = load_lengths(
-            table,
-            settings=settings,
-            tokenizer=tokenizer,
-            shape=self._shape,
-            max_unreadable=limit,
-            start_limit=START_LIMIT,
-            share=data_rank / data_size,
-            alive=alive,
-        )
-        self._table = table
-        self._report_left_out(lengths, num_total=len(table))
-        num_unreadable = self._refuse_lost_files(lengths, limit=limit)
-        order = SampleOrder(table=table, lengths=lengths, data=data)
+        lengths = self._open_lengths(data, settings=settings, tokenizer=tokenizer, alive=alive)
+        order = SampleOrder(table=self._table, lengths=lengths, data=data)
         self._plan = PackPlan(
             order=order,
             lengths=lengths,
@@ -137,7 +123,7 @@ class PackLoader:
             open_bins=data.open_bins,
         )
         self._builder = PackBuilder(
-            table=table,
+            table=self._table,
             settings=settings,
             tokenizer=tokenizer,
             shape=self._shape,
@@ -157,7 +143,31 @@ class PackLoader:
         self._is_first = is_first or first_time()
         self._state = self._plan.state_dict()
         self.epoch_size = EpochSize(samples=len(order), tokens=order.num_tokens)
-        self.unreadable_left = limit - num_unreadable  # samples that may turn out so in training
+
+    def _open_lengths(
+        self,
+        data: DataConfig,
+        *,
+        settings: Sequence[LengthSettings],
+        tokenizer: Tokenizer,
+        alive: Alive,
+    ) -> SampleLengths:
+        """Counted where they are not kept yet; what the plan leaves out is reported. Raises: ConfigError, DataError."""
+        limit = unreadable_limit(data.max_unreadable, num_samples=len(self._table))
+        lengths = load_lengths(
+            self._table,
+            settings=settings,
+            tokenizer=tokenizer,
+            shape=self._shape,
+            max_unreadable=limit,
+            start_limit=START_LIMIT,
+            share=self._data_rank / self._data_size,
+            alive=alive,
+        )
+        self._report_left_out(lengths, num_total=len(self._table))
+        # Samples that may turn out to be unreadable in training.
+        self.unreadable_left = limit - self._refuse_lost_files(lengths, limit=limit)
+        return lengths
 
     def __iter__(self) -> Iterator[list[Pack]]:
         return self

@@ -21,32 +21,12 @@ VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".flv", ".wmv", ".mpg", ".mpeg", ".3gp", ".ogv", ".ts"),
 )  # fmt: skip
 AUDIO_SUFFIXES = (
-    ".wav",
-    ".mp3",
-    ".flac",
-    ".ogg",
-    ".oga",
-    ".opus",
-    ".m4a",
-    ".aac",
-    ".wma",
-    ".aiff",
-    ".mid",
-)
+    *(".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".wma", ".aiff", ".mid"),
+)  # fmt: skip
 OTHER_SUFFIXES = (".pdf", ".djvu", ".ply", ".obj", ".glb", ".gltf", ".stl", ".pcd", ".las")
 DATA_SUFFIXES = (
-    ".npy",
-    ".npz",
-    ".h5",
-    ".hdf5",
-    ".pt",
-    ".pth",
-    ".pkl",
-    ".tar",
-    ".zip",
-    ".parquet",
-    ".mds",
-)
+    *(".npy", ".npz", ".h5", ".hdf5", ".pt", ".pth", ".pkl", ".tar", ".zip", ".parquet", ".mds"),
+)  # fmt: skip
 SUFFIX_KINDS = {
     suffix: kind
     for kind, suffixes in (

@@ -6,6 +6,7 @@ RUN_DIR/checkpoints/    see checkpoint/manager.py         RUN_DIR/quarantine.jso
 RUN_DIR/DONE            written when the last step is done and saved
 RUN_DIR/.lock           held by the process of rank 0, see folder_lock.py
 RUN_DIR/evaluations/    results of evaluation.command, see loop/evaluation.py
+RUN_DIR/stacks/         Python stacks of all ranks when one does not answer, see loop/watchdog.py
 """
 
 import logging
@@ -104,15 +105,7 @@ def run(config: RunConfig, *, signals: StopSignals) -> None:
 
 
 def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
-    checkpoints = CheckpointManager(
-        run_dir,
-        keep_last=config.checkpoint.keep_last,
-        keep_every_steps=config.checkpoint.keep_every_steps,
-        in_background=config.checkpoint.async_save,
-        config_text=config_text(config),
-        stage=config.stage.name,
-        vocabulary=_vocabulary(config) if state.rank == 0 else None,
-    )
+    checkpoints = _open_checkpoints(config, state=state, run_dir=run_dir)
     loader = _open_loader(config, state=state, run_dir=run_dir)
     epoch, unreadable_left = _from_rank0(
         (loader.epoch_size, loader.unreadable_left) if loader is not None else None
@@ -154,6 +147,20 @@ def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
     schedule = build_schedule(optimizer, config=config, steps=steps)
     training = TrainingState(chunks, model, optimizer, schedule)
     return Run(config, run_dir, state, model, training, loader, guard, checkpoints, steps)
+
+
+def _open_checkpoints(
+    config: RunConfig, *, state: ParallelState, run_dir: Path
+) -> CheckpointManager:
+    return CheckpointManager(
+        run_dir,
+        keep_last=config.checkpoint.keep_last,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+        in_background=config.checkpoint.async_save,
+        config_text=config_text(config),
+        stage=config.stage.name,
+        vocabulary=_vocabulary(config) if state.rank == 0 else None,
+    )
 
 
 def _vocabulary(config: RunConfig) -> Mapping[str, Any]:
@@ -204,27 +211,34 @@ def _resume(run: Run) -> int:
     return resumed.step
 
 
-def _train(run: Run, *, stop: StopFlag, watch: Watch) -> None:
-    done = _resume(run)
-    if run.state.rank == 0 and done < run.steps:
-        (run.run_dir / DONE_FILE).unlink(missing_ok=True)  # of a run of fewer steps
-    torch.distributed.barrier()  # no rank may save while another would still end at once
-    stop.may_save()
-    sinks = Sinks.open(
+def _open_sinks(run: Run, *, start_step: int) -> Sinks:
+    return Sinks.open(
         run.config,
         run_dir=run.run_dir,
-        start_step=done,
+        start_step=start_step,
         total_steps=run.steps,
         is_writer=run.state.rank == 0,
     )
-    capture = Capture(
+
+
+def _open_capture(run: Run) -> Capture:
+    return Capture(
         run.config,
         run_dir=run.run_dir,
         state=run.state,
         model=run.model,
         optimizer=run.training.optimizer,
     )
+
+
+def _train(run: Run, *, stop: StopFlag, watch: Watch) -> None:
     is_first = run.state.rank == 0
+    done = _resume(run)
+    if is_first and done < run.steps:
+        (run.run_dir / DONE_FILE).unlink(missing_ok=True)  # of a run of fewer steps
+    torch.distributed.barrier()  # no rank may save while another would still end at once
+    stop.may_save()
+    sinks, capture = _open_sinks(run, start_step=done), _open_capture(run)
     evaluations = Evaluations(run.config.evaluation, run_dir=run.run_dir, is_starter=is_first)
     with closing(sinks), closing(capture), closing(evaluations):
         evaluations.resumed(done)

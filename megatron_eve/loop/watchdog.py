@@ -94,7 +94,7 @@ class Watchdog:
 
     def _beat(self) -> None:
         """Count up, and look at the next rank and at what others found. Runs in a thread."""
-        after, late, seen = (self._rank + 1) % self._size, 0.0, -1
+        after, late, number = (self._rank + 1) % self._size, 0.0, -1
         while not self._ended.wait(self._beat_s):
             try:
                 self._store.add(f"beat/{self._rank}", 1)
@@ -107,8 +107,8 @@ class Watchdog:
                 _LOG.debug("the store does not answer: %s", error)
                 continue  # the other thread counts
             self._rounds += 1
-            late = 0.0 if found != seen or has_ended else late + self._beat_s
-            seen = found
+            late = 0.0 if found != number or has_ended else late + self._beat_s
+            number = found
             if late == 0:
                 self._earlier = []
             elif late > self._silence_s / 2 and not self._earlier:
