@@ -25,6 +25,7 @@ from data_prep.count_options import (
     add_count_options,
     add_text_options,
     count_options,
+    refuse_idle_text_options,
 )
 from data_prep.images import ImageLimits
 from data_prep.ownership import refuse_foreign, refuse_unfinished
@@ -272,6 +273,7 @@ def _build(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         ignored_keys=tuple(sorted(set(arguments.ignore_key))),
     )
+    refuse_idle_text_options(arguments)
     refuse_no_file(options.data)
     refuse_foreign(options.out)
     if arguments.tokenizer is not None:

@@ -36,17 +36,34 @@ class CountOptions:
             )
 
 
+_TEXT_DEFAULTS = {"template": "qwen2", "max_text_tokens": 4096}
+
+
 def add_text_options(parser: argparse.ArgumentParser) -> None:
     """What decides about a sample's text beside the tokenizer; as in the run's configuration."""
     parser.add_argument(
         "--template",
         choices=get_args(TemplateName),
-        default="qwen2",
+        default=_TEXT_DEFAULTS["template"],
         help="data.template of the run, or that of the source",
     )
     parser.add_argument(
-        "--max-text-tokens", type=int, default=4096, help="data.max_text_tokens of the run"
+        "--max-text-tokens",
+        type=int,
+        default=_TEXT_DEFAULTS["max_text_tokens"],
+        help="data.max_text_tokens of the run",
     )
+
+
+def refuse_idle_text_options(arguments: argparse.Namespace) -> None:
+    """Of a build that counts nothing: they would change nothing. Raises: ConfigError."""
+    for name, default in _TEXT_DEFAULTS.items():
+        value = getattr(arguments, name)
+        if arguments.tokenizer is None and value != default:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {value} says how tokens are counted, which is done with --tokenizer "
+                "only; name the run's tokenizer, too, or leave the option out: the shards are the same."
+            )
 
 
 def add_count_options(parser: argparse.ArgumentParser) -> None:

@@ -55,6 +55,15 @@ def test_a_taken_folder_is_2_and_bad_data_are_1(
     assert "is one JSON object, which is not read" in errors
 
 
+@pytest.mark.parametrize("option", [["--template", "plain"], ["--max-text-tokens", "2048"]])
+def test_how_to_count_is_refused_where_nothing_is_counted(
+    option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["build-shards", str(tmp_path / "data.json"), str(tmp_path), str(tmp_path / "out")]
+    assert main([*arguments, *option]) == 2
+    assert f"{' '.join(option)} says how tokens are counted" in capsys.readouterr().err
+
+
 def test_a_fault_of_the_disk_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

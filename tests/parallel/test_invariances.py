@@ -120,9 +120,10 @@ def test_any_split_of_a_global_batch_gives_the_same_gradient(gloo_pools, weights
 @pytest.mark.parametrize("mode", MODES)
 def test_in_float32_every_split_is_the_exact_gradient_rounded(gloo_pools, weights, mode):  # type: ignore[no-untyped-def]
     """Float32 throughout, against the float64 gradient of one split. Two splits can be twice the bound apart: a row's
-    place in a pack decides in which order norm weights and biases, which are sums over all rows, are added up."""
+    place in a pack decides in which order norm weights and biases, which are sums over all rows, are added up.
+    A sample's weight is one factor of its rows: one layout is enough for that."""
     exact, *_ = gradients_of(gloo_pools, checks_of("1", weights, mode)[:1])
-    for name in ("1", "cp2", "cp4"):
+    for name in ("1", "cp2", "cp4") if mode == "global_tokens" else ("cp2",):
         checks = checks_of(name, weights, mode)
         for number, gradients in enumerate(gradients_of(gloo_pools, checks, in_float64=False)):
             what = f"{name}, split {number}"
