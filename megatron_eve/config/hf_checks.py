@@ -5,6 +5,7 @@ An allow-list. Every field is used (hf_fields.py), must have one value (below), 
 model computes logits. Any other field that is set to something (not null, false, 0 or empty) may scale, window or bias
 what we would not, so it is named and refused: such a model loads without a missing tensor and is another function."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -76,6 +77,10 @@ def unsupported(content: Mapping[str, Any]) -> Iterator[str]:
     for name, neutral in _NEUTRAL.items():
         if content.get(name) not in (None, neutral):
             yield f"{name} is {content[name]!r}; {_INSTEAD.get(name, 'this decoder scales nothing by it')}."
+    numbers = [("rope_theta", theta) for theta in _rope_thetas(content).values()]
+    for name, value in (*numbers, ("rms_norm_eps", content.get("rms_norm_eps"))):
+        if isinstance(value, int | float) and not 0 < value < math.inf:
+            yield f"{name} is {value!r}, expected a positive number."
     yield from _unknown(content, kind=kind)
 
 
