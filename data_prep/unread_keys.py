@@ -8,7 +8,8 @@ counted (a key of a turn as `conversations.KEY`). Refused as Rejected:
                  depth: a path that ends as a media file's, a data URL, base64 of a picture, a mark such as <video>
   unread_text    a key that says how to answer (`system_prompt`, `instruction`, `context`, `messages`)
 
-A key that describes the sample's images (`image_width`, `image_id`), or repeats a path of `image`, costs nothing.
+A key that describes the sample's images (`image_width`, `image_id`), repeats a path of `image` or says where a sample
+with images came from (`url`, `coco_url`, a shard's name) costs nothing, nor does a caption that is a file's name.
 `ignored` are keys that the user knows to hold nothing to learn from.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 
 from data_prep.quarantine import Rejected
 from megatron_eve.data.media_names import (
+    ARCHIVE_SUFFIXES,
     DESCRIPTIVE,
     HOLDS,
     IMAGE_MARK,
@@ -33,6 +35,9 @@ _PROMPTS = (
 )
 PROMPT_WORDS = frozenset(_PROMPTS.split())
 """Words of keys whose text belongs to the conversation."""
+_ORIGINS = frozenset(("url", "uri", "link", "src", "source", "href", "origin"))
+_CAPTIONS = frozenset(("caption", "title", "alt", "text", "description", "desc", "label"))
+_STILL = ("picture", "document")
 BASE64_HEADS = {
     "/9j/": "a JPEG",
     "iVBORw0KGgo": "a PNG",
@@ -122,13 +127,29 @@ def _holds(words: Sequence[str], value: Any) -> bool:
 
 def _medium_in_text(key: str, text: str, *, paths: Sequence[str]) -> str | None:
     kind = suffix_kind(text)
-    if kind is not None and not _repeats(key, text, paths=paths):
+    if (
+        kind is not None
+        and not _repeats(key, text, paths=paths)
+        and not _is_origin(key, text, paths=paths)
+    ):
         return f"holds the path of a {kind}, {text[:80]!r}"
     embedded = embedded_file(text)
     if embedded is not None:
         return f"holds {embedded} as base64"
     mark = IMAGE_MARK if IMAGE_MARK in text else unread_mark(text, in_question=False)
     return None if mark is None else f"holds the mark {mark!r}"
+
+
+def _is_origin(key: str, text: str, *, paths: Sequence[str]) -> bool:
+    """Whether a name of a file loses nothing: the archive of any sample; where the sample has images, the address that
+    they came from, and words that were made of a file's name. A key that names a medium is none of these."""
+    if media_kind(key) is not None:
+        return False
+    if text.lower().endswith(ARCHIVE_SUFFIXES):
+        return True
+    words = frozenset(words_of(key))
+    from_address = "://" in text and bool(words & _ORIGINS) and suffix_kind(text) in _STILL
+    return bool(paths) and (from_address or bool(words & _CAPTIONS))
 
 
 def embedded_file(text: str) -> str | None:

@@ -6,7 +6,8 @@
 sample of text alone. In: a text, or the name of a key. Out: the mark or the kind of medium, None if there is none.
 
 Code and mark-up are texts, too: a tag with attributes (`<img src="a.png">`), a closing tag (`</video>`), a name of
-something (`<image_name>`), a type (`List<Image>`) or a component (`<VideoPlayer>`) is no mark. A bare `<video>` is.
+something (`<image_name>`), a type (`List<Image>`, `list[Image]`), a component (`<VideoPlayer>`), a tag spoken of
+(between backticks, or "the <video> tag") or a value that code fills in (`${image}`) is no mark. A bare `<video>` is.
 """
 
 import functools
@@ -18,14 +19,16 @@ PICTURE_SUFFIXES = (
     *(".jp2", ".j2k", ".jxl", ".heic", ".heif", ".avif", ".svg", ".ico", ".tga", ".ppm", ".pgm", ".exr", ".dcm"),
 )  # fmt: skip
 VIDEO_SUFFIXES = (
-    *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".flv", ".wmv", ".mpg", ".mpeg", ".3gp", ".ogv", ".ts"),
+    *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".flv", ".wmv", ".mpg", ".mpeg", ".3gp", ".ogv"),
 )  # fmt: skip
 AUDIO_SUFFIXES = (
     *(".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".wma", ".aiff", ".mid"),
 )  # fmt: skip
 OTHER_SUFFIXES = (".pdf", ".djvu", ".ply", ".obj", ".glb", ".gltf", ".stl", ".pcd", ".las")
+ARCHIVE_SUFFIXES = (".tar", ".zip", ".parquet", ".mds")
+"""Of files that hold whole samples: a key that names one says where a sample came from."""
 DATA_SUFFIXES = (
-    *(".npy", ".npz", ".h5", ".hdf5", ".pt", ".pth", ".pkl", ".tar", ".zip", ".parquet", ".mds"),
+    *(".npy", ".npz", ".h5", ".hdf5", ".pt", ".pth", ".pkl", *ARCHIVE_SUFFIXES),
 )  # fmt: skip
 SUFFIX_KINDS = {
     suffix: kind
@@ -66,7 +69,7 @@ DESCRIPTIVE = _words(
     "shape channel count num number total index idx hash md5 sha sha1 sha256 phash caption description desc title "
     "label tag category class score similarity quality aspect duration length fps rate time timestamp start end author "
     "license licence lang language split set dataset has is alt text token per date year key status info "
-    "meta metadata detail attribute"
+    "meta metadata detail attribute your my"
 )
 """With one of these, a name says something about a medium (`image_width`) rather than holding it."""
 HOLDS = _words("path file filename url uri link src")
@@ -95,17 +98,29 @@ _APART = re.compile(
     r"\A\s*<([A-Za-z]+)>|^[ \t]*<([A-Za-z]+)>[ \t]*$|<([A-Za-z]+)>\s*\Z", re.MULTILINE
 )
 """A tag at the very start or end of a text, or on a line of its own."""
-_DATA_URL = re.compile(r"data:(?:image|video|audio)/[\w.+-]+;base64,")
+_DATA_URL = re.compile(r"data:(?:image|video|audio)/[\w.+-]+;base64,[A-Za-z0-9+/]{4}")
+"""With bytes behind it: code writes `base64,{encoded}`."""
 _MARKDOWN = re.compile(r"!\[[^\]\n]{0,200}\]\(\s*[^)\s]{1,400}")
-_GENERIC = re.compile(
-    r"(?:\b[A-Z]\w*|\b(?:vector|list|array|set|map|deque|span|optional|unique_ptr|shared_ptr))$"
+_CONTAINERS = re.compile(
+    r"\b(?:vector|list|array|set|map|deque|span|optional|unique_ptr|shared_ptr|dict|tuple|type)\Z"
 )
+_TYPE = re.compile(r"\b[A-Z]\w*\Z")
+"""`Vec<Frame>`: both names are capitalised. `Watch<video>` is no type."""
+_SUBSCRIPTED = re.compile(r"(?:[A-Za-z0-9_)\](=]|= )\Z")
+_FILLED_IN = re.compile(r"\$\Z|\b[rR]?[fF][rR]?[\"'][^\n]*\Z")
+"""What stands before a curly bracket that code fills in: `${image}`, `f"{image}"`."""
+_TAG_WORD = re.compile(r" (?:HTML5? )?(?:tag|element)s?\b")
 
 
 def words_of(name: str) -> list[str]:
     """The words of a name in lower case, plurals as singulars: `imagePaths_2` -> image, path, 2."""
     words = [word.lower() for word in _WORD.findall(name)]
-    return [word[:-1] if len(word) > 3 and word.endswith("s") else word for word in words]
+    return [
+        word[:-1]
+        if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is"))
+        else word
+        for word in words
+    ]
 
 
 def media_kind(name: str) -> str | None:
@@ -135,23 +150,49 @@ def unread_mark(text: str, *, in_question: bool) -> str | None:
         for match in _ANGLE.finditer(text):
             if match.group() == IMAGE_MARK or not _is_mark(*match.groups()):
                 continue
-            if match.group(2).isalpha() and _GENERIC.search(text[: match.start()][-80:]):
-                continue  # a type: List<Image>
+            if match.group(2).isalpha() and _is_code(text, match):
+                continue
             return match.group()
         for match in _APART.finditer(text) if in_question else ():
             name = match[match.lastindex or 0]
             if words_of(name)[-1] in _WEAK and f"</{name}" not in text:
                 return match.group().strip()
-    patterns = [_SQUARE] if "[" in text else []
-    patterns += [] if text.isascii() else [_CHINESE]
+    for match in _SQUARE.finditer(text) if "[" in text else ():
+        if not _is_subscript(text, match, in_question=in_question):
+            return match.group()[:60]
+    for match in _CURLY.finditer(text) if in_question and "{" in text else ():
+        if not _FILLED_IN.search(text[: match.start()][-200:]):
+            return match.group()
+    patterns = [] if text.isascii() else [_CHINESE]
     patterns += [_ESCAPED] if "&lt;" in text or "＜" in text else []
     patterns += [_PRINTED] if "<PIL" in text else []
     patterns += [_DATA_URL] if "data:" in text else []
-    if in_question:
-        patterns += [_CURLY] if "{" in text else []
-        patterns += [_MARKDOWN] if "![" in text else []
+    patterns += [_MARKDOWN] if in_question and "![" in text else []
     found = (pattern.search(text) for pattern in patterns)
     return next((match.group()[:60] for match in found if match is not None), None)
+
+
+def _is_code(text: str, match: re.Match[str]) -> bool:
+    """A type (`List<Image>`), or a tag that the text speaks of: between backticks, or `the <video> tag`."""
+    before, after = text[: match.start()][-80:], text[match.end() :][:20]
+    if before.endswith("`") and after.startswith("`"):
+        return True
+    is_named = before.strip(" ") and not before.endswith("\n") and _TAG_WORD.match(after)
+    return bool(is_named or _is_type(match.group(2), before=before))
+
+
+def _is_type(name: str, *, before: str) -> bool:
+    return bool(_CONTAINERS.search(before) or (name[0].isupper() and _TYPE.search(before)))
+
+
+def _is_subscript(text: str, match: re.Match[str], *, in_question: bool) -> bool:
+    """`list[Image]`, and in answers `data[image]` and `f([image])`: a word in brackets behind a name or sign."""
+    word, before = match.group()[1:-1], text[: match.start()][-80:]
+    if not word.isalpha() or word.isupper():
+        return False
+    if in_question:
+        return _is_type(word, before=before)
+    return _SUBSCRIPTED.search(before) is not None
 
 
 @functools.lru_cache(maxsize=4096)

@@ -106,7 +106,9 @@ NO_MARKS = (
         "List<Image>",
     ),
     *("Map<String, Image>", "vector<Frame>", "<image_name>", "<video_id>", "<your_image_url>"),
-    *("[Music]", "[image](https://example.org)", "a[1]"),
+    *("[Music]", "[image](https://example.org)", "a[1]", "List[Image]", "dict[str, list[Video]]"),
+    *("the `<video>` of HTML", "the <img> tag", "how <audio> elements", "docker run <your-image>"),
+    *("f'data:image/png;base64,{encoded}'", "'data:image/png;base64,' + encoded"),
     *(
         "<|box_start|>",
         "<|object_ref_end|>",
@@ -129,6 +131,28 @@ def test_a_mark_is_found_wherever_it_stands(mark: str, in_question: bool) -> Non
 def test_what_answers_write_in_code_is_a_mark_in_questions_alone(mark: str) -> None:
     assert unread_mark(f"{mark} What is it?", in_question=True) is not None
     assert unread_mark(f"{mark} What is it?", in_question=False) is None
+
+
+@pytest.mark.parametrize("code", ["data[image]", "show([image])", "images = [image]", "x[0][img]"])
+def test_answers_may_write_lists(code: str) -> None:
+    assert unread_mark(code, in_question=False) is None
+    assert unread_mark(f"Draw {code}", in_question=True) is not None
+
+
+@pytest.mark.parametrize("code", ["docker run ${image}", "print(f'{image}')", 'rf"{path}/{image}"'])
+def test_what_code_fills_in_is_no_mark(code: str) -> None:
+    assert unread_mark(f"What does {code} do?", in_question=True) is None
+
+
+@pytest.mark.parametrize("text", ["<video> tag the scene", "See\n<video> element by element"])
+def test_a_mark_at_the_start_of_a_line_is_no_tag_that_is_spoken_of(text: str) -> None:
+    assert unread_mark(text, in_question=True) == "<video>"
+
+
+@pytest.mark.parametrize("mark", ["<video>", "[image]", "<img>"])
+@pytest.mark.parametrize("before", ["Watch", "Question\n", "List\n", "It is `Java`\n", "a = f''\n"])
+def test_a_mark_behind_a_word_or_a_line_is_no_type(before: str, mark: str) -> None:
+    assert unread_mark(f"{before}{mark}", in_question=True) == mark
 
 
 @pytest.mark.parametrize(

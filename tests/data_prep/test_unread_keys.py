@@ -19,7 +19,10 @@ MEDIA: list[dict[str, Any]] = [
     {"video": {"start": 3}},
     {"images": [{"bytes": "x", "path": None}]},
     {"anything": "clips/river.mp4"},
-    {"source": "https://example.org/other.jpg?width=3"},
+    {"source": "https://example.org/other.mp4?width=3"},
+    {"image_url": "https://example.org/other.jpg"},
+    {"file": "other.jpg"},
+    {"images": "train.zip"},
     {"extra": {"deep": [{"er": "bird.wav"}]}},
     {"extra": "data:image/png;base64,iVBO"},
     {"extra": ["iVBORw0KGgo" + "A" * 99]},
@@ -31,9 +34,17 @@ MEDIA: list[dict[str, Any]] = [
 ]
 DESCRIBES: list[dict[str, Any]] = [
     *({key: 7} for key in ("image_id", "image_width", "num_images", "video_id", "frame_count")),
+    *({key: "x"} for key in ("image_class", "image_status")),
     *({key: "x"} for key in ("image_caption", "image_source", "imageTitle", "video_id", "clip_similarity")),
     {"image_size": [3, 4]},
     {"image_info": {"width": 3}},
+]
+ORIGINS: list[dict[str, Any]] = [
+    {"url": "https://example.org/other.jpg?width=3"},  # as in ALLaVA
+    {"coco_url": "http://example.org/1.jpg"},
+    {"metadata": {"source": "https://example.org/paper.pdf"}},
+    *({key: "IMG_1234.JPG"} for key in ("caption", "alt_text", "title")),
+    {"ocr": [{"text": "LOGO.PNG"}]},
 ]
 HARMLESS: list[dict[str, Any]] = [
     *({key: "x"} for key in ("licence", "model", "source", "url", "category", "caption", "text", "question", "movie")),
@@ -42,6 +53,9 @@ HARMLESS: list[dict[str, Any]] = [
     {"metadata": {"dataset": "x", "task_instruction": "y", "deep": [1, [2, {"a": None}]]}},
     {"conversations": [{**TURNS[0], "weight": 1}, TURNS[1]]},
     {"version": "3.5"},
+    {"path": "src/app.ts"},
+    *({key: "train-00012.parquet"} for key in ("source", "file", "__url__")),
+    {"shard": "pipe:cat 00012.tar"},
 ]
 # fmt: on
 
@@ -68,6 +82,13 @@ def test_a_description_costs_nothing_beside_the_image_that_it_describes(
 ) -> None:
     check(fields, paths=(IMAGE,))
     with pytest.raises(Rejected, match="names a"):
+        check(fields)
+
+
+@pytest.mark.parametrize("fields", ORIGINS, ids=str)
+def test_where_an_image_came_from_costs_nothing_beside_the_image(fields: dict[str, Any]) -> None:
+    assert check(fields, paths=(IMAGE,)) == tuple(fields)
+    with pytest.raises(Rejected, match="holds the path"):
         check(fields)
 
 
