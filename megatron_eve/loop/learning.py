@@ -22,7 +22,7 @@ STEPS_IN_A_ROW = 3
 SMALLEST_RATE = 1e-12
 """Below it a step of Adam changes no weight in fp32 that is not far smaller than any initial one."""
 
-_LOOK_AT = 2**16  # elements of a gradient: a part of each tells as much as all of it
+_LOOK_AT = 2**12  # elements of a gradient: the first rows tell as much as all of it
 _LOG = logging.getLogger(__name__)
 
 
