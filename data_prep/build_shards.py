@@ -43,7 +43,7 @@ from data_prep.samples import check_entry
 from data_prep.workers import worker_processes
 from megatron_eve.errors import DataError
 from megatron_eve.folder_lock import only_one
-from megatron_eve.whole import publish_folder, whole_file, write_json
+from megatron_eve.whole import mend, publish_folder, whole_file, write_json
 
 DRY_RUN_SAMPLES = 256
 
@@ -84,14 +84,16 @@ def build_shards(options: BuildOptions, *, overwrite: bool = False) -> BuildRepo
         raise DataError(f"{options.data} holds no samples; there is nothing to build.")
     for line in options.plan_lines(summary):
         print(line, file=sys.stderr)
-    options.out.mkdir(parents=True, exist_ok=True)
+    final = options.out.resolve()  # of a link, what it points to is replaced
+    mend(final)
+    final.mkdir(parents=True, exist_ok=True)
     identity = options.identity(summary)
     with only_one(options.out, what="build"):
         if overwrite and is_whole(options.out, identity=identity):
             staged = replace(options, out=staging_folder(options.out, identity=identity))
             with only_one(staged.out, what="build"):
                 report = _build(staged, summary=summary)
-            publish_folder(staged.out, final=options.out)
+            publish_folder(staged.out, final=final)
             return report
         claim(options.out, identity=identity, overwrite=overwrite)
         return _build(options, summary=summary)

@@ -283,6 +283,28 @@ def test_overwriting_keeps_the_old_shards_until_the_new_ones_stand(
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_a_folder_left_aside_between_the_renames_comes_back(
+    data: Path, built: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    build_shards(_options(data, out))
+    os.rename(out, tmp_path / ".replaced-out")  # a build with --overwrite was killed here
+    assert build_shards(_options(data, out)).num_kept_parts == 8
+    assert tree(out) == tree(built)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_of_a_link_the_folder_behind_it_is_overwritten(
+    data: Path, built: Path, tmp_path: Path
+) -> None:
+    real, link = tmp_path / "disk" / "shards", tmp_path / "out"
+    build_shards(_options(data, real, samples_per_part=3))
+    link.symlink_to(real)
+    build_shards(_options(data, link), overwrite=True)
+    assert link.is_symlink() and tree(real) == tree(built)
+    assert os.listdir(real.parent) == ["shards"]
+
+
 def test_overwriting_deletes_nothing_that_is_no_builds(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     build_shards(_options(data, out))
