@@ -118,6 +118,12 @@ def mend(folder: Path) -> None:
         os.rename(aside, folder)
 
 
+def mend_all(parent: Path) -> None:
+    """The same for every folder in `parent`."""
+    for aside in parent.glob(f"{ASIDE_PREFIX}*"):
+        mend(parent / aside.name.removeprefix(ASIDE_PREFIX))
+
+
 def temporary_name(path: Path, *, shared: bool = False) -> Path:
     """Where the next content of `path` is written; a `shared` one belongs to this process alone."""
     owner = f".{os.uname().nodename}.{os.getpid()}" if shared else ""

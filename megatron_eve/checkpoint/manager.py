@@ -53,11 +53,11 @@ from megatron_eve.run_folder import (
     checkpoints_of,
     step_name,
 )
-from megatron_eve.whole import replace_folder, write_text
+from megatron_eve.whole import ASIDE_PREFIX, mend_all, replace_folder, write_text
 
 __all__ = ["CheckpointManager", "Resumed", "TrainingState"]
 _LOG = logging.getLogger(__name__)
-_LEFT_OVER = (".tmp-*", ".old-*")  # of a run that was killed
+_LEFT_OVER = (".tmp-*", ".old-*", f"{ASIDE_PREFIX}*")  # of a run that was killed
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +204,13 @@ class CheckpointManager:
 
     def _candidates(self) -> list[Path]:
         """Rank 0's view, the newest first: ranks must not differ in what they try."""
-        box: list[Any] = [self.complete_steps() if self._is_main else None]
+        box: list[Any] = [None]
+        if self._is_main:
+            try:
+                mend_all(self.folder)
+            except OSError as error:
+                _LOG.warning("cannot put back what stands aside in %s: %s", self.folder, error)
+            box = [self.complete_steps()]
         torch.distributed.broadcast_object_list(box, src=0)
         return [self.folder / step_name(step) for step in reversed(box[0])]
 

@@ -215,6 +215,16 @@ def test_what_a_killed_run_left_is_removed(gloo1, three, tmp_path):  # type: ign
     assert names(run_dir) == {"step_00000002", "latest"}
 
 
+def test_a_checkpoint_that_a_killed_run_had_moved_aside_is_back(gloo1, three, tmp_path):  # type: ignore[no-untyped-def]
+    run_dir = tmp_path / "run"
+    shutil.copytree(three, run_dir)
+    shutil.copytree(folder(run_dir, 2), run_dir / "checkpoints" / ".replaced-step_00000002")
+    os.rename(folder(run_dir, 3), run_dir / "checkpoints" / ".replaced-step_00000003")
+    ((step, _, same),) = gloo1.run(resume, layout(distributed_optimizer=True), run_dir)
+    assert (step, same) == (3, True)
+    assert not list((run_dir / "checkpoints").glob(".*"))
+
+
 def names(run_dir: Path) -> set[str]:
     return {path.name for path in (run_dir / "checkpoints").iterdir()}
 
