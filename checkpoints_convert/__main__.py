@@ -273,6 +273,10 @@ def _check_folders(arguments: argparse.Namespace, *, holds: str = "", expected: 
     Raises: CheckpointError if the source is not there or the destination is taken; ConfigError if --overwrite would
     delete what is converted."""
     source, dest = arguments.source.resolve(), arguments.dest.resolve()
+    if arguments.overwrite and source.is_relative_to(dest):
+        raise ConfigError(
+            f"{dest} holds the source {source}, which would be deleted; choose another name."
+        )
     if not source.is_dir():
         what = "Hugging Face" if holds else "checkpoint"
         raise CheckpointError(f"no {what} folder {arguments.source}; give a folder{expected}.")
@@ -280,10 +284,6 @@ def _check_folders(arguments: argparse.Namespace, *, holds: str = "", expected: 
         raise CheckpointError(f"{source / holds} not found; give a Hugging Face folder{expected}.")
     if not arguments.dry_run:
         refuse_taken(arguments.dest, overwrite=arguments.overwrite)
-    if arguments.overwrite and source.is_relative_to(dest):
-        raise ConfigError(
-            f"{dest} holds the source {source}, which would be deleted; choose another name."
-        )
 
 
 def _list_mapping(lines: Sequence[str], arguments: argparse.Namespace) -> int:
