@@ -24,7 +24,7 @@ from tests.repo.tree import REPO, commands, text_of
 
 SMALL_RUN = (
     *("run_dir=runs/eve7b_stage3", "data.sources.0.path=data/captions/shards"),
-    *("data.tokenizer=data/tokenizer-qwen2.5", "data.template=plain", "data.pack_tokens=256"),
+    *("data.tokenizer=data/tokenizer-qwen2.5", "data.template=qwen2", "data.pack_tokens=256"),
     *("data.max_text_tokens=128", "data.image_edge=96"),
     *("model.vocab_size=152064", "model.num_layers=1", "model.hidden_size=32"),
     *("model.ffn_hidden_size=64", "model.head_dim=8", "model.patch_embed_dim=32"),
