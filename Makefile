@@ -59,7 +59,7 @@ test-slurm: $(CPU_SET) ## cluster tests on a toy Slurm on this machine (root; De
 test-kill: $(CPU_SET) ## kill a small run at N random points (default 100) and compare; log in runs/test-kill.jsonl
 	mkdir -p runs
 	rm -f runs/test-kill.jsonl
-	KILL_POINTS=$(N) KILL_LOG=runs/test-kill.jsonl $(PY) -m pytest -m kill tests/loop tests/checkpoint $(PYTEST_ARGS)
+	KILL_POINTS=$(N) KILL_LOG=runs/test-kill.jsonl $(PY) -m pytest -m kill tests/training tests/checkpoint $(PYTEST_ARGS)
 	$(PY) -m tests.support.kill_points runs/test-kill.jsonl
 
 bench: $(CPU_SET) ## step, split tax, packing, memory and saving: JSON and a Markdown table in runs/bench (leave the machine alone)

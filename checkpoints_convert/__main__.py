@@ -19,10 +19,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert.new_folder import refuse_taken
 from megatron_eve.command import end_with
 from megatron_eve.config.schema import SplitConfig
 from megatron_eve.errors import CheckpointError, ConfigError, EveError
+
+from .new_folder import refuse_taken
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -227,7 +228,7 @@ def _split(text: str) -> SplitConfig:
 
 def _import(arguments: argparse.Namespace) -> int:
     _check_folders(arguments, holds="config.json", expected=" with config.json and *.safetensors")
-    from checkpoints_convert.hf_to_megatron import ImportOptions, import_hf, planned_mapping
+    from .hf_to_megatron import ImportOptions, import_hf, planned_mapping
 
     options = ImportOptions(
         dtype=arguments.dtype,
@@ -249,7 +250,7 @@ def _import(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     _check_folders(arguments)
-    from checkpoints_convert.megatron_to_hf import ExportOptions, export_hf, planned_mapping
+    from .megatron_to_hf import ExportOptions, export_hf, planned_mapping
 
     options = ExportOptions(
         tokenizer=arguments.tokenizer,
@@ -299,14 +300,14 @@ def _list_mapping(lines: Sequence[str], arguments: argparse.Namespace) -> int:
 
 def _release(arguments: argparse.Namespace) -> int:
     _check_folders(arguments)
-    from checkpoints_convert.evaluation_results import read_results
+    from .evaluation_results import read_results
 
     if arguments.dry_run:
         for path in arguments.results:
             read_results(path)
         return _export(arguments)
-    from checkpoints_convert.megatron_to_hf import ExportOptions
-    from checkpoints_convert.release_run import ReleaseOptions, release_run
+    from .megatron_to_hf import ExportOptions
+    from .release_run import ReleaseOptions, release_run
 
     options = ReleaseOptions(
         export=ExportOptions(
@@ -331,7 +332,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             raise CheckpointError(
                 f"no folder {folder}; give a Hugging Face folder or a checkpoint."
             )
-    from checkpoints_convert.verify import compare_constants, compare_tensors, logits_gap
+    from .verify import compare_constants, compare_tensors, logits_gap
 
     first, second = arguments.first, arguments.second
     if arguments.logits:

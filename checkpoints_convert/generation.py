@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert.hf_processor import read_object
 from megatron_eve.checkpoint.weights import read_config_text, weights_folder
 from megatron_eve.config.model_lines import lines_of
-from megatron_eve.data.text_rules import END_TEXTS
-from megatron_eve.data.tokenizer import Tokenizer
+from megatron_eve.data.read.text_rules import END_TEXTS
+from megatron_eve.data.read.tokenizer import Tokenizer
 from megatron_eve.errors import CheckpointError
+
+from .hf_processor import read_object
 
 GENERATION_FILE = "generation_config.json"
 OURS: dict[str, Any] = {"do_sample": False, "max_new_tokens": 128, "repetition_penalty": 1.0}

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from checkpoints_convert.hf_processor import read_object, with_processor
-from checkpoints_convert.names import moe_part
 from megatron_eve.config.hf_checks import unsupported, with_rope_theta
 from megatron_eve.config.hf_fields import HF_FIELDS
 from megatron_eve.config.pixels import CLIP_MEAN, CLIP_STD
 from megatron_eve.config.schema import ModelConfig, RunConfig, SplitConfig
 from megatron_eve.errors import CheckpointError
+
+from .hf_processor import read_object, with_processor
+from .names import moe_part
 
 NO_SPLIT = SplitConfig(norm=False, attention=False, ffn=False)
 FULL_SPLIT = SplitConfig(norm=True, attention=True, ffn=True)

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints_convert.disk import WriteBack
-from checkpoints_convert.safetensors_file import Header, SafetensorsFile, write_file
 from megatron_eve.errors import CheckpointError
 from megatron_eve.inference.weights import read_index
+
+from .disk import WriteBack
+from .safetensors_file import Header, SafetensorsFile, write_file
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

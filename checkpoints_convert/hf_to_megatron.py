@@ -18,16 +18,17 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from checkpoints_convert.generation import not_applied, read_generation
-from checkpoints_convert.hf_config import HfModel, read_hf_config
-from checkpoints_convert.hf_folder import SafetensorsFolder
-from checkpoints_convert.megatron_folder import TORCH_DTYPES, Dtype, write_megatron
-from checkpoints_convert.model_text import model_text
-from checkpoints_convert.names import tensor_rules, text_twin
-from checkpoints_convert.tensors import ROTARY, EveView, canonical_hf_names
 from megatron_eve.config.schema import ModelConfig, SplitConfig
-from megatron_eve.data.vocabulary import stored_vocabulary
+from megatron_eve.data.read.vocabulary import stored_vocabulary
 from megatron_eve.errors import CheckpointError
+
+from .generation import not_applied, read_generation
+from .hf_config import HfModel, read_hf_config
+from .hf_folder import SafetensorsFolder
+from .megatron_folder import TORCH_DTYPES, Dtype, write_megatron
+from .model_text import model_text
+from .names import tensor_rules, text_twin
+from .tensors import ROTARY, EveView, canonical_hf_names
 
 _PATCH_EMBEDDING = "patch_embedding."
 _SPECIAL_TOKENS = ("class_embedding", "split_embedding")

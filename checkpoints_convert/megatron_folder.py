@@ -13,12 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from checkpoints_convert.disk import WriteBack
-from checkpoints_convert.model_text import model_from_text, run_from_text
-from checkpoints_convert.names import tensor_rules
-from checkpoints_convert.new_folder import new_folder
-from checkpoints_convert.tensors import EveView
-from checkpoints_convert.torch_dist import SHARD_SUFFIX, Chunk, StoredTensors, write_tensors
 from megatron_eve.checkpoint.canonical import TensorHash, hash_of_boxes
 from megatron_eve.checkpoint.manifest import (
     CONFIG,
@@ -31,11 +25,18 @@ from megatron_eve.checkpoint.manifest import (
 )
 from megatron_eve.checkpoint.weights import read_config_text, weights_folder
 from megatron_eve.config.schema import ModelConfig, RunConfig
-from megatron_eve.data.vocabulary import FACT
+from megatron_eve.data.read.vocabulary import FACT
 from megatron_eve.errors import CheckpointError
 from megatron_eve.finite import check_finite, is_finite
 from megatron_eve.parallel.groups import init_distributed
 from megatron_eve.whole import write_text
+
+from .disk import WriteBack
+from .model_text import model_from_text, run_from_text
+from .names import tensor_rules
+from .new_folder import new_folder
+from .tensors import EveView
+from .torch_dist import SHARD_SUFFIX, Chunk, StoredTensors, write_tensors
 
 Dtype = Literal["bf16", "fp32"]
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -10,22 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from checkpoints_convert.generation import source_generation
-from checkpoints_convert.hf_folder import TensorStream
-from checkpoints_convert.hf_to_megatron import described
-from checkpoints_convert.megatron_folder import MegatronWeights, read_megatron, refuse_damaged
-from checkpoints_convert.names import tensor_rules
-from checkpoints_convert.official_layout import refuse_other_heads, write_official
-from checkpoints_convert.release import Release, fitting_tokenizer, write_release
-from checkpoints_convert.run_record import read_history
-from checkpoints_convert.tensors import HfView
 from megatron_eve.checkpoint.manifest import read_manifest
 from megatron_eve.config.schema import RunConfig
-from megatron_eve.data.tokenizer import load_tokenizer
-from megatron_eve.data.vocabulary import FACT, refuse_other_vocabulary
+from megatron_eve.data.read.tokenizer import load_tokenizer
+from megatron_eve.data.read.vocabulary import FACT, refuse_other_vocabulary
 from megatron_eve.errors import CheckpointError, ConfigError
 from megatron_eve.finite import check_finite
-from megatron_eve.run_folder import step_of
+from megatron_eve.run_files import step_of
+
+from .generation import source_generation
+from .hf_folder import TensorStream
+from .hf_to_megatron import described
+from .megatron_folder import MegatronWeights, read_megatron, refuse_damaged
+from .names import tensor_rules
+from .official_layout import refuse_other_heads, write_official
+from .release import Release, fitting_tokenizer, write_release
+from .run_record import read_history
+from .tensors import HfView
 
 _TORCH_NAMES: dict[str, Literal["bfloat16", "float32"]] = {"bf16": "bfloat16", "fp32": "float32"}
 Layout = Literal["automodel", "official"]

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from checkpoints_convert.evaluation_results import Figure
-from checkpoints_convert.names import moe_part
-from checkpoints_convert.run_record import History, RunRecord, SourceRecord
 from megatron_eve.config.schema import ModelConfig, RunConfig
 from megatron_eve.config.sizes import parameter_counts
+
+from .evaluation_results import Figure
+from .names import moe_part
+from .run_record import History, RunRecord, SourceRecord
 
 _RUN_HEADS = (
     "run", "stage", "trained", "images", "global batch", "loss", "peak lr", "steps", "last logged loss",

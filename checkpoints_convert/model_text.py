@@ -7,10 +7,11 @@ A run writes its whole configuration there, the converter only the model's lines
 from collections.abc import Mapping
 from typing import Any
 
-from checkpoints_convert.generation import generation_lines
 from megatron_eve.config.model_lines import flat_model, model_from_text
 from megatron_eve.config.schema import ModelConfig, RunConfig
 from megatron_eve.config.text_form import config_from_text
+
+from .generation import generation_lines
 
 __all__ = ["model_from_text", "model_text", "run_from_text"]
 

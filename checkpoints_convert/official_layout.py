@@ -11,19 +11,20 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpoints_convert.generation import GENERATION_FILE, generation_json
-from checkpoints_convert.hf_config import preprocessor_json
-from checkpoints_convert.hf_folder import MAX_SHARD_BYTES, write_safetensors
-from checkpoints_convert.new_folder import new_folder
-from checkpoints_convert.release import (
+from megatron_eve.config.schema import ModelConfig
+from megatron_eve.errors import CheckpointError
+
+from .generation import GENERATION_FILE, generation_json
+from .hf_config import preprocessor_json
+from .hf_folder import MAX_SHARD_BYTES, write_safetensors
+from .new_folder import new_folder
+from .release import (
     Release,
     config_json,
     copy_tokenizer,
     fitting_tokenizer,
     write_json,
 )
-from megatron_eve.config.schema import ModelConfig
-from megatron_eve.errors import CheckpointError
 
 _OUR_FIELDS = ("auto_map", "patch_stride", "dense_stride", "head_dim", "transformers_version")
 """Of config.json: the official classes derive the head's size and read the strides from the image processor; their

@@ -15,22 +15,23 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from checkpoints_convert.generation import (
+from megatron_eve.config.schema import ModelConfig, RunConfig
+from megatron_eve.data.read.conversation import STOP_TEXT
+from megatron_eve.data.read.tokenizer import Tokenizer, load_tokenizer
+from megatron_eve.errors import CheckpointError
+from megatron_eve.inference.release import check_tokenizer, read_release
+
+from .generation import (
     GENERATION_FILE,
     answer_ends,
     generation_json,
     not_applied,
 )
-from checkpoints_convert.hf_config import model_json, preprocessor_json
-from checkpoints_convert.hf_folder import MAX_SHARD_BYTES, write_safetensors
-from checkpoints_convert.model_card import CardFacts, last_template, model_card
-from checkpoints_convert.new_folder import new_folder
-from checkpoints_convert.run_record import History
-from megatron_eve.config.schema import ModelConfig, RunConfig
-from megatron_eve.data.conversation import STOP_TEXT
-from megatron_eve.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_eve.errors import CheckpointError
-from megatron_eve.inference.release import check_tokenizer, read_release
+from .hf_config import model_json, preprocessor_json
+from .hf_folder import MAX_SHARD_BYTES, write_safetensors
+from .model_card import CardFacts, last_template, model_card
+from .new_folder import new_folder
+from .run_record import History
 
 CODE_FILES = (
     "attention_eve.py",

@@ -14,18 +14,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert.evaluation_results import Figure, read_results
-from checkpoints_convert.generation import not_applied, source_generation
-from checkpoints_convert.megatron_to_hf import ExportOptions, export_hf
-from checkpoints_convert.model_card import CardFacts, last_template, model_card
-from checkpoints_convert.model_text import model_from_text, run_from_text
-from checkpoints_convert.new_folder import new_folder
-from checkpoints_convert.run_record import read_history
 from megatron_eve.checkpoint.manifest import CONFIG
 from megatron_eve.checkpoint.weights import read_config_text, weights_folder
-from megatron_eve.data.tokenizer import load_tokenizer
+from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.errors import CheckpointError
-from megatron_eve.run_folder import step_of
+from megatron_eve.run_files import step_of
+
+from .evaluation_results import Figure, read_results
+from .generation import not_applied, source_generation
+from .megatron_to_hf import ExportOptions, export_hf
+from .model_card import CardFacts, last_template, model_card
+from .model_text import model_from_text, run_from_text
+from .new_folder import new_folder
+from .run_record import read_history
 
 CHECKSUMS = "SHA256SUMS"
 SOFTWARE = ("megatron-eve", "megatron-core", "torch", "transformers")

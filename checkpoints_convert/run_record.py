@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_eve.checkpoint.manifest import CONFIG
 from megatron_eve.config.model_lines import lines_of
 from megatron_eve.metrics.sinks import METRICS_FILE, read_metrics
-from megatron_eve.run_folder import CHECKPOINTS, step_of
+from megatron_eve.run_files import CHECKPOINTS, step_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

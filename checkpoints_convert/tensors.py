@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from checkpoints_convert.names import HF_ALIASES, TensorRule, tensor_rules
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.errors import CheckpointError
+
+from .names import HF_ALIASES, TensorRule, tensor_rules
 
 Shape = tuple[int, ...]
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"

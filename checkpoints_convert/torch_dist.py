@@ -40,8 +40,9 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from checkpoints_convert.safetensors_file import mapped_bytes
 from megatron_eve.errors import CheckpointError
+
+from .safetensors_file import mapped_bytes
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _STACK = "decoder.layers."

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_convert.hf_config import read_hf_config
-from checkpoints_convert.hf_folder import SafetensorsFolder
-from checkpoints_convert.tensors import canonical_hf_names
 from megatron_eve.checkpoint.manifest import COMPLETE, CONFIG
 from megatron_eve.checkpoint.weights import weights_folder
 from megatron_eve.config.model_lines import model_from_text
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.config.weights_model import differing_constants
 from megatron_eve.errors import CheckpointError
+
+from .hf_config import read_hf_config
+from .hf_folder import SafetensorsFolder
+from .tensors import canonical_hf_names
 
 QUESTION = "What is in the image? Describe it in one sentence."
 TEXT_IDS = torch.arange(48)[None] * 29 % 61
@@ -105,8 +106,8 @@ def _model_of(folder: Path) -> ModelConfig | None:
 def open_weights(folder: Path) -> Mapping[str, Tensor]:
     """Hugging Face names and tensors of a folder of either kind; each tensor is read when it is asked for."""
     if (weights_folder(folder) / COMPLETE).is_file():
-        from checkpoints_convert.megatron_folder import read_megatron
-        from checkpoints_convert.megatron_to_hf import hf_view
+        from .megatron_folder import read_megatron
+        from .megatron_to_hf import hf_view
 
         return hf_view(read_megatron(folder))
     return SafetensorsFolder(folder)
@@ -176,8 +177,8 @@ def _load(folder: Path) -> tuple[Any, Mapping[str, Any]]:
     # A name that is no folder here would be looked for on the hub, and its code run.
     options["local_files_only"] = True
     if _field(folder, "model_type") == "eve-qwen2" and _field(folder, "auto_map") is None:
-        from checkpoints_convert.hf.configuration_eve import EVEQwen2Config
-        from checkpoints_convert.hf.modeling_eve import EVEQwen2ForCausalLM
+        from .hf.configuration_eve import EVEQwen2Config
+        from .hf.modeling_eve import EVEQwen2ForCausalLM
 
         geometry = read_hf_config(folder, patch_embed_dim=0).model
         config = EVEQwen2Config.from_pretrained(

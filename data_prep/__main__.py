@@ -18,22 +18,23 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_prep.build_options import BuildOptions
-from data_prep.corpus import read_texts
-from data_prep.count_options import (
+from megatron_eve.command import end_with
+from megatron_eve.data.read.tokenizer import load_tokenizer
+from megatron_eve.errors import ConfigError, EveError
+
+from .build_options import BuildOptions
+from .corpus import read_texts
+from .count_options import (
     CountOptions,
     add_count_options,
     add_text_options,
     count_options,
     refuse_idle_text_options,
 )
-from data_prep.images import ImageLimits
-from data_prep.ownership import refuse_foreign, refuse_unfinished
-from data_prep.readers import refuse_no_file
-from data_prep.tokenizer import TokenizerSummary, build_qwen25, train_bpe
-from megatron_eve.command import end_with
-from megatron_eve.data.tokenizer import load_tokenizer
-from megatron_eve.errors import ConfigError, EveError
+from .images import ImageLimits
+from .ownership import refuse_foreign, refuse_unfinished
+from .readers import refuse_no_file
+from .tokenizer import TokenizerSummary, build_qwen25, train_bpe
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -278,7 +279,7 @@ def _build(arguments: argparse.Namespace) -> int:
     refuse_foreign(options.out)
     if arguments.tokenizer is not None:
         load_tokenizer(arguments.tokenizer)  # not only after hours of building
-    from data_prep.build_shards import build_shards, dry_run, report_lines  # torch, by streaming
+    from .build_shards import build_shards, dry_run, report_lines  # torch, by streaming
 
     if arguments.dry_run:
         lines = dry_run(options)
@@ -292,7 +293,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _count_built(arguments: argparse.Namespace) -> list[str]:
-    from data_prep.count import count_shards
+    from .count import count_shards
 
     return count_shards(
         CountOptions(
@@ -307,7 +308,7 @@ def _count_built(arguments: argparse.Namespace) -> list[str]:
 
 def _count(arguments: argparse.Namespace) -> int:
     options = count_options(arguments)
-    from data_prep.count import count_shards
+    from .count import count_shards
 
     print("\n".join(count_shards(options)))
     return 0
@@ -315,7 +316,7 @@ def _count(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     refuse_unfinished(arguments.shards)
-    from data_prep.verify_shards import verify_shards
+    from .verify_shards import verify_shards
 
     result = verify_shards(arguments.shards)
     for problem in result.problems:
@@ -330,7 +331,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     refuse_unfinished(arguments.shards)
-    from data_prep.inspect_shards import describe, find_samples, iterate_samples
+    from .inspect_shards import describe, find_samples, iterate_samples
 
     if arguments.sample is not None:
         samples = find_samples(arguments.shards, sample_id=arguments.sample)
@@ -342,7 +343,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _demo_easy_vqa(arguments: argparse.Namespace) -> int:
-    from data_prep.demo.easy_vqa import write_easy_vqa
+    from .demo.easy_vqa import write_easy_vqa
 
     counts = write_easy_vqa(arguments.out, overwrite=arguments.overwrite)
     for name, count in counts.items():
@@ -352,7 +353,7 @@ def _demo_easy_vqa(arguments: argparse.Namespace) -> int:
 
 
 def _demo_photos(arguments: argparse.Namespace) -> int:
-    from data_prep.demo.photos import write_photos
+    from .demo.photos import write_photos
 
     number = write_photos(arguments.out, overwrite=arguments.overwrite)
     print(f"wrote {number} photographs with captions to {arguments.out}")
@@ -360,7 +361,7 @@ def _demo_photos(arguments: argparse.Namespace) -> int:
 
 
 def _demo_smollm2(arguments: argparse.Namespace) -> int:
-    from data_prep.demo.smollm2 import write_smollm2
+    from .demo.smollm2 import write_smollm2
 
     report = write_smollm2(arguments.out, overwrite=arguments.overwrite)
     print(

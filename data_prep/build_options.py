@@ -4,11 +4,12 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_prep.formats import address_of, describe_image_folder
-from data_prep.images import ImageLimits
-from data_prep.readers import InputSummary
-from data_prep.samples import SampleContext
 from megatron_eve.errors import ConfigError
+
+from .formats import address_of, describe_image_folder
+from .images import ImageLimits
+from .readers import InputSummary
+from .samples import SampleContext
 
 BUILDER_VERSION = 2
 """Raised when the same input and options would give other bytes."""

@@ -25,9 +25,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.build_options import BuildOptions
-from data_prep.ownership import DATASET_FILE, claim, is_whole, staging_folder
-from data_prep.parts import (
+from megatron_eve.errors import DataError
+from megatron_eve.folder_lock import only_one
+from megatron_eve.whole import mend, publish_folder, whole_file, write_json
+
+from .build_options import BuildOptions
+from .ownership import DATASET_FILE, claim, is_whole, staging_folder
+from .parts import (
     INDEX_FILE,
     QUARANTINE_FILE,
     Counts,
@@ -37,13 +41,10 @@ from data_prep.parts import (
     part_name,
     read_part,
 )
-from data_prep.quarantine import QuarantineRecord
-from data_prep.readers import InputSummary, iterate_entries, scan_input
-from data_prep.samples import check_entry
-from data_prep.workers import worker_processes
-from megatron_eve.errors import DataError
-from megatron_eve.folder_lock import only_one
-from megatron_eve.whole import mend, publish_folder, whole_file, write_json
+from .quarantine import QuarantineRecord
+from .readers import InputSummary, iterate_entries, scan_input
+from .samples import check_entry
+from .workers import worker_processes
 
 DRY_RUN_SAMPLES = 256
 

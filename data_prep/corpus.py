@@ -5,11 +5,12 @@ them, without their image marks. The template's own words are in every training 
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.formats import refusal_of_file
-from data_prep.readers import iterate_entries, open_text
-from megatron_eve.data.conversation import SYSTEM_TEXT
-from megatron_eve.data.media_names import IMAGE_MARK
+from megatron_eve.data.read.conversation import SYSTEM_TEXT
+from megatron_eve.data.read.media_names import IMAGE_MARK
 from megatron_eve.errors import ConfigError, DataError
+
+from .formats import refusal_of_file
+from .readers import iterate_entries, open_text
 
 
 def read_texts(path: Path) -> Iterator[str]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts the tokens of shards ahead of a run, in several processes: `python -m data_prep count`.
 
-What is counted is kept part by part where the trainer looks for it (megatron_eve/data/counting.py), so a counting
+What is counted is kept part by part where the trainer looks for it (megatron_eve/data/plan/counting.py), so a counting
 that was killed goes on where it was, and it may run beside another one or a trainer that counts the same.
 """
 
@@ -15,14 +15,15 @@ from concurrent.futures.process import BrokenProcessPool
 
 from tqdm import tqdm
 
-from data_prep.count_options import CountOptions
-from data_prep.workers import worker_processes
-from megatron_eve.data.counting import CountedSource, TextSettings
-from megatron_eve.data.counts_file import SourceCounts
-from megatron_eve.data.lengths import unreadable_limit
-from megatron_eve.data.shards import ShardTable
-from megatron_eve.data.tokenizer import load_tokenizer
+from megatron_eve.data.plan.counting import CountedSource, TextSettings
+from megatron_eve.data.plan.counts_file import SourceCounts
+from megatron_eve.data.plan.lengths import unreadable_limit
+from megatron_eve.data.read.shards import ShardTable
+from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.errors import DataError
+
+from .count_options import CountOptions
+from .workers import worker_processes
 
 Part = tuple[CountOptions, int, int]
 """Options, number of the source, number of the part."""

@@ -17,7 +17,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from megatron_eve.data.media_names import PICTURE_SUFFIXES, suffix_kind
+from megatron_eve.data.read.media_names import PICTURE_SUFFIXES, suffix_kind
 from megatron_eve.errors import DataError
 
 GZIP_MAGIC = b"\x1f\x8b"

@@ -2,8 +2,8 @@
 """Checking encoded images and, only where a file is no plain picture of 8 bits, re-encoding them.
 
 In: the bytes of a file. Out: the bytes to store (the very same ones unless `change` says otherwise) and the size that
-the trainer will find: its own code (megatron_eve/data/pixels.py) says which way up a picture is, what its colours are
-and what has none. Refused with a reason of quarantine.REASONS: everything that would not decode in training. A JPEG
+the trainer will find: its own code (megatron_eve/data/read/pixels.py) says which way up a picture is, what its colours
+are and what has none. Refused with a reason of quarantine.REASONS: everything that would not decode in training. A JPEG
 with a damaged middle is read as garbage without an error by the trainer's decoder, so such damage must be found here.
 """
 
@@ -18,17 +18,18 @@ from typing import Literal
 from PIL import Image
 from PIL.Image import DecompressionBombError
 
-from data_prep.quarantine import Rejected
-from megatron_eve.data.image import open_image
-from megatron_eve.data.pixels import (
+from megatron_eve.data.read.image import open_image
+from megatron_eve.data.read.pixels import (
     UnsupportedPixelsError,
     rgb_pixels,
     turn_of,
     turned,
     turned_size,
 )
-from megatron_eve.data.quarantine import SampleError
+from megatron_eve.data.read.quarantine import SampleError
 from megatron_eve.errors import ConfigError
+
+from .quarantine import Rejected
 
 Validation = Literal["header", "draft", "full"]
 """header: only size and format. draft: decode everything, JPEG at 1/8 scale (finds what a full decode finds, about

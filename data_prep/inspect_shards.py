@@ -7,11 +7,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from data_prep.verify_shards import read_index
-from megatron_eve.data.row import from_row
+from megatron_eve.data.read.row import from_row
+from megatron_eve.data.read.streaming_import import reader_from_json
 from megatron_eve.data.sample import Sample
-from megatron_eve.data.streaming_import import reader_from_json
 from megatron_eve.errors import DataError
+
+from .verify_shards import read_index
 
 
 def iterate_samples(folder: Path) -> Iterator[Sample]:

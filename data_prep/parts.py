@@ -15,15 +15,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from data_prep.ownership import INDEX_FILE as INDEX_FILE
-from data_prep.ownership import QUARANTINE_FILE
-from data_prep.quarantine import QuarantineRecord
-from data_prep.readers import RawEntry
-from data_prep.samples import CheckedSample, SampleContext, check_entry
-from megatron_eve.data.row import MDS_COLUMNS, to_row
-from megatron_eve.data.streaming_import import MDSWriter
+from megatron_eve.data.read.row import MDS_COLUMNS, to_row
+from megatron_eve.data.read.streaming_import import MDSWriter
 from megatron_eve.errors import DataError
 from megatron_eve.whole import TEMPORARY_PREFIX, publish_folder
+
+from .ownership import INDEX_FILE as INDEX_FILE
+from .ownership import QUARANTINE_FILE
+from .quarantine import QuarantineRecord
+from .readers import RawEntry
+from .samples import CheckedSample, SampleContext, check_entry
 
 MAX_KEYS = 100
 OTHER_KEYS = "(other keys)"

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep.formats import GZIP_MAGIC, refusal_of_file, refusal_of_path
 from megatron_eve.errors import DataError
+
+from .formats import GZIP_MAGIC, refusal_of_file, refusal_of_path
 
 CHUNK_CHARACTERS = 1 << 20
 MAX_ENTRY_CHARACTERS = 1 << 26

@@ -7,7 +7,7 @@ never silent). Everything that training could not use raises Rejected with its r
 
 Sources: the sample format is EVE's and LLaVA's. A conversation may start with a system turn (or the sample has a key
 `system`) and with an answer, which the trainer leaves out as EVE's preprocess_eve does (train.py:196-198). Which
-conversations can be trained on, megatron_eve/data/text_rules.py says, to this build and to the training alike.
+conversations can be trained on, megatron_eve/data/read/text_rules.py says, to this build and to the training alike.
 """
 
 import errno
@@ -17,17 +17,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.images import ImageLimits, check_image
-from data_prep.inside import file_inside
-from data_prep.quarantine import QuarantineRecord, Rejected
-from data_prep.readers import DuplicateKeyError, RawEntry, parse_json
-from data_prep.unread_keys import embedded_file, unknown_keys
 from megatron_eve.config.schema import TemplateName
-from megatron_eve.data.media_names import suffix_kind
-from megatron_eve.data.quarantine import SampleError
+from megatron_eve.data.read.media_names import suffix_kind
+from megatron_eve.data.read.quarantine import SampleError
+from megatron_eve.data.read.text_rules import ROLES, SYSTEM, templates_that_train
 from megatron_eve.data.sample import Sample, Turn
-from megatron_eve.data.text_rules import ROLES, SYSTEM, templates_that_train
 from megatron_eve.errors import DataError
+
+from .images import ImageLimits, check_image
+from .inside import file_inside
+from .quarantine import QuarantineRecord, Rejected
+from .readers import DuplicateKeyError, RawEntry, parse_json
+from .unread_keys import embedded_file, unknown_keys
 
 OTHER_ROLES = {"user": "human", "assistant": "gpt", "model": "gpt", "bot": "gpt", "chatgpt": "gpt"}
 """How other formats call the two sides."""

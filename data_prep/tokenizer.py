@@ -29,9 +29,10 @@ from tokenizers import (
     trainers,
 )
 
-from data_prep.output import new_folder, refuse_existing
 from megatron_eve.errors import ConfigError, DataError
 from megatron_eve.whole import write_json
+
+from .output import new_folder, refuse_existing
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTROL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)

@@ -16,8 +16,7 @@ with images came from (`url`, `coco_url`, a shard's name) costs nothing, nor doe
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from data_prep.quarantine import Rejected
-from megatron_eve.data.media_names import (
+from megatron_eve.data.read.media_names import (
     ARCHIVE_SUFFIXES,
     DESCRIPTIVE,
     HOLDS,
@@ -27,6 +26,8 @@ from megatron_eve.data.media_names import (
     unread_mark,
     words_of,
 )
+
+from .quarantine import Rejected
 
 SAMPLE_KEYS = ("id", "image", "conversations", "system")
 TURN_KEYS = ("from", "value")

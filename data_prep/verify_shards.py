@@ -14,15 +14,16 @@ from typing import Any
 
 import xxhash
 
-from data_prep.ownership import DATASET_FILE, refuse_unfinished
-from data_prep.parts import INDEX_FILE, QUARANTINE_FILE, SHARD_HASH
-from megatron_eve.data.image import image_size
-from megatron_eve.data.quarantine import SampleError
-from megatron_eve.data.row import from_row
+from megatron_eve.data.read.image import image_size
+from megatron_eve.data.read.quarantine import SampleError
+from megatron_eve.data.read.row import from_row
+from megatron_eve.data.read.shard_record import built_exif_rotation
+from megatron_eve.data.read.streaming_import import reader_from_json
 from megatron_eve.data.sample import Sample
-from megatron_eve.data.shard_record import built_exif_rotation
-from megatron_eve.data.streaming_import import reader_from_json
 from megatron_eve.errors import DataError
+
+from .ownership import DATASET_FILE, refuse_unfinished
+from .parts import INDEX_FILE, QUARANTINE_FILE, SHARD_HASH
 
 READ_BYTES = 1 << 22
 

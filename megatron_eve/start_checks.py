@@ -14,9 +14,9 @@ from megatron_eve.config.weights_model import (
     model_of_weights,
     refuse_other_model,
 )
-from megatron_eve.data.shard_record import check_exif_rotation
+from megatron_eve.data.read.shard_record import check_exif_rotation
 from megatron_eve.errors import CheckpointError
-from megatron_eve.run_folder import checkpoints_of
+from megatron_eve.run_files import checkpoints_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def check_start(config: RunConfig, *, dry_run: bool) -> None:
     run_dir = Path(config.run_dir)
     if checkpoints_of(run_dir):
         if dry_run:  # the run itself asks with the folder's lock in its hand
-            from megatron_eve.loop.run_directory import refuse_other_run
+            from megatron_eve.training.run_directory import refuse_other_run
 
             refuse_other_run(config, run_dir=run_dir)
     else:
@@ -59,8 +59,8 @@ def _check_weights(config: RunConfig, *, dry_run: bool) -> None:
 
 
 def _check_tokenizer(config: RunConfig, *, dry_run: bool) -> None:
-    from megatron_eve.data.tokenizer import STOP_TEXT, load_tokenizer, refuse_ids_beyond
-    from megatron_eve.data.vocabulary import FACT, refuse_other_vocabulary
+    from megatron_eve.data.read.tokenizer import STOP_TEXT, load_tokenizer, refuse_ids_beyond
+    from megatron_eve.data.read.vocabulary import FACT, refuse_other_vocabulary
 
     folder = Path(config.data.tokenizer)
     if dry_run and not folder.exists():

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 
 from megatron_eve.command import end_with
 from megatron_eve.config.overrides import apply_overrides
-from megatron_eve.config.plan import plan_text
 from megatron_eve.config.recipes import RECIPES
 from megatron_eve.config.resolve import resolve
+from megatron_eve.config.run_summary import plan_text
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.text_form import config_text
 from megatron_eve.errors import ConfigError, ElsewhereError, EveError
@@ -68,8 +68,8 @@ def _train(config: RunConfig) -> int:
         )  # megatron-core refuses TE without
     rank = int(os.environ.get("RANK", 0))
     with StopSignals(rank=rank) as signals:
-        from megatron_eve.loop.run import run  # torch and megatron-core: not for a dry run
         from megatron_eve.metrics.background import is_left_behind
+        from megatron_eve.training.run import run  # torch and megatron-core: not for a dry run
 
         try:
             run(config, signals=signals)

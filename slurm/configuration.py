@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from slurm.outcome import CONFIG_EXIT_CODE
+from .outcome import CONFIG_EXIT_CODE
 
 MODULES = ("megatron_eve.train", "slurm.rehearse")
 TIMEOUT_S = 300.0

@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_eve.run_folder import DONE_FILE, LATEST_STEP_FILE, STOP_FILE, checkpoints_of
+from megatron_eve.run_files import DONE_FILE, LATEST_STEP_FILE, STOP_FILE, checkpoints_of
 from megatron_eve.whole import write_text
-from slurm.job import Job
-from slurm.outcome import End
+
+from .job import Job
+from .outcome import End
 
 LAUNCHER_STOP = "requeue"
 """First word of a STOP file that a launcher wrote; any other text is a person's wish."""

@@ -23,7 +23,8 @@ from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import DelayedSubmission
 
 from megatron_eve.command import end_with
-from slurm import commands
+
+from . import commands
 
 PACKAGES = ("data_prep", "checkpoints_convert", "tools")
 

@@ -21,14 +21,15 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_eve.run_folder import DONE_FILE
-from slurm import commands, configuration, outcome, owner, preflight
-from slurm.commands import SlurmError
-from slurm.folder import RunFolder, rank_log_tail
-from slurm.job import Job
-from slurm.outcome import End, Outcome
-from slurm.ranks import Ranks
-from slurm.requeue import requeue, too_few_nodes
+from megatron_eve.run_files import DONE_FILE
+
+from . import commands, configuration, outcome, owner, preflight
+from .commands import SlurmError
+from .folder import RunFolder, rank_log_tail
+from .job import Job
+from .outcome import End, Outcome
+from .ranks import Ranks
+from .requeue import requeue, too_few_nodes
 
 log = logging.getLogger("slurm.launcher")
 

@@ -12,7 +12,7 @@ import signal
 from dataclasses import dataclass, field
 from enum import Enum
 
-from slurm.commands import is_away
+from .commands import is_away
 
 CONFIG_EXIT_CODE = 2
 """Wrong usage or configuration; the next start would find the same."""

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_eve.whole import write_text
-from slurm import commands
-from slurm.folder import read_text
-from slurm.job import Job
+
+from . import commands
+from .folder import read_text
+from .job import Job
 
 OWNER = "job.json"
 ENDED = (

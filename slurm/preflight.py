@@ -26,8 +26,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from slurm import commands
-from slurm.outcome import NOT_STARTED
+from . import commands
+from .outcome import NOT_STARTED
 
 MIN_FREE_GIB = 100.0
 """A 7B checkpoint with optimizer state is 14 GiB of bf16 weights and 84 GiB of fp32 states."""

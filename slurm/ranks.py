@@ -17,10 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from slurm import commands
-from slurm.commands import SlurmError
-from slurm.folder import RunFolder
-from slurm.job import Job
+from . import commands
+from .commands import SlurmError
+from .folder import RunFolder
+from .job import Job
 
 KEPT_LINES = 1000
 """Of srun's messages: the first ones tell the cause, and 128 ranks give no more than that."""

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from megatron_eve.run_folder import DONE_FILE, LATEST_STEP_FILE, STOP_FILE
+from megatron_eve.run_files import DONE_FILE, LATEST_STEP_FILE, STOP_FILE
 from megatron_eve.whole import write_text
-from slurm.folder import read_step
+
+from .folder import read_step
 
 
 class StopFlag:

@@ -10,9 +10,9 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 
-from slurm import commands
-from slurm.commands import SlurmError
-from slurm.job import Job
+from . import commands
+from .commands import SlurmError
+from .job import Job
 
 KILL_WAIT_S = 300.0
 """How long Slurm may take to end this process after a requeue."""

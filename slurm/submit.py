@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eve.command import end_with
-from slurm import commands
+
+from . import commands
 
 STAGES = ("stage1", "stage2_1_ld", "stage2_1_hd", "stage2_2", "stage3")
 

@@ -23,8 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_prep.demo.packages import package_folder
-from data_prep.demo.shape_facts import (
+from megatron_eve.whole import write_json
+
+from ..output import new_folder
+from .packages import package_folder
+from .shape_facts import (
     CAPTIONS,
     COLORS,
     SHAPES,
@@ -34,8 +37,6 @@ from data_prep.demo.shape_facts import (
     caption,
     derive_facts,
 )
-from data_prep.output import new_folder
-from megatron_eve.whole import write_json
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")

@@ -10,10 +10,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.demo.packages import package_folder
-from data_prep.output import new_folder
 from megatron_eve.errors import DataError
 from megatron_eve.whole import write_json
+
+from ..output import new_folder
+from .packages import package_folder
 
 
 @dataclass(frozen=True, slots=True)

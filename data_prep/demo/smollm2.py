@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from data_prep.demo.packages import package_folder
-from data_prep.output import new_folder
-from data_prep.tokenizer import CONTROL_TOKENS, END_OF_TEXT, TURN_END, write_tokenizer
 from megatron_eve.errors import DataError
+
+from ..output import new_folder
+from ..tokenizer import CONTROL_TOKENS, END_OF_TEXT, TURN_END, write_tokenizer
+from .packages import package_folder
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROBE_TEXT = "A photo of a cat that sits on the table next to a window in 2024."

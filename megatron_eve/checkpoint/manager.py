@@ -44,9 +44,9 @@ from megatron_eve.checkpoint.verify import (
     verify_folder,
 )
 from megatron_eve.checkpoint.writer import Contents, FolderWrite, raise_together
-from megatron_eve.data.vocabulary import FACT
+from megatron_eve.data.read.vocabulary import FACT
 from megatron_eve.errors import CheckpointError
-from megatron_eve.run_folder import (
+from megatron_eve.run_files import (
     CHECKPOINTS,
     LATEST,
     LATEST_STEP_FILE,

@@ -19,8 +19,8 @@ import xxhash
 
 from megatron_eve.checkpoint.canonical import TensorHash
 from megatron_eve.errors import CheckpointError
-from megatron_eve.run_folder import COMPLETE as COMPLETE
-from megatron_eve.run_folder import CONFIG as CONFIG
+from megatron_eve.run_files import COMPLETE as COMPLETE
+from megatron_eve.run_files import CONFIG as CONFIG
 from megatron_eve.whole import write_text
 
 FORMAT = 2  # 1: sizes only

@@ -28,7 +28,7 @@ from megatron_eve.config.schema import ModelConfig
 from megatron_eve.config.weights_model import refuse_other_model
 from megatron_eve.errors import CheckpointError
 from megatron_eve.model.eve_model import EveModel
-from megatron_eve.run_folder import checkpoints_of
+from megatron_eve.run_files import checkpoints_of
 
 LOAD_ERRORS = (
     CheckpointingException,

@@ -21,7 +21,7 @@ from megatron_eve.config.values import EMPTY_TUPLE, NONE, format_value, parse_va
 from megatron_eve.config.variants import VARIANTS
 from megatron_eve.config.weights_model import model_of_weights
 from megatron_eve.errors import CheckpointError, ConfigError
-from megatron_eve.run_folder import checkpoints_of
+from megatron_eve.run_files import checkpoints_of
 
 FROM_WEIGHTS = "from_weights"
 _MODEL = "model"

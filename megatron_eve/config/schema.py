@@ -17,8 +17,8 @@ TemplateName = Literal["plain", "qwen2"]
 LossNormalization = Literal[
     "global_tokens", "sample_mean", "sqrt_tokens", "official", "microbatch_mean"
 ]
-"""How much each sample weighs in a step's loss (loop/loss.py). `microbatch_mean`, the mean over packs, is there only so
-that the configurations of earlier runs can be read; resolve() refuses it."""
+"""How much each sample weighs in a step's loss (training/loss.py). `microbatch_mean`, the mean over packs, is there
+only so that the configurations of earlier runs can be read; resolve() refuses it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -245,7 +245,7 @@ class ProfileConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
-    """A command beside the training on published checkpoints (loop/evaluation.py); off unless there is one."""
+    """A command beside the training on published checkpoints (training/evaluation.py); off unless there is one."""
 
     command: str | None = None  # with {checkpoint}, {step} and {out}, where it writes metrics.json
     every_steps: int | None = None  # checkpoints at its multiples; None: every one

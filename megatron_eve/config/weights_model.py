@@ -15,7 +15,7 @@ from typing import Any
 from megatron_eve.config.model_lines import PREFIX, flat_model, model_fields, model_from_text
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.errors import CheckpointError, ConfigError
-from megatron_eve.run_folder import COMPLETE, CONFIG, checkpoints_of
+from megatron_eve.run_files import COMPLETE, CONFIG, checkpoints_of
 
 FREE = {"init_std"}
 """Constants that may differ: they say how random weights are drawn, and nothing about weights that are there."""

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From MDS shards to packs, in the order of the files: row, shards (read); conversation, image, patches (make tokens
-and pixels); lengths, packing, plan (decide); assemble, pack_builder, loader (deliver). The way in:
-`loader.PackLoader`.
+"""From MDS shards to packs: `read/` makes samples of rows, pixels of images and tokens of text; `plan/` decides which
+samples form which pack; assemble, pack_builder and loader deliver. The way in: `loader.PackLoader`.
 """

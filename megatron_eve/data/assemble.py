@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_eve.data.conversation import IMAGE_PLACEHOLDER, EncodedSample
-from megatron_eve.data.packing import PackShape
-from megatron_eve.data.quarantine import Reason
+from megatron_eve.data.plan.packing import PackShape
+from megatron_eve.data.read.conversation import IMAGE_PLACEHOLDER, EncodedSample
+from megatron_eve.data.read.quarantine import Reason
 from megatron_eve.data.sample import (
     IGNORE,
     VISION_CLS,

@@ -7,7 +7,7 @@ for any number of worker threads. The state is that after the last step returned
 sample that cannot be read or decoded keeps its place in the pack, without labels, and is reported (pack_builder.py);
 anything else that goes wrong in a thread surfaces at `next`. How many samples may be unreadable is
 data.max_unreadable: what is known at the start is held against it here, what turns up in training in
-loop/unreadable.py, over all ranks.
+training/unreadable.py, over all ranks.
 """
 
 import logging
@@ -21,21 +21,21 @@ from typing import Any, Literal
 
 from megatron_eve.config.schema import BatchConfig, DataConfig, ModelConfig, TrainableGroup
 from megatron_eve.config.sizes import EpochSize
-from megatron_eve.data.counting import Alive, too_many_unreadable
-from megatron_eve.data.lengths import (
+from megatron_eve.data.pack_builder import PackBuilder
+from megatron_eve.data.plan.counting import Alive, too_many_unreadable
+from megatron_eve.data.plan.lengths import (
     START_LIMIT,
     LengthSettings,
     SampleLengths,
     load_lengths,
     unreadable_limit,
 )
-from megatron_eve.data.pack_builder import PackBuilder
-from megatron_eve.data.packing import PackCost, PackShape, PlannedPack, deal
-from megatron_eve.data.plan import PackPlan, SampleOrder
-from megatron_eve.data.quarantine import UNREADABLE, Quarantined, QuarantineReport, SampleError
+from megatron_eve.data.plan.order import PackPlan, SampleOrder
+from megatron_eve.data.plan.packing import PackCost, PackShape, PlannedPack, deal
+from megatron_eve.data.read.quarantine import UNREADABLE, Quarantined, QuarantineReport, SampleError
+from megatron_eve.data.read.shards import ShardTable
+from megatron_eve.data.read.tokenizer import Tokenizer, refuse_ids_beyond
 from megatron_eve.data.sample import Pack
-from megatron_eve.data.shards import ShardTable
-from megatron_eve.data.tokenizer import Tokenizer, refuse_ids_beyond
 from megatron_eve.errors import DataError
 
 _LOG = logging.getLogger(__name__)

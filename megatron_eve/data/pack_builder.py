@@ -26,15 +26,15 @@ from megatron_eve.data.assemble import (
     expand,
     pad_sample,
 )
-from megatron_eve.data.conversation import encode_sample
-from megatron_eve.data.image import ImageDecoder, ImageJob, Pixels
-from megatron_eve.data.lengths import LengthSettings, target_sizes
-from megatron_eve.data.packing import Item, PackShape, PlannedPack
-from megatron_eve.data.patches import patchify
-from megatron_eve.data.quarantine import Quarantined, SampleError
+from megatron_eve.data.plan.lengths import LengthSettings, target_sizes
+from megatron_eve.data.plan.packing import Item, PackShape, PlannedPack
+from megatron_eve.data.read.conversation import encode_sample
+from megatron_eve.data.read.image import ImageDecoder, ImageJob, Pixels
+from megatron_eve.data.read.patches import patchify
+from megatron_eve.data.read.quarantine import Quarantined, SampleError
+from megatron_eve.data.read.shards import ShardTable
+from megatron_eve.data.read.tokenizer import Tokenizer
 from megatron_eve.data.sample import Pack, Sample
-from megatron_eve.data.shards import ShardTable
-from megatron_eve.data.tokenizer import Tokenizer
 
 _MEAN_GREY = (122, 116, 104)
 """Pixels in place of an undecodable image: int(255 * CLIP mean), about 0 after normalisation (official dummy image)."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor, DynamicCache
 
 from megatron_eve.config.schema import TemplateName
-from megatron_eve.data.tokenizer import load_tokenizer
+from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.errors import CheckpointError, ConfigError, DataError
 from megatron_eve.inference.release import check_tokenizer, read_release
 

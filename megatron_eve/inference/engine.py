@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_eve import device as devices
 from megatron_eve.config.schema import TemplateName
-from megatron_eve.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_eve.data.read.tokenizer import Tokenizer, load_tokenizer
 from megatron_eve.errors import ConfigError, DataError
 from megatron_eve.inference.cache import KeyValueCache
 from megatron_eve.inference.decoder import EveForInference, rotary_table

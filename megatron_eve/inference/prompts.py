@@ -18,13 +18,13 @@ from PIL import Image
 
 from megatron_eve.config.schema import ModelConfig, TemplateName
 from megatron_eve.data.assemble import expand
-from megatron_eve.data.conversation import EncodedSample, encode_prompt
-from megatron_eve.data.image_size import MAX_IMAGE_PIXELS, eval_size, train_size
-from megatron_eve.data.media_names import IMAGE_MARK
-from megatron_eve.data.patches import patchify
-from megatron_eve.data.pixels import resized, rgb_pixels, turn_of, turned, turned_size
+from megatron_eve.data.read.conversation import EncodedSample, encode_prompt
+from megatron_eve.data.read.image_size import MAX_IMAGE_PIXELS, eval_size, train_size
+from megatron_eve.data.read.media_names import IMAGE_MARK
+from megatron_eve.data.read.patches import patchify
+from megatron_eve.data.read.pixels import resized, rgb_pixels, turn_of, turned, turned_size
+from megatron_eve.data.read.tokenizer import Tokenizer
 from megatron_eve.data.sample import Turn
-from megatron_eve.data.tokenizer import Tokenizer
 from megatron_eve.errors import DataError
 from megatron_eve.inference.ragged import Prompt
 from megatron_eve.inference.release import ImageRules, ResizeRule

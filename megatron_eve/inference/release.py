@@ -14,8 +14,8 @@ from megatron_eve.config.hf_checks import unsupported, with_rope_theta
 from megatron_eve.config.hf_fields import HF_EVE_FIELDS, HF_FIELDS
 from megatron_eve.config.schema import ModelConfig, TemplateName
 from megatron_eve.config.variants import split_from_moe_part
-from megatron_eve.data.conversation import STOP_TEXT
-from megatron_eve.data.tokenizer import Tokenizer
+from megatron_eve.data.read.conversation import STOP_TEXT
+from megatron_eve.data.read.tokenizer import Tokenizer
 from megatron_eve.errors import CheckpointError
 
 ResizeRule = Literal["train", "eval"]

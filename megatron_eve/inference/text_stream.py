@@ -6,7 +6,7 @@ that may yet be the answer's last. All pieces together are the decoded answer, c
 as `EVEProcessor.answers` gives it.
 """
 
-from megatron_eve.data.tokenizer import Tokenizer
+from megatron_eve.data.read.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 """What bytes that are no character decode to, such as the first bytes of one whose last has not come yet."""

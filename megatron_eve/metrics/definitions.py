@@ -66,6 +66,6 @@ _ALL = (
 )
 
 EVALUATION_PREFIX = "evaluation/"
-"""Names behind it are those that the evaluation command gave its numbers (loop/evaluation.py)."""
+"""Names behind it are those that the evaluation command gave its numbers (training/evaluation.py)."""
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_eve.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainableGroup
 from megatron_eve.config.sizes import padded_vocab_size
 from megatron_eve.data.sample import VISION_PATCH, Pack
-from megatron_eve.parallel.batch import executed_rows
+from megatron_eve.model.micro_batch import executed_rows
 
 Modality = Literal["vision", "text"]
 MODALITIES: tuple[Modality, ...] = ("vision", "text")

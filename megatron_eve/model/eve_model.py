@@ -25,10 +25,10 @@ from torch import Tensor
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.model.accelerators import has_fused_weight_gradient
 from megatron_eve.model.layer_specs import Backend, layer_spec
+from megatron_eve.model.micro_batch import MicroBatch
 from megatron_eve.model.modality import ModalityPackedSeqParams
 from megatron_eve.model.norm import RMSNorm
 from megatron_eve.model.patch_embedding import PatchEmbedding
-from megatron_eve.parallel.batch import MicroBatch
 
 
 class EveModel(LanguageModule):

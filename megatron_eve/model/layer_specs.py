@@ -72,7 +72,7 @@ def _chosen_classes(gpu: GpuConfig) -> dict[str, type]:
     if gpu.modality_streams:
         chosen |= {"partitioned_linear": TwoStreamLinear, "partitioned_mlp": TwoStreamMLP}
     if gpu.fused_rope:
-        from megatron_eve.kernels.attention import FusedRopeSelfAttention  # needs Triton
+        from megatron_eve.model.fused_rope import FusedRopeSelfAttention  # needs Triton
 
         chosen["attention"] = FusedRopeSelfAttention
     return chosen

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layout, groups, each rank's slice of a pack."""
+"""Process groups of a layout."""
 
 from megatron_eve import device
 

@@ -14,9 +14,9 @@ from megatron_eve.checkpoint.manifest import read_manifest
 from megatron_eve.config.megatron import ddp_config
 from megatron_eve.config.schema import ModelConfig, ParallelConfig
 from megatron_eve.errors import CheckpointError
-from megatron_eve.loop.step import train_step
 from megatron_eve.optim.build import build_optimizer, build_schedule
-from megatron_eve.parallel import wrap
+from megatron_eve.training import wrap
+from megatron_eve.training.step import train_step
 from tests.support.tiny import layout, tiny_model
 from tests.support.train_once import build, global_batch, packs_of_rank, run_config
 

@@ -11,9 +11,9 @@ import torch
 
 from megatron_eve.checkpoint.manager import CheckpointManager, TrainingState
 from megatron_eve.config.schema import ParallelConfig
-from megatron_eve.loop.non_finite import MAX_SKIPS_IN_A_ROW, NonFiniteLossError, SkipGuard
-from megatron_eve.loop.step import train_step
 from megatron_eve.optim.build import build_optimizer, build_schedule
+from megatron_eve.training.non_finite import MAX_SKIPS_IN_A_ROW, NonFiniteLossError, SkipGuard
+from megatron_eve.training.step import train_step
 from tests.support.tiny import DENSE, layout, tiny_model
 from tests.support.train_once import build, global_batch, packs_of_rank, read_weights, run_config
 
@@ -117,7 +117,7 @@ def step_that_is_skipped(weight: str, row: int) -> tuple[dict[str, float], bool,
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("megatron_eve.loop.step").addHandler(handler)
+    logging.getLogger("megatron_eve.training.step").addHandler(handler)
     (skipped,) = take_steps(config, training, state, count=1)
     same = all(
         torch.equal(p.nan_to_num(), before[n].nan_to_num()) for n, p in chunk.named_parameters()

@@ -9,7 +9,7 @@ import pytest
 from checkpoints_convert.release import Release, write_release
 from data_prep.tokenizer import train_bpe
 from megatron_eve.config.schema import ModelConfig, SplitConfig
-from megatron_eve.data.tokenizer import load_tokenizer
+from megatron_eve.data.read.tokenizer import load_tokenizer
 from tests.support.reference_eve import ReferenceEve, build_reference
 from tests.support.tiny import tiny_model
 

@@ -22,7 +22,7 @@ from checkpoints_convert.generation import (
 from checkpoints_convert.model_text import model_text
 from checkpoints_convert.release import Release, write_release
 from data_prep.tokenizer import PRE_TOKENIZER_PATTERN, train_bpe, write_tokenizer
-from megatron_eve.data.tokenizer import load_tokenizer
+from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.errors import CheckpointError
 from tests.checkpoints_convert.conftest import CORPUS, release_model
 from tests.checkpoints_convert.test_command_line import run_main

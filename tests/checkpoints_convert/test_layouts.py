@@ -18,8 +18,8 @@ from checkpoints_convert.tensors import eve_to_hf
 from megatron_eve.checkpoint.manager import CheckpointManager, TrainingState
 from megatron_eve.config.schema import ModelConfig, ParallelConfig
 from megatron_eve.config.text_form import config_text
-from megatron_eve.loop.step import train_step
 from megatron_eve.optim.build import build_optimizer, build_schedule
+from megatron_eve.training.step import train_step
 from tests.checkpoints_convert.test_roundtrip import run_import
 from tests.support.reference_eve import build_reference
 from tests.support.tiny import layout, tiny_model

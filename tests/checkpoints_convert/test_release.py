@@ -27,9 +27,9 @@ from checkpoints_convert.hf.processing_eve import EVEProcessor, cut_patches, tar
 from checkpoints_convert.hf_folder import SafetensorsFolder
 from checkpoints_convert.model_card import CardFacts, model_card
 from checkpoints_convert.release import CODE_FILES
-from megatron_eve.data.conversation import encode_prompt
+from megatron_eve.data.read.conversation import encode_prompt
+from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.data.sample import Turn
-from megatron_eve.data.tokenizer import load_tokenizer
 from megatron_eve.errors import CheckpointError
 from tests.checkpoints_convert.conftest import release_model, write_reference_release
 from tests.support.reference_eve import (

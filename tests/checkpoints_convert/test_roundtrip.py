@@ -24,7 +24,7 @@ from megatron_eve.config.schema import ParallelConfig
 from megatron_eve.config.text_form import config_text
 from megatron_eve.errors import CheckpointError, EveError
 from megatron_eve.model.build import build_model
-from megatron_eve.parallel.batch import RankPlace, micro_batch
+from megatron_eve.model.micro_batch import RankPlace, micro_batch
 from megatron_eve.parallel.groups import init_model_parallel
 from tests.checkpoints_convert.conftest import release_model, write_reference_release
 from tests.checkpoints_convert.test_modeling import hf_batch

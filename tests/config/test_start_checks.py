@@ -11,8 +11,8 @@ import pytest
 
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import ModelConfig
-from megatron_eve.data.tokenizer import load_tokenizer
-from megatron_eve.data.vocabulary import FACT, vocabulary_of
+from megatron_eve.data.read.tokenizer import load_tokenizer
+from megatron_eve.data.read.vocabulary import FACT, vocabulary_of
 from megatron_eve.train import main
 from tests.support.weights_text import write_model_folder, write_word_tokenizer
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from data_prep.tokenizer import build_qwen25
 from megatron_eve.config.schema import DataConfig, ModelConfig, ShardSource, SplitConfig
-from megatron_eve.data.row import MDS_COLUMNS, to_row
+from megatron_eve.data.read.row import MDS_COLUMNS, to_row
+from megatron_eve.data.read.streaming_import import MDSWriter
+from megatron_eve.data.read.tokenizer import Tokenizer, load_tokenizer
 from megatron_eve.data.sample import Sample, Turn
-from megatron_eve.data.streaming_import import MDSWriter
-from megatron_eve.data.tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +75,7 @@ def mixed_samples(count: int, *, start: int = 0) -> list[Sample]:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A read that fails is tried once more, at once."""
-    monkeypatch.setattr("megatron_eve.data.reading.PAUSES_S", (0.0,))
+    monkeypatch.setattr("megatron_eve.data.read.reading.PAUSES_S", (0.0,))
 
 
 WriteShards = Callable[..., Path]

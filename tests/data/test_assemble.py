@@ -12,8 +12,8 @@ from megatron_eve.data.assemble import (
     image_layout,
     pad_sample,
 )
-from megatron_eve.data.conversation import IMAGE_PLACEHOLDER, EncodedSample
-from megatron_eve.data.packing import PackShape
+from megatron_eve.data.plan.packing import PackShape
+from megatron_eve.data.read.conversation import IMAGE_PLACEHOLDER, EncodedSample
 from megatron_eve.data.sample import (
     IGNORE,
     VISION_CLS,

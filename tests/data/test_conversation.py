@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 
 from megatron_eve.config.schema import TemplateName
-from megatron_eve.data.conversation import (
+from megatron_eve.data.read.conversation import (
     IMAGE_PLACEHOLDER,
     EncodedSample,
     encode_prompt,
     encode_sample,
     encode_samples,
 )
-from megatron_eve.data.quarantine import SampleError
+from megatron_eve.data.read.quarantine import SampleError
+from megatron_eve.data.read.tokenizer import Tokenizer
 from megatron_eve.data.sample import IGNORE, Sample, Turn
-from megatron_eve.data.tokenizer import Tokenizer
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "

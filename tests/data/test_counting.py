@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_eve.data import counting
-from megatron_eve.data.counting import CountedSource, TextSettings
-from megatron_eve.data.counts_file import SourceCounts, load_counts, save_counts
-from megatron_eve.data.lengths import unreadable_limit
-from megatron_eve.data.shards import ShardTable
-from megatron_eve.data.tokenizer import Tokenizer
+from megatron_eve.data.plan import counting
+from megatron_eve.data.plan.counting import CountedSource, TextSettings
+from megatron_eve.data.plan.counts_file import SourceCounts, load_counts, save_counts
+from megatron_eve.data.plan.lengths import unreadable_limit
+from megatron_eve.data.read.shards import ShardTable
+from megatron_eve.data.read.tokenizer import Tokenizer
 from megatron_eve.errors import ConfigError, DataError, ElsewhereError
 from tests.data.conftest import WriteShards, data_config, mixed_samples
 from tests.data.test_loader import open_loader

@@ -41,18 +41,22 @@ def test_dali_is_called_as_it_is_defined(site: CallSite) -> None:
 
 def test_the_graph_is_among_them() -> None:
     """So that a parser that finds nothing does not pass; the decoder with the options that only a GPU gets."""
-    from megatron_eve.data.image import GPU_DECODER_OPTIONS
+    from megatron_eve.data.read.image import GPU_DECODER_OPTIONS
 
-    ours = {s.callee.removeprefix("nvidia.dali."): s for s in SITES if "data/image.py" in s.path}
+    ours = {
+        s.callee.removeprefix("nvidia.dali."): s for s in SITES if "data/read/image.py" in s.path
+    }
     assert ours.keys() == {"fn.external_source", "fn.decoders.image", "pipeline_def"}
     assert set(ours["fn.decoders.image"].spread) == set(GPU_DECODER_OPTIONS)
-    assert "adjust_orientation" in ours["fn.decoders.image"].keywords  # False: data/pixels.py turns
+    assert (
+        "adjust_orientation" in ours["fn.decoders.image"].keywords
+    )  # False: data/read/pixels.py turns
     assert "device_id" in ours["pipeline_def"].keywords
 
 
 def test_images_come_back_from_the_gpu_by_a_method_that_is_there() -> None:
     """`as_cpu`, on what a pipeline whose last operator runs on the GPU returns."""
-    text = text_of("megatron_eve/data/image.py")
+    text = text_of("megatron_eve/data/read/image.py")
     assert "images.as_cpu()" in text
     assert signature_text(INSTALLED, "nvidia.dali.tensors.TensorListGPU.as_cpu") == "()"
 

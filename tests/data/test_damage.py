@@ -15,10 +15,10 @@ import torch
 
 from megatron_eve.config.schema import BatchConfig, DataConfig
 from megatron_eve.data.loader import PackLoader
-from megatron_eve.data.quarantine import Quarantined, QuarantineReport
+from megatron_eve.data.read.quarantine import Quarantined, QuarantineReport
+from megatron_eve.data.read.shards import ShardTable
+from megatron_eve.data.read.tokenizer import Tokenizer
 from megatron_eve.data.sample import Pack, Sample
-from megatron_eve.data.shards import ShardTable
-from megatron_eve.data.tokenizer import Tokenizer
 from megatron_eve.errors import DataError
 from tests.data.conftest import WriteShards, data_config, make_sample
 from tests.data.test_loader import digest, open_loader, run
@@ -222,7 +222,7 @@ def test_errors_that_pass_are_only_counted(
     (whole,) = run(open_loader(data, qwen, batch=BATCH), 1)
     for path in shards.glob("lengths-*"):
         path.unlink()
-    monkeypatch.setattr("megatron_eve.data.reading.PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr("megatron_eve.data.read.reading.PAUSES_S", (0.0, 0.0))
     real, calls = os.pread, [0]
 
     def flaky(descriptor: int, size: int, offset: int) -> bytes:

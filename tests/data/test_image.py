@@ -7,15 +7,15 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from megatron_eve.data.image import (
+from megatron_eve.data.read.image import (
     ImageDecoder,
     ImageJob,
     decode_reference,
     image_size,
     open_image,
 )
-from megatron_eve.data.image_size import eval_size, train_size
-from megatron_eve.data.quarantine import SampleError
+from megatron_eve.data.read.image_size import eval_size, train_size
+from megatron_eve.data.read.quarantine import SampleError
 from tests.data.conftest import encode_image, smooth_image
 from tests.support.hard_pictures import documents
 

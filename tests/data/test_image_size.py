@@ -3,8 +3,8 @@
 
 import pytest
 
-from megatron_eve.data.image_size import check_image_size, eval_size, train_size
-from megatron_eve.data.quarantine import SampleError
+from megatron_eve.data.read.image_size import check_image_size, eval_size, train_size
+from megatron_eve.data.read.quarantine import SampleError
 from megatron_eve.data.sample import image_token_count
 
 # (width, height) of the image: (width, height, tokens) for training at 800 and 1600, evaluation at 1600

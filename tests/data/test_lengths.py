@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from megatron_eve.data.assemble import expand
-from megatron_eve.data.conversation import encode_sample
-from megatron_eve.data.lengths import LengthSettings, SampleLengths, load_lengths, target_sizes
-from megatron_eve.data.packing import PackShape
+from megatron_eve.data.plan.lengths import LengthSettings, SampleLengths, load_lengths, target_sizes
+from megatron_eve.data.plan.packing import PackShape
+from megatron_eve.data.read.conversation import encode_sample
+from megatron_eve.data.read.shards import ShardTable
+from megatron_eve.data.read.tokenizer import Tokenizer
 from megatron_eve.data.sample import IGNORE, Sample, Turn
-from megatron_eve.data.shards import ShardTable
-from megatron_eve.data.tokenizer import Tokenizer
 from tests.data.conftest import WriteShards, make_sample, mixed_samples
 
 SETTINGS = LengthSettings(
@@ -118,7 +118,7 @@ def test_cache_is_read_and_belongs_to_its_settings(
     first = load(table, qwen)
     assert len(caches(folder)) == 1
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_eve.data.counting.encode_samples", None)  # not called again
+        patch.setattr("megatron_eve.data.plan.counting.encode_samples", None)  # not called again
         second = load(table, qwen)
         load(table, qwen, image_edge=96)  # nor for what resizing and packing decide
         load(table, qwen, sample_align=8, max_aspect_ratio=2.0)
@@ -160,7 +160,7 @@ def test_unwritable_folder_is_cached_elsewhere_and_said(
     folder = write_shards("a", mixed_samples(4))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
-    caplog.set_level(logging.INFO, "megatron_eve.data.counting")
+    caplog.set_level(logging.INFO, "megatron_eve.data.plan.counting")
     load(ShardTable.open([folder]), qwen)
     assert not caches(folder)
     assert len(list((tmp_path / "cache").rglob("lengths-*.npz"))) == 1

@@ -3,7 +3,7 @@
 
 import pytest
 
-from megatron_eve.data.media_names import media_kind, suffix_kind, unread_mark
+from megatron_eve.data.read.media_names import media_kind, suffix_kind, unread_mark
 
 MARKS = (
     *(

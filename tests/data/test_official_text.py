@@ -8,10 +8,10 @@ from collections import Counter
 import pytest
 
 from megatron_eve.config.schema import TemplateName
-from megatron_eve.data.conversation import encode_sample
-from megatron_eve.data.quarantine import SampleError
+from megatron_eve.data.read.conversation import encode_sample
+from megatron_eve.data.read.quarantine import SampleError
+from megatron_eve.data.read.tokenizer import Tokenizer
 from megatron_eve.data.sample import Turn
-from megatron_eve.data.tokenizer import Tokenizer
 from tests.support.official_text import ANSWER_MARK, official_sample
 
 PIECES = (

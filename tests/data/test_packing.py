@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_eve.config.schema import SplitConfig, TrainableGroup
-from megatron_eve.data.image_size import train_size
-from megatron_eve.data.packing import (
+from megatron_eve.data.plan.packing import (
     Item,
     PackCost,
     PackShape,
@@ -17,6 +16,7 @@ from megatron_eve.data.packing import (
     deal,
     pack_batch,
 )
+from megatron_eve.data.read.image_size import train_size
 from megatron_eve.data.sample import image_token_count
 from megatron_eve.errors import ConfigError
 from tests.data.conftest import MODEL

@@ -9,9 +9,9 @@ import pytest
 
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import BatchConfig, RunConfig
-from megatron_eve.data.lengths import SampleLengths
-from megatron_eve.data.packing import Item, PackCost, PackShape, PlannedPack
-from megatron_eve.data.stream_packer import MAX_POOL
+from megatron_eve.data.plan.lengths import SampleLengths
+from megatron_eve.data.plan.packing import Item, PackCost, PackShape, PlannedPack
+from megatron_eve.data.plan.stream_packer import MAX_POOL
 from tools.bench.packing import (
     RANKS,
     balance,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_eve.data.patches import patchify, unpatchify
+from megatron_eve.data.read.patches import patchify, unpatchify
 from megatron_eve.errors import DataError
 
 

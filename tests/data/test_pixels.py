@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from checkpoints_convert.hf import pixels_eve
-from megatron_eve.data import pixels
-from megatron_eve.data.pixels import UnsupportedPixelsError, rgb_pixels, turn_of, turned_size
+from megatron_eve.data.read import pixels
+from megatron_eve.data.read.pixels import UnsupportedPixelsError, rgb_pixels, turn_of, turned_size
 from tests.repo.tree import python_files, text_of
 
 
@@ -32,7 +32,7 @@ def test_nobody_else_turns_or_converts() -> None:
     """No other file of the product reads an orientation, turns, or makes RGB of what a user's file holds.
 
     Tools do, with pictures whose kind they know."""
-    own = {"megatron_eve/data/pixels.py", "checkpoints_convert/hf/pixels_eve.py"}
+    own = {"megatron_eve/data/read/pixels.py", "checkpoints_convert/hf/pixels_eve.py"}
     words = ("exif_transpose", "getexif", "0x0112", ".transpose(Image", 'convert("RGB")')
     found = {
         (path, word)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from megatron_eve.config.schema import BatchConfig
-from megatron_eve.data.lengths import SampleLengths
-from megatron_eve.data.packing import PackCost, PackShape, PlannedPack
-from megatron_eve.data.plan import PackPlan, SampleOrder
-from megatron_eve.data.quarantine import Quarantined
-from megatron_eve.data.shards import ShardTable
+from megatron_eve.data.plan.lengths import SampleLengths
+from megatron_eve.data.plan.order import PackPlan, SampleOrder
+from megatron_eve.data.plan.packing import PackCost, PackShape, PlannedPack
+from megatron_eve.data.read.quarantine import Quarantined
+from megatron_eve.data.read.shards import ShardTable
 from megatron_eve.errors import ConfigError, DataError
 from tests.data.conftest import data_config
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eve.data import reading
-from megatron_eve.data.reading import Patience, settled
+from megatron_eve.data.read import reading
+from megatron_eve.data.read.reading import Patience, settled
 
 FILE = Path("shard.mds")
 

@@ -6,9 +6,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from megatron_eve.data.row import from_row, to_row
+from megatron_eve.data.read.row import from_row, to_row
+from megatron_eve.data.read.shards import ShardTable
 from megatron_eve.data.sample import Sample, Turn
-from megatron_eve.data.shards import ShardTable
 from megatron_eve.errors import DataError
 from tests.data.conftest import WriteShards
 

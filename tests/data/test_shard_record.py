@@ -8,8 +8,8 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.verify_shards import verify_shards
-from megatron_eve.data.shard_record import check_exif_rotation
-from megatron_eve.data.shards import ShardTable
+from megatron_eve.data.read.shard_record import check_exif_rotation
+from megatron_eve.data.read.shards import ShardTable
 from megatron_eve.errors import ConfigError, DataError
 from tests.data_prep.pictures import sample
 from tests.support.hard_pictures import turned

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eve.data.quarantine import SampleError
-from megatron_eve.data.shards import ShardTable
-from megatron_eve.data.streaming_import import MDSWriter
+from megatron_eve.data.read.quarantine import SampleError
+from megatron_eve.data.read.shards import ShardTable
+from megatron_eve.data.read.streaming_import import MDSWriter
 from megatron_eve.errors import DataError
 from tests.data.conftest import WriteShards, mixed_samples
 

@@ -6,8 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron_eve.data.packing import Item, PackCost, PackShape, PlannedPack
-from megatron_eve.data.stream_packer import MAX_POOL, StreamPacker
+from megatron_eve.data.plan.packing import Item, PackCost, PackShape, PlannedPack
+from megatron_eve.data.plan.stream_packer import MAX_POOL, StreamPacker
 
 COST = PackCost(per_vision=1000, per_text=1000, per_text_label=80, per_square=1)
 SQUARES = PackCost(per_vision=0, per_text=0, per_text_label=0, per_square=1)

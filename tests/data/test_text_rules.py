@@ -7,11 +7,11 @@ from data_prep.images import ImageLimits
 from data_prep.quarantine import REASONS, QuarantineRecord
 from data_prep.readers import RawEntry
 from data_prep.samples import SampleContext, check_entry
-from megatron_eve.data.conversation import encode_sample
-from megatron_eve.data.quarantine import SampleError
+from megatron_eve.data.read.conversation import encode_sample
+from megatron_eve.data.read.quarantine import SampleError
+from megatron_eve.data.read.text_rules import templates_that_train
+from megatron_eve.data.read.tokenizer import Tokenizer
 from megatron_eve.data.sample import Turn
-from megatron_eve.data.text_rules import templates_that_train
-from megatron_eve.data.tokenizer import Tokenizer
 from tests.data_prep.pictures import encode, noise
 
 # (roles by their first letters, texts, images)

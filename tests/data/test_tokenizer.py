@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from data_prep.tokenizer import train_bpe
-from megatron_eve.data.conversation import encode_sample
+from megatron_eve.data.read.conversation import encode_sample
+from megatron_eve.data.read.tokenizer import Tokenizer, load_tokenizer
 from megatron_eve.data.sample import Turn
-from megatron_eve.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_eve.errors import ConfigError
 
 

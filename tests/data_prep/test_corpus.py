@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.corpus import read_texts
-from megatron_eve.data.conversation import SYSTEM_TEXT
+from megatron_eve.data.read.conversation import SYSTEM_TEXT
 from megatron_eve.errors import DataError
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from data_prep.images import ImageLimits, Validation, check_image
 from data_prep.quarantine import Rejected
-from megatron_eve.data.image import ImageDecoder, ImageJob
-from megatron_eve.data.quarantine import SampleError
+from megatron_eve.data.read.image import ImageDecoder, ImageJob
+from megatron_eve.data.read.quarantine import SampleError
 from megatron_eve.errors import ConfigError
 from tests.data_prep.pictures import encode, noise, with_orientation
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from data_prep import readers
 from data_prep import tokenizer as tokenizer_module
 from data_prep.tokenizer import PRE_TOKENIZER_PATTERN, build_qwen25, train_bpe
-from megatron_eve.data.tokenizer import load_tokenizer
+from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.errors import ConfigError, DataError
 
 CORPUS = ["A blue circle.", "There is a blue circle in the image.", "what color is it? blue"] * 3

@@ -11,7 +11,7 @@ import pytest
 from data_prep.__main__ import main
 from data_prep.inspect_shards import describe, find_samples
 from data_prep.verify_shards import verify_shards
-from megatron_eve.data.image import image_size
+from megatron_eve.data.read.image import image_size
 from megatron_eve.errors import DataError
 from tests.data_prep.pictures import write_dataset
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_eve.data.conversation import encode_prompt
+from megatron_eve.data.read.conversation import encode_prompt
 from megatron_eve.data.sample import Turn
 from megatron_eve.inference.engine import Engine
 from megatron_eve.inference.prompts import ChatTurn

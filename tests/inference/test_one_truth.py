@@ -11,7 +11,7 @@ import torch
 
 from checkpoints_convert.release import Release, write_release
 from megatron_eve import generate
-from megatron_eve.data.tokenizer import load_tokenizer
+from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.errors import CheckpointError, ConfigError, DataError
 from megatron_eve.inference import serve
 from megatron_eve.inference.answers import (

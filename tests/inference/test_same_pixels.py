@@ -15,10 +15,10 @@ from PIL import Image, ImageOps
 from checkpoints_convert.hf.processing_eve import EVEImageProcessor
 from data_prep.images import ImageLimits, Validation, check_image
 from data_prep.quarantine import Rejected
-from megatron_eve.data.image import ImageDecoder, ImageJob
-from megatron_eve.data.image_size import train_size
-from megatron_eve.data.patches import unpatchify
-from megatron_eve.data.quarantine import SampleError
+from megatron_eve.data.read.image import ImageDecoder, ImageJob
+from megatron_eve.data.read.image_size import train_size
+from megatron_eve.data.read.patches import unpatchify
+from megatron_eve.data.read.quarantine import SampleError
 from megatron_eve.errors import DataError
 from megatron_eve.inference.prompts import prepare_image
 from megatron_eve.inference.release import ImageRules

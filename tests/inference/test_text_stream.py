@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eve.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_eve.data.read.tokenizer import Tokenizer, load_tokenizer
 from megatron_eve.inference.text_stream import TextStream
 
 TEXT = "  Ein Kreis ○, 三つの円, café, 👩‍👩‍👧 — red  \n blue.\n"

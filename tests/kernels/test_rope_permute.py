@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_eve.parallel.batch import RankPlace, micro_batch
+from megatron_eve.model.micro_batch import RankPlace, micro_batch
 from tests.support.tiny import naive_pack, random_samples, tiny_model
 
 triton = pytest.importorskip(
@@ -191,7 +191,7 @@ def _attention_gap() -> float:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        from megatron_eve.kernels.attention import FusedRopeSelfAttention
+        from megatron_eve.model.fused_rope import FusedRopeSelfAttention
 
         case = Case(**SIZES["rows without a token"], dtype=torch.float32)
         case.mixed[case.to_rows == case.to_sequence.numel()] = 0

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import flop_registry
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.data.sample import Pack
-from megatron_eve.loop.step import forward_backward, train_step
 from megatron_eve.optim.build import build_optimizer, build_schedule
+from megatron_eve.training.step import forward_backward, train_step
 from tests.support.train_once import build
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

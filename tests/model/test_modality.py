@@ -69,7 +69,7 @@ def test_gathered_rows_is_what_an_all_gather_makes() -> None:
 def _kept_against_all(split: SplitConfig, seed: int) -> tuple[dict[str, float], int, int]:
     """Largest differences when the last layer computes all rows instead; rows it keeps; rows there are."""
     from megatron_eve.model.build import build_model
-    from megatron_eve.parallel.batch import RankPlace, micro_batch
+    from megatron_eve.model.micro_batch import RankPlace, micro_batch
     from megatron_eve.parallel.groups import init_model_parallel
     from tests.support.train_once import ALIGN, TOKENS
 

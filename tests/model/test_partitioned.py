@@ -90,7 +90,7 @@ def _whole_model_gap(split: SplitConfig, kind: str) -> tuple[float, float]:
 
     from checkpoints_convert.tensors import hf_to_eve
     from megatron_eve.model.build import build_model
-    from megatron_eve.parallel.batch import RankPlace, micro_batch
+    from megatron_eve.model.micro_batch import RankPlace, micro_batch
     from megatron_eve.parallel.groups import init_model_parallel
     from tests.support.reference_eve import batch_loss, build_reference
 

@@ -21,8 +21,8 @@ STAGES = {
 
 def _changed(split: SplitConfig, trainable: Any, parallel: Any) -> dict[str, Any]:
     """Names that changed, names in gradient buffers, and elements of optimizer state, of one real step."""
-    from megatron_eve.loop.step import train_step
     from megatron_eve.optim.build import build_optimizer, build_schedule
+    from megatron_eve.training.step import train_step
 
     config = run_config(
         tiny_model(split), parallel, trainable=trainable, optim={"warmup_fraction": 0.0}

@@ -35,8 +35,8 @@ def unpadded_model(split: SplitConfig) -> ModelConfig:
 
 def count(split: SplitConfig, trainable: Any, parallel: Any) -> dict[str, Any]:
     """One real step to allocate the moments, one under observation."""
-    from megatron_eve.loop.step import train_step
     from megatron_eve.optim.build import build_optimizer, build_schedule
+    from megatron_eve.training.step import train_step
     from tools.bench.counting import CollectiveTraffic, held_bytes
 
     config = run_config(unpadded_model(split), parallel, trainable=trainable)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_eve.data.sample import VISION_PATCH, Pack
-from megatron_eve.parallel.batch import MicroBatch, RankPlace, micro_batch, stream_rows
+from megatron_eve.model.micro_batch import MicroBatch, RankPlace, micro_batch, stream_rows
 from tests.support.tiny import naive_pack, random_samples, tiny_model
 
 MODEL, TOKENS, ALIGN = tiny_model(), 160, 8

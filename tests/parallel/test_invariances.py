@@ -148,7 +148,7 @@ def logits_of_labelled_rows(
     config: Any, weights: str, packs: Sequence[Sequence[RawSample]]
 ) -> list[NDArray[np.float32]]:
     """[labelled rows of this rank, its part of the vocabulary] for each pack, in a gloo worker."""
-    from megatron_eve.loop.step import to_device
+    from megatron_eve.training.step import to_device
     from tests.support.train_once import build, packs_of_rank
 
     (chunk,), _, state, _ = build(config, weights=weights)

@@ -29,9 +29,9 @@ SMALL_BUCKET = 1000  # elements; the tiny model has 70,000
 
 def three_steps(config: Any, recompute: str, bucket: int | None) -> dict[str, Any]:
     """Metrics of three steps, the number of gradient buckets, and this rank's weights at the end; in a gloo worker."""
-    from megatron_eve.loop.step import train_step
     from megatron_eve.optim.build import build_optimizer, build_schedule
-    from megatron_eve.parallel import wrap
+    from megatron_eve.training import wrap
+    from megatron_eve.training.step import train_step
 
     config = dataclasses.replace(
         config, train=dataclasses.replace(config.train, recompute=recompute)

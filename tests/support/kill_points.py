@@ -96,8 +96,8 @@ def _wrap(owner: Any, name: str, first: Callable[[], Any]) -> None:
 def _place(phase: str) -> tuple[Any, str]:
     from megatron_eve.checkpoint.manager import CheckpointManager
     from megatron_eve.checkpoint.writer import FolderWrite, _ShardWriter
-    from megatron_eve.loop import run
-    from megatron_eve.loop.evaluation import Evaluations
+    from megatron_eve.training import run
+    from megatron_eve.training.evaluation import Evaluations
 
     places: dict[str, tuple[Any, str]] = {
         "start": (run, "_assemble"),

@@ -146,8 +146,8 @@ def take_steps(checks: Sequence[Check], *, drop_all_reduce: bool = False) -> lis
 
 
 def _take_step(check: Check, *, state: Any, drop_all_reduce: bool) -> RankStep:
-    from megatron_eve.loop.step import train_step
     from megatron_eve.optim.build import build_optimizer, build_schedule
+    from megatron_eve.training.step import train_step
     from tests.support.train_once import build, packs_of_rank, without_sequence_parallel_all_reduce
 
     config = check.config
@@ -180,8 +180,8 @@ def _take_step(check: Check, *, state: Any, drop_all_reduce: bool) -> RankStep:
 
 def accumulate(checks: Sequence[Check], *, in_float64: bool = False) -> list[list[Shard]]:
     """This rank's gradients of the global batch of each check, all of the same layout, without a step; in a worker."""
-    from megatron_eve.loop.step import forward_backward
     from megatron_eve.parallel.groups import init_model_parallel
+    from megatron_eve.training.step import forward_backward
     from tests.support.train_once import build, packs_of_rank
 
     state = init_model_parallel(checks[0].config.parallel, seed=1)

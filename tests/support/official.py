@@ -19,9 +19,9 @@ from torch import Tensor
 from checkpoints_convert.hf_config import read_hf_config
 from megatron_eve.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainableGroup
 from megatron_eve.data.assemble import ExpandedSample, PackMember, assemble_pack, expand
-from megatron_eve.data.conversation import EncodedSample
-from megatron_eve.data.packing import Item, PackShape, pack_batch
-from megatron_eve.data.patches import patchify
+from megatron_eve.data.plan.packing import Item, PackShape, pack_batch
+from megatron_eve.data.read.conversation import EncodedSample
+from megatron_eve.data.read.patches import patchify
 from megatron_eve.data.sample import Pack
 from tests.support.tiny import RawSample
 from tests.support.train_once import EVERYTHING, build, run_config
@@ -193,7 +193,7 @@ def convert(source: Path, dest: Path) -> None:
 
 def logits_of_first_batch(config: RunConfig, weights: Path) -> Tensor:
     """In workers: [L, V] at the labelled rows of micro-batch 0, sample after sample."""
-    from megatron_eve.loop.step import to_device
+    from megatron_eve.training.step import to_device
 
     (chunk,), _, state, _ = build(config, weights=str(weights))
     (pack,) = packs(micro_batches()[:1], config.model)
@@ -209,8 +209,8 @@ def logits_of_first_batch(config: RunConfig, weights: Path) -> Tensor:
 def gradients_of_first_batch(config: RunConfig, weights: Path, out: Path) -> float:
     """In workers: the loss of micro-batch 0; its gradients go to `out` as a weights folder."""
     from megatron_eve.checkpoint.weights import save_weights
-    from megatron_eve.loop.step import forward_backward
     from megatron_eve.optim.build import build_optimizer
+    from megatron_eve.training.step import forward_backward
 
     (chunk,), wrapped, state, mcore = build(config, weights=str(weights))
     mcore.grad_scale_func = build_optimizer(wrapped, config=config, state=state).scale_loss
@@ -225,8 +225,8 @@ def gradients_of_first_batch(config: RunConfig, weights: Path, out: Path) -> flo
 def train(config: RunConfig, weights: Path, out: Path) -> list[dict[str, float]]:
     """In workers: the metrics of each of the 20 steps; the weights after them go to `out`."""
     from megatron_eve.checkpoint.weights import save_weights
-    from megatron_eve.loop.step import train_step
     from megatron_eve.optim.build import build_optimizer, build_schedule
+    from megatron_eve.training.step import train_step
 
     (chunk,), wrapped, state, mcore = build(config, weights=str(weights))
     optimizer = build_optimizer(wrapped, config=config, state=state)

@@ -19,15 +19,15 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_eve.config.schema import BatchConfig, RunConfig, ShardSource
-from megatron_eve.data.conversation import encode_sample
-from megatron_eve.data.lengths import LengthSettings, load_lengths
-from megatron_eve.data.packing import PackShape
-from megatron_eve.data.plan import SampleOrder
-from megatron_eve.data.row import MDS_COLUMNS, to_row
+from megatron_eve.data.plan.lengths import LengthSettings, load_lengths
+from megatron_eve.data.plan.order import SampleOrder
+from megatron_eve.data.plan.packing import PackShape
+from megatron_eve.data.read.conversation import encode_sample
+from megatron_eve.data.read.row import MDS_COLUMNS, to_row
+from megatron_eve.data.read.shards import ShardTable
+from megatron_eve.data.read.streaming_import import MDSWriter
+from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.data.sample import IGNORE, Sample, Turn
-from megatron_eve.data.shards import ShardTable
-from megatron_eve.data.streaming_import import MDSWriter
-from megatron_eve.data.tokenizer import load_tokenizer
 from tests.support.canonical import Shard, local_shards
 from tests.support.matrix import EPS, Layout, complete_gradients, gradient_or_none, step_config
 from tests.support.reference_eve import ReferenceEve, batch_loss
@@ -122,7 +122,7 @@ def take_real_steps(
     fault: str | None = None,
 ) -> list[list[RealStep]]:
     """`steps` of each configuration, all of the same layout, in a gloo worker: loader, feed and train step are the
-    product's. `state_before`: of a loader, to go on from. `fault`: a mutation of loop/loss.py."""
+    product's. `state_before`: of a loader, to go on from. `fault`: a mutation of training/loss.py."""
     from megatron_eve.parallel.groups import init_model_parallel
 
     state = init_model_parallel(configs[0].parallel, seed=1)
@@ -137,9 +137,9 @@ def _take(
     config: RunConfig, weights: str, *, steps: int, state: Any, state_before: dict[str, Any] | None
 ) -> list[RealStep]:
     from megatron_eve.data.loader import PackLoader
-    from megatron_eve.loop.feed import next_step
-    from megatron_eve.loop.step import train_step
     from megatron_eve.optim.build import build_optimizer, build_schedule
+    from megatron_eve.training.feed import next_step
+    from megatron_eve.training.step import train_step
     from tests.support.train_once import build
 
     chunks, wrapped, state, mcore = build(config, weights=weights, state=state)
@@ -190,7 +190,7 @@ def _broken(fault: str | None) -> Any:
     from contextlib import nullcontext
     from unittest import mock
 
-    import megatron_eve.loop.loss as module
+    import megatron_eve.training.loss as module
 
     if fault == "group":
         sums = module._sums_of_groups

@@ -30,7 +30,7 @@ class PoolWithStandIn(GlooPool):
 
 def loss_and_gradients(config: RunConfig, weights: str) -> tuple[list[float], list[Shard]]:
     """One global batch of two packs: the logged sums of each micro-batch, and this rank's gradients."""
-    from megatron_eve.loop.step import forward_backward
+    from megatron_eve.training.step import forward_backward
 
     chunks, wrapped, state, _ = build(config, weights=weights)
     packs = packs_of_rank(
@@ -50,7 +50,7 @@ def resave(config: RunConfig, source: str, out: str) -> list[str]:
 
 def precision_of_linears(config: RunConfig, weights: str) -> dict[str, dict[str, Any]]:
     """After one global batch: how often each linear computed in FP8 and in BF16, and its scales."""
-    from megatron_eve.loop.step import forward_backward
+    from megatron_eve.training.step import forward_backward
 
     (chunk,), wrapped, state, _ = build(config, weights=weights)
     packs = packs_of_rank(

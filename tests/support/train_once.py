@@ -15,7 +15,7 @@ from megatron_eve.data.sample import Pack
 from megatron_eve.model.build import build_model
 from megatron_eve.model.stages import freeze
 from megatron_eve.parallel.groups import ParallelState, init_model_parallel
-from megatron_eve.parallel.wrap import wrap_for_training
+from megatron_eve.training.wrap import wrap_for_training
 from tests.support.tiny import RawSample, layout, naive_pack, random_samples
 
 TOKENS, ALIGN = 160, 8

@@ -38,7 +38,7 @@ def _serve(pipe: Connection) -> None:
     import nvidia.dali
     import torch
 
-    import megatron_eve.loop.run  # noqa: F401
+    import megatron_eve.training.run  # noqa: F401
 
     torch.set_num_threads(1)
     assert nvidia.dali is not None

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.data.sample import Pack
-from megatron_eve.loop.step import to_device, train_step
 from megatron_eve.optim.build import build_optimizer, build_schedule
+from megatron_eve.training.step import to_device, train_step
 from tests.support.train_once import build
 from tools.bench.counting import held_bytes
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from megatron_eve.config.schema import RunConfig
-from megatron_eve.loop.step import train_step
 from megatron_eve.metrics.profiling import Capture
 from megatron_eve.optim.build import build_optimizer, build_schedule
+from megatron_eve.training.step import train_step
 from tests.support.tiny import naive_pack, random_samples
 from tests.support.train_once import ALIGN, TOKENS, build
 

@@ -53,8 +53,8 @@ def first_inputs(stage: str, config: Any) -> Any:
 def compare_forms(stage: str, split: SplitConfig | None, recompute: bool) -> dict[str, Any]:
     """Loss and gradients of one global batch in both forms, by official names; runs in a gloo worker."""
     from checkpoints_convert.tensors import eve_to_hf
-    from megatron_eve.loop.step import forward_backward
     from megatron_eve.parallel.groups import init_model_parallel
+    from megatron_eve.training.step import forward_backward
     from tools.bench.contenders import OfficialStep, OurStep
 
     config = small_config(stage, split)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eve.config.schema import EvaluationConfig
-from megatron_eve.loop.evaluation import Evaluations
+from megatron_eve.training.evaluation import Evaluations
 from tests.repo.tree import REPO, text_of
 from tools.demo.__main__ import main
 from tools.demo.pipelines import DEMOS, DemoOptions

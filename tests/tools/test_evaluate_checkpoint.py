@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eve.loop.evaluation import read_result
+from megatron_eve.training.evaluation import read_result
 from tools import evaluate_checkpoint
 from tools.evaluate_checkpoint import RELEASED, _parse, commands, main
 

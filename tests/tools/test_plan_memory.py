@@ -10,7 +10,7 @@ from megatron_eve.config.overrides import apply_overrides
 from megatron_eve.config.recipes import RECIPES, load_recipe
 from megatron_eve.config.schema import ParallelConfig, RunConfig
 from megatron_eve.data.sample import VISION_PATCH, Pack
-from megatron_eve.parallel.batch import RankPlace, executed_rows, micro_batch
+from megatron_eve.model.micro_batch import RankPlace, executed_rows, micro_batch
 from tests.metrics.batches import ALIGN, full_pack, padded_pack
 from tests.support.tiny import layout, tiny_model
 from tests.support.train_once import run_config

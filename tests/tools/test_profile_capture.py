@@ -14,11 +14,11 @@ import pytest
 
 from megatron_eve.config.schema import ParallelConfig, ProfileConfig, RunConfig
 from megatron_eve.errors import ConfigError
-from tests.loop.conftest import small_data  # noqa: F401  (a fixture)
 from tests.repo.tree import REPO
 from tests.support.tiny import layout, tiny_model
 from tests.support.train_once import run_config
 from tests.tools.profile_runs import nsys_without_cuda, steps
+from tests.training.conftest import small_data  # noqa: F401  (a fixture)
 from tools.profile.__main__ import main
 from tools.profile.figures import RankFigures
 from tools.profile.kineto import read_kineto

@@ -9,14 +9,14 @@ from checkpoints_convert.tensors import eve_to_hf
 from megatron_eve.checkpoint.manager import TrainingState
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.data.sample import Pack
-from megatron_eve.loop.step import train_step
 from megatron_eve.model.build import build_model
 from megatron_eve.model.eve_model import EveModel
 from megatron_eve.model.stages import freeze
 from megatron_eve.optim.adam import FusedAdam
 from megatron_eve.optim.build import build_optimizer, build_schedule
 from megatron_eve.parallel.groups import ParallelState
-from megatron_eve.parallel.wrap import wrap_for_training
+from megatron_eve.training.step import train_step
+from megatron_eve.training.wrap import wrap_for_training
 from tools.bench.official_form import OfficialForm, PaddedBatch, freeze_official
 
 _SCHEDULE_STEPS = 1000

@@ -21,19 +21,19 @@ import torch
 from megatron_eve import device
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.sizes import memory_estimate
-from megatron_eve.data.conversation import IMAGE_PLACEHOLDER, EncodedSample
-from megatron_eve.data.image import ImageDecoder, ImageJob, decode_reference
-from megatron_eve.data.image_size import PIXELS_PER_TOKEN, train_size
-from megatron_eve.data.packing import PackShape
+from megatron_eve.data.plan.packing import PackShape
+from megatron_eve.data.read.conversation import IMAGE_PLACEHOLDER, EncodedSample
+from megatron_eve.data.read.image import ImageDecoder, ImageJob, decode_reference
+from megatron_eve.data.read.image_size import PIXELS_PER_TOKEN, train_size
 from megatron_eve.data.sample import IGNORE, Pack
-from megatron_eve.loop.step import forward_backward
 from megatron_eve.metrics.flops import executed_flops, ideal_flops
 from megatron_eve.metrics.peak import peak_flops
 from megatron_eve.model.accelerators import has_module
 from megatron_eve.model.build import build_model
 from megatron_eve.model.stages import freeze
 from megatron_eve.parallel.groups import init_distributed, init_model_parallel
-from megatron_eve.parallel.wrap import wrap_for_training
+from megatron_eve.training.step import forward_backward
+from megatron_eve.training.wrap import wrap_for_training
 from tools.bench.gpu_setting import NotHere, Rows, Setting, image_bytes
 from tools.bench.samples import BenchSample, as_pack
 

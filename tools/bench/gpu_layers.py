@@ -214,9 +214,9 @@ def rope_figures(setting: Setting, *, tokens: int) -> dict[str, Any]:
     """Errors against the twin in fp64, and milliseconds of forward and backward, fused and as the model does it."""
     if not (device.has_gpu() and has_module("triton")):
         raise NotHere("the Triton kernels run on a GPU only; tests/kernels has them interpreted")
-    from megatron_eve.kernels.attention import FusedRopeSelfAttention
     from megatron_eve.kernels.rope_permute import permute_rope_reference
     from megatron_eve.model.attention import EveSelfAttention
+    from megatron_eve.model.fused_rope import FusedRopeSelfAttention
 
     bench = LayerBench(setting, tokens=tokens)
     fused, unfused = (

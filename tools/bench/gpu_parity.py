@@ -13,11 +13,11 @@ from torch import Tensor
 from megatron_eve.config.megatron import PLAIN_GPU
 from megatron_eve.config.schema import GpuConfig, RunConfig
 from megatron_eve.data.sample import Pack
-from megatron_eve.loop.loss import micro_batch_loss
 from megatron_eve.model.build import build_model
+from megatron_eve.model.micro_batch import RankPlace, micro_batch
 from megatron_eve.model.te import local_name
-from megatron_eve.parallel.batch import RankPlace, micro_batch
 from megatron_eve.parallel.groups import ParallelState, init_distributed, init_model_parallel
+from megatron_eve.training.loss import micro_batch_loss
 from tools.bench.contenders import OurStep
 from tools.bench.gpu_setting import Rows, Setting, relative_error
 from tools.bench.samples import as_pack, steps_of_packs, stream

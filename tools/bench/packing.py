@@ -29,10 +29,10 @@ import numpy as np
 from megatron_eve.command import end_with
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import BatchConfig, ModelConfig, RunConfig
-from megatron_eve.data.lengths import SampleLengths
-from megatron_eve.data.packing import PackCost, PackShape, PlannedPack, deal
-from megatron_eve.data.plan import PackPlan, SampleOrder
-from megatron_eve.data.shards import ShardTable
+from megatron_eve.data.plan.lengths import SampleLengths
+from megatron_eve.data.plan.order import PackPlan, SampleOrder
+from megatron_eve.data.plan.packing import PackCost, PackShape, PlannedPack, deal
+from megatron_eve.data.read.shards import ShardTable
 from tools.bench.report import add_output_options, run_benchmark
 from tools.bench.size_mixes import REALISTIC, STRESS, SizeMix, draw
 

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.data.assemble import ExpandedSample, PackMember, assemble_pack, expand
-from megatron_eve.data.conversation import IMAGE_PLACEHOLDER, EncodedSample
-from megatron_eve.data.image_size import PIXELS_PER_TOKEN, train_size
-from megatron_eve.data.packing import Item, PackShape, PlannedPack, pack_batch
-from megatron_eve.data.patches import patchify
+from megatron_eve.data.plan.packing import Item, PackShape, PlannedPack, pack_batch
+from megatron_eve.data.read.conversation import IMAGE_PLACEHOLDER, EncodedSample
+from megatron_eve.data.read.image_size import PIXELS_PER_TOKEN, train_size
+from megatron_eve.data.read.patches import patchify
 from megatron_eve.data.sample import IGNORE, Pack
 from tools.bench.report import BenchmarkError
 from tools.bench.setting import OfficialBatch

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_eve.config.recipes import load_recipe
-from megatron_eve.data.image_size import train_size
+from megatron_eve.data.read.image_size import train_size
 from megatron_eve.data.sample import image_token_count
 
 Values = NDArray[np.float64]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data_prep.demo.shape_facts import COLORS, SHAPES, YES_NO
 from megatron_eve.command import end_with
-from megatron_eve.data.media_names import IMAGE_MARK
+from megatron_eve.data.read.media_names import IMAGE_MARK
 from megatron_eve.errors import DataError, EveError
 from megatron_eve.whole import write_json
 from tools.demo.scoring import (

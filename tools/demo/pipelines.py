@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.errors import ConfigError
-from megatron_eve.run_folder import DONE_FILE
+from megatron_eve.run_files import DONE_FILE
 from megatron_eve.train import configure
 from tools.demo.process import Command
 from tools.demo.steps import Step

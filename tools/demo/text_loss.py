@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_eve.command import end_with
-from megatron_eve.data.tokenizer import load_tokenizer
+from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.errors import EveError
 from megatron_eve.whole import write_json
 from tools.demo.scoring import aligned

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from megatron_eve.config.schema import TemplateName
-from megatron_eve.data.tokenizer import load_tokenizer
+from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.errors import CheckpointError, ConfigError
 from megatron_eve.inference.answers import refuse_conversation
 from megatron_eve.inference.release import check_tokenizer, read_release

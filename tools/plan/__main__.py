@@ -13,7 +13,8 @@ from pathlib import Path
 
 from megatron_eve.command import end_with
 from megatron_eve.errors import ConfigError
-from tools.plan.cluster import GPUS, WORKSPACE
+
+from .cluster import GPUS, WORKSPACE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_calibration = words[:1] == ["calibrate"]
     parser = _calibrate_parser() if is_calibration else _plan_parser()
     options = parser.parse_args(words[1:] if is_calibration else words)
-    from tools.plan.commands import calibrate, show_plan  # numpy and torch: not for --help
+    from .commands import calibrate, show_plan  # numpy and torch: not for --help
 
     try:
         return calibrate(options) if is_calibration else show_plan(options)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eve.errors import ConfigError
-from tools.plan.calibration import MeasuredRun
-from tools.plan.mix import Mix
+
+from .calibration import MeasuredRun
+from .mix import Mix
 
 _LABELLED = {"plain": 1.0, "qwen2": 0.5}
 """Share of a sample's text that tools/bench/samples.py labels, by template."""

@@ -21,10 +21,11 @@ from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.text_form import config_from_text
 from megatron_eve.errors import ConfigError
 from megatron_eve.metrics.sinks import METRICS_FILE, read_metrics
-from tools.plan.cluster import Cluster, Gpu
-from tools.plan.mix import Mix
-from tools.plan.rates import Rates
-from tools.plan.timing import StepTime, amounts, step_time
+
+from .cluster import Cluster, Gpu
+from .mix import Mix
+from .rates import Rates
+from .timing import StepTime, amounts, step_time
 
 _SKIPPED = 1 / 3  # of a run's records: caches, allocator
 _PULL = 1e-3  # weight of the assumption beside a run

@@ -14,8 +14,9 @@ from megatron_eve.config.overrides import apply_overrides
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.errors import ConfigError
-from tools.plan.bench_results import runs_of_benchmark
-from tools.plan.calibration import (
+
+from .bench_results import runs_of_benchmark
+from .calibration import (
     CPU,
     CPU_RATES,
     Fitted,
@@ -24,11 +25,11 @@ from tools.plan.calibration import (
     predict,
     read_run,
 )
-from tools.plan.cluster import GPUS, parse_cluster
-from tools.plan.layouts import SAMPLES, Plan, Setting, own_layout, plan, plans
-from tools.plan.mix import assumed_mix, parse_mix
-from tools.plan.rates import assumed, read_calibration, write_calibration
-from tools.plan.render import fitted_table, heading, layouts_table, memory_table, time_table
+from .cluster import GPUS, parse_cluster
+from .layouts import SAMPLES, Plan, Setting, own_layout, plan, plans
+from .mix import assumed_mix, parse_mix
+from .rates import assumed, read_calibration, write_calibration
+from .render import fitted_table, heading, layouts_table, memory_table, time_table
 
 
 def show_plan(options: argparse.Namespace) -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.sizes import padded_vocab_size
-from tools.plan.mix import PackRows
+
+from .mix import PackRows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

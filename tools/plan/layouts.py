@@ -12,11 +12,12 @@ from megatron_eve.config.schema import ParallelConfig, RunConfig
 from megatron_eve.config.sizes import EpochSize, total_steps
 from megatron_eve.errors import ConfigError
 from megatron_eve.metrics.flops import matrix_products
-from tools.plan.cluster import Cluster
-from tools.plan.memory import Memory, memory
-from tools.plan.mix import Mix, needed_work_of, pack_rows, samples_per_pack
-from tools.plan.rates import Rates
-from tools.plan.timing import StepTime, amounts, micro_batches, step_time
+
+from .cluster import Cluster
+from .memory import Memory, memory
+from .mix import Mix, needed_work_of, pack_rows, samples_per_pack
+from .rates import Rates
+from .timing import StepTime, amounts, micro_batches, step_time
 
 RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 SAMPLES = {  # of the paper's data (docs/planning.md)

@@ -23,8 +23,9 @@ from dataclasses import dataclass, fields
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.sizes import BYTES_PER_VALUE, memory_estimate, padded_vocab_size
-from tools.plan.cluster import WORKSPACE
-from tools.plan.mix import PackRows
+
+from .cluster import WORKSPACE
+from .mix import PackRows
 
 _FP32 = 4
 
@@ -116,7 +117,7 @@ def kept(config: RunConfig, rows: PackRows) -> Kept:
         whole={"vision": vision, "text": text},
         sharded={"vision": vision // shards, "text": text // shards},
     )
-    # The last layer goes on with the labelled rows (parallel/batch.py).
+    # The last layer goes on with the labelled rows (model/micro_batch.py).
     few = {"vision": rows.kept_vision // cp, "text": rows.kept_text // cp}
     last = _Rows(whole=few, sharded={name: count // shards for name, count in few.items()})
     return Kept(

@@ -10,7 +10,8 @@ from typing import Any
 
 from megatron_eve.errors import ConfigError
 from megatron_eve.whole import write_json
-from tools.plan.cluster import Gpu
+
+from .cluster import Gpu
 
 _GEMM_SHARE = 0.75  # of the peak, large products; Megatron-like runs reach 0.7 to 0.8
 _ATTENTION_SHARE = 0.5

@@ -3,10 +3,10 @@
 
 from collections.abc import Sequence
 
-from tools.plan.calibration import Fitted
-from tools.plan.cluster import Cluster
-from tools.plan.layouts import Plan
-from tools.plan.mix import Mix, samples_per_pack
+from .calibration import Fitted
+from .cluster import Cluster
+from .layouts import Plan
+from .mix import Mix, samples_per_pack
 
 _TIME_PARTS = (
     ("products", "products"),

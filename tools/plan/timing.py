@@ -14,10 +14,11 @@ from dataclasses import dataclass, fields
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.sizes import BYTES_PER_VALUE, memory_estimate
-from tools.plan.cluster import Cluster
-from tools.plan.gemms import attention_flops, gemms
-from tools.plan.mix import Mix, PackRows, pack_rows, samples_per_pack
-from tools.plan.rates import Rates
+
+from .cluster import Cluster
+from .gemms import attention_flops, gemms
+from .mix import Mix, PackRows, pack_rows, samples_per_pack
+from .rates import Rates
 
 _FP32 = 4
 _ADAM_BYTES = 30  # a parameter of the shard: gradient, two moments, main weight read, three written, weight written

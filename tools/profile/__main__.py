@@ -19,7 +19,8 @@ from megatron_eve.command import end_with
 from megatron_eve.errors import ConfigError, EveError
 from megatron_eve.metrics.captured import PROFILE_FOLDER
 from megatron_eve.whole import write_json
-from tools.profile.compare import (
+
+from .compare import (
     changes,
     comparison_table,
     differences,
@@ -27,7 +28,7 @@ from tools.profile.compare import (
     parse_share,
     slower_by,
 )
-from tools.profile.launch import (
+from .launch import (
     become,
     has_nsys,
     parse_window,
@@ -35,9 +36,9 @@ from tools.profile.launch import (
     run_dir_of,
     shell_line,
 )
-from tools.profile.render import draw_timeline, markdown
-from tools.profile.report import REPORT, load, make_report
-from tools.profile.trace import ProfileError
+from .render import draw_timeline, markdown
+from .report import REPORT, load, make_report
+from .trace import ProfileError
 
 TRAINER = ("-m", "megatron_eve.train")
 
@@ -88,7 +89,7 @@ def _exec(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from tools.profile.local import run_here
+    from .local import run_here
 
     folder = run_here(
         arguments.recipe,

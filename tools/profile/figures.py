@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tools.profile.kinds import COMMUNICATION, COPY, placed_kind
-from tools.profile.trace import (
+from .kinds import COMMUNICATION, COPY, placed_kind
+from .trace import (
     Interval,
     Place,
     Step,

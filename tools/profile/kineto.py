@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eve.metrics.captured import PREFIX
-from tools.profile.kinds import COPY, communication_kind, kernel_kind
-from tools.profile.trace import ProfileError, Range, Trace, Work
+
+from .kinds import COPY, communication_kind, kernel_kind
+from .trace import ProfileError, Range, Trace, Work
 
 _ON_GPU = {"kernel": None, "gpu_memcpy": f"{COPY}: memcpy", "gpu_memset": f"{COPY}: memset"}
 _LAUNCHES = ("cuda_runtime", "cuda_driver")

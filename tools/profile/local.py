@@ -13,7 +13,8 @@ from megatron_eve.errors import ConfigError
 from megatron_eve.metrics.captured import PROFILE_FOLDER
 from megatron_eve.train import configure
 from tools.demo.process import Command, run_command
-from tools.profile.launch import Window
+
+from .launch import Window
 
 _ONE_THREAD = (("OMP_NUM_THREADS", "1"),)  # as in slurm/env.sh
 

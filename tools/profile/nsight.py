@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eve.metrics.captured import PREFIX
-from tools.profile.kinds import COPY, kernel_kind
-from tools.profile.trace import ProfileError, Range, Trace, Work
+
+from .kinds import COPY, kernel_kind
+from .trace import ProfileError, Range, Trace, Work
 
 _PUSH_POP, _START_END = 59, 60
 _PROCESS = 1 << 24

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.profile.figures import PlacedWork, RankFigures
-from tools.profile.kinds import COMMUNICATION, COPY
+from .figures import PlacedWork, RankFigures
+from .kinds import COMMUNICATION, COPY
 
 _MODULES, _NAME_WIDTH = 24, 90
 _MAX_RANKS, _MAX_LANES = 4, 6

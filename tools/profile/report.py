@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eve.metrics.captured import capture_file
-from tools.profile.figures import RankFigures, mean_of, skew
-from tools.profile.kineto import read_kineto
-from tools.profile.nsight import read_nsight
-from tools.profile.trace import ProfileError, Trace
+
+from .figures import RankFigures, mean_of, skew
+from .kineto import read_kineto
+from .nsight import read_nsight
+from .trace import ProfileError, Trace
 
 REPORT = "report.json"
 
