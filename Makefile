@@ -7,6 +7,7 @@
 #   RUN              folder of the demo's run
 #   DEMO_ARGS        further arguments for the demo, see python -m tools.demo --help
 #   PYTEST_ARGS      further arguments for pytest
+#   TEST_PROCESSES   how many processes `make test` runs its files in
 #   N                how many kill points
 #   BENCH            folder of the benchmarks' results
 #   PROFILE          folder of `make profile`
@@ -19,6 +20,7 @@ TORCH_INDEX_URL ?=
 RUN ?= runs/demo
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 N ?= 100
 BENCH ?= runs/bench
 PROFILE ?= runs/profile
@@ -48,7 +50,7 @@ demo-smollm2: $(SMOLLM2_SET) ## the same with SmolLM2-135M-Instruct's real weigh
 	$(PY) -m tools.demo smollm2 --out $(RUN)-smollm2 $(DEMO_ARGS)
 
 test: $(TEST_SET) ## the CPU test suite (the chat page's tests: Debian package chromium)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 test-matrix: $(CPU_SET) ## every parallel layout, split and frozen set against the plain reference
 	$(PY) -m pytest -m matrix tests/parallel $(PYTEST_ARGS)

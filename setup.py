@@ -51,9 +51,10 @@ CPU = [
 ]
 # What `python -m megatron_eve.inference.serve` adds.
 SERVE = ["fastapi", "uvicorn"]
-# What the tests add to the demo's packages: the server with the client that it must please and a driver for Debian's
-# chromium (any Chromium will do); interpreter and compiler of our own GPU kernels, which need no GPU.
-TEST = [*SERVE, "openai", "playwright", "triton"]
+# What the tests add to the demo's packages: two processes beside each other, the server with the client that it must
+# please and a driver for Debian's chromium (any Chromium will do); interpreter and compiler of our own GPU kernels,
+# which need no GPU.
+TEST = [*SERVE, "pytest-xdist", "openai", "playwright", "triton"]
 # What lmms-eval imports; itself it comes with --no-deps (`make install-eval`): its metadata pins another wandb and asks
 # for torchvision, video and API packages, none of which a run of our plugin imports.
 EVAL = [
