@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train: `python -m megatron_eve.train RECIPE [section.key=value ...] [--dry-run]`.
 
-On one process as it is; on several under torchrun or the files in slurm/. Exit codes: 0 the run is done or was asked to
-stop (RUN_DIR/DONE tells which) or the dry run is printed, 1 the run failed, 2 wrong usage or configuration, 130 Ctrl-C
-before the first step, or a second one."""
+RECIPE is a name (`--list`), a function of your own file (`my_recipes.py:my_run`) or a run's `config.txt`. On one
+process as it is; on several under torchrun or the files in slurm/. Exit codes: 0 the run is done or was asked to stop
+(RUN_DIR/DONE tells which) or the dry run is printed, 1 the run failed, 2 wrong usage or configuration, 130 Ctrl-C
+before the first step, or a second one.
+"""
 
 import argparse
+import difflib
+import inspect
 import logging
 import os
 import sys
@@ -15,12 +19,12 @@ from collections.abc import Sequence
 
 from megatron_eve.command import end_with
 from megatron_eve.config.overrides import apply_overrides
-from megatron_eve.config.recipes import RECIPES
+from megatron_eve.config.recipes import RECIPES, load_recipe
 from megatron_eve.config.resolve import resolve
 from megatron_eve.config.run_summary import plan_text
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.text_form import config_text
-from megatron_eve.errors import ConfigError, ElsewhereError, EveError
+from megatron_eve.errors import ElsewhereError, EveError
 from megatron_eve.start_checks import check_start
 from megatron_eve.stop_signals import StopSignals
 
@@ -33,8 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = _parse(argv)
     _log_to_stderr()
+    if args.list:
+        print(_recipes())
+        return 0
     try:
+        if args.diff:
+            print(_difference(*args.diff, overrides=args.overrides), end="")
+            return 0
         config = configure(args.recipe, overrides=args.overrides)
+        if args.show:
+            print(config_text(config), end="")
+            return 0
         check_start(config, dry_run=args.dry_run)
     except EveError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -48,11 +61,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def configure(recipe: str, *, overrides: Sequence[str]) -> RunConfig:
     """Recipe, overrides, checks. Raises: ConfigError."""
-    if recipe not in RECIPES:
-        raise ConfigError(
-            f"there is no recipe {recipe!r}; choose one of {', '.join(sorted(RECIPES))}"
-        )
-    return resolve(apply_overrides(RECIPES[recipe](), overrides))
+    return resolve(apply_overrides(load_recipe(recipe), overrides))
+
+
+def _recipes() -> str:
+    """Each recipe with the first sentence of what it says of itself."""
+    width = max(map(len, RECIPES))
+    lines = ((name, inspect.getdoc(function) or "") for name, function in RECIPES.items())
+    return "\n".join(
+        f"{name:{width}}  {' '.join(doc.split(chr(10) * 2)[0].split())}" for name, doc in lines
+    )
+
+
+def _difference(first: str, second: str, *, overrides: Sequence[str]) -> str:
+    """A line for each field in which two configurations differ, as `diff` writes it; nothing if they are equal."""
+    texts = (config_text(configure(name, overrides=overrides)) for name in (first, second))
+    before, after = (text.splitlines(keepends=True) for text in texts)
+    return "".join(difflib.unified_diff(before, after, first, second, n=0))
 
 
 def _train(config: RunConfig) -> int:
@@ -105,12 +130,25 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", help="name of a recipe: " + ", ".join(sorted(RECIPES)))
+    parser.add_argument(
+        "recipe", nargs="?", help="a name, FILE.py:FUNCTION, or the config.txt of a run"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="changes to the recipe"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit")
-    return parser.parse_args(argv)
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit")
+    instead.add_argument("--list", action="store_true", help="print the names of all recipes")
+    instead.add_argument("--show", action="store_true", help="print every field of the recipe")
+    instead.add_argument(
+        "--diff", nargs=2, metavar=("A", "B"), help="print the fields in which two recipes differ"
+    )
+    args = parser.parse_args(argv)
+    if args.diff and args.recipe:  # with --diff all that follows is an override
+        args.overrides.insert(0, args.recipe)
+    if not (args.recipe or args.list or args.diff):
+        parser.error("RECIPE is missing: a name (--list), FILE.py:FUNCTION, or a run's config.txt")
+    return args
 
 
 def _log_to_stderr() -> None:

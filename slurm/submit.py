@@ -80,13 +80,14 @@ def plan(args: argparse.Namespace) -> list[Submission]:
     """One submission a stage, in the order given; each starts from the weights of the one before it in the chain."""
     submissions: list[Submission] = []
     settings = tuple(f"{name}={os.environ[name]}" for name in FORWARDED if os.environ.get(name))
+    family = args.model.rpartition(":")[2]  # the functions' prefix, where a file is named before it
     for stage in args.stages:
         weights = [f"checkpoint.load_weights_from={submissions[-1].run_dir}"] if submissions else []
         submissions.append(
             Submission(
                 stage=stage,
                 recipe=f"{args.model}_{stage}",
-                run_dir=str(args.root / f"{args.model}_{stage}"),
+                run_dir=str(args.root / f"{family}_{stage}"),
                 sbatch_args=tuple(args.sbatch_arg),
                 overrides=(*weights, *args.override),
                 settings=settings,
@@ -168,7 +169,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "stages", metavar="STAGE", nargs="+", choices=STAGES, help=", ".join(STAGES)
     )
-    parser.add_argument("--model", default="eve7b", help="recipes are MODEL_STAGE (default eve7b)")
+    parser.add_argument(
+        "--model",
+        default="eve7b",
+        help="recipes are MODEL_STAGE (default eve7b); FILE.py:PREFIX takes the functions PREFIX_STAGE of a file",
+    )
     parser.add_argument(
         "--root",
         type=Path,

@@ -5,12 +5,14 @@
     data.sources.0.path=/data/shards  checkpoint.load_weights_from=none  model.split=eve-v1.5
 
 Values are written as in config.txt (values.py). A further source is added by giving all its fields under the next
-number (`data.sources.1.path=... data.sources.1.proportion=...`); `data.sources=()` before them starts from none.
+number (`data.sources.1.path=... data.sources.1.proportion=...`); `data.sources=()` before them starts from none, and
+`data.sources.1=none` removes one, so that those behind it move up by one.
 `model.split` also takes the name of a variant (variants.py). `model.FIELD=from_weights` takes a constant from the
 weights that the run starts from, `model=from_weights` all but the split, which the stage decides. Of two overrides of
 one key the later counts, as everywhere on a command line. `recipe` cannot be overridden: it says which function filled
 the other fields."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -64,10 +66,29 @@ def _lay_over(flat: dict[str, str], *, key: str, value: str) -> None:
         for source_key in [other for other in flat if other.startswith(f"{_SOURCES}.")]:
             del flat[source_key]
         flat[_SOURCES] = EMPTY_TUPLE
+    elif value == NONE and re.fullmatch(rf"{re.escape(_SOURCES)}\.\d+", key):
+        _remove_source(flat, key=key)
     else:
         if key.startswith(f"{_SOURCES}."):
             flat.pop(_SOURCES, None)
         flat[key] = value
+
+
+def _remove_source(flat: dict[str, str], *, key: str) -> None:
+    numbers = sorted({int(k.split(".")[2]) for k in flat if k.startswith(f"{_SOURCES}.")})
+    removed = int(key.rpartition(".")[2])
+    if removed not in numbers:
+        raise ConfigError(
+            f"{key}={NONE} removes a source that is not there; there are {len(numbers)}, numbered from 0."
+        )
+    for other in [k for k in flat if k.startswith(f"{_SOURCES}.")]:
+        _, _, number, field = other.split(".", maxsplit=3)
+        if int(number) >= removed:
+            text = flat.pop(other)
+            if int(number) > removed:
+                flat[f"{_SOURCES}.{int(number) - 1}.{field}"] = text
+    if len(numbers) == 1:
+        flat[_SOURCES] = EMPTY_TUPLE
 
 
 def _choose_variant(flat: dict[str, str], *, name: str) -> None:

@@ -3,6 +3,8 @@
 
 import datetime
 import os
+import shlex
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +81,7 @@ def init_model_parallel(
         raise ParallelError(
             f"{world_size} processes are running but parallel.num_nodes={parallel.num_nodes} x "
             f"parallel.gpus_per_node={parallel.gpus_per_node} is {parallel.world_size}; "
-            "start that many or change these two fields",
+            f"start that many or change these two fields:\n  {_start_line(parallel)}",
             is_final=True,
         )
     if parallel_state.model_parallel_is_initialized():
@@ -110,4 +112,14 @@ def init_model_parallel(
         dp_size=groups.dp.size(),
         is_first_stage=pp_rank == 0,
         is_last_stage=pp_rank == groups.pp.size() - 1,
+    )
+
+
+def _start_line(parallel: ParallelConfig) -> str:
+    """This command once more, with as many processes as the layout has."""
+    nodes = f"--nnodes {parallel.num_nodes} --node-rank N --master-addr FIRST_NODE "
+    arguments = shlex.join(sys.argv[1:])
+    return (
+        f"torchrun {nodes if parallel.num_nodes > 1 else ''}--nproc-per-node {parallel.gpus_per_node} "
+        f"-m megatron_eve.train {arguments}"
     )

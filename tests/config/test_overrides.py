@@ -124,3 +124,17 @@ def test_refused_override_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ConfigError):
         apply_overrides(CONFIG, ["train.seed=7", "nope=1"])
     assert before == CONFIG
+
+
+def test_a_source_is_removed_and_those_behind_it_move_up() -> None:
+    three = [f"data.sources.{i}.{key}" for i in (1, 2) for key in (f"path=p{i}", f"proportion={i}")]
+    config = apply_overrides(CONFIG, [*three, "data.sources.0=none"])
+    assert [(s.path, s.proportion) for s in config.data.sources] == [("p1", 1.0), ("p2", 2.0)]
+    again = [*three, "data.sources.1=none", "data.sources.2.path=q", "data.sources.2.proportion=4"]
+    assert [s.path for s in apply_overrides(CONFIG, again).data.sources][1:] == ["p2", "q"]
+    assert apply_overrides(CONFIG, ["data.sources.0=none"]).data.sources == ()
+
+
+def test_a_source_that_is_not_there_is_not_removed() -> None:
+    with pytest.raises(ConfigError, match=r"data\.sources\.3=none removes .* there are 1"):
+        apply_overrides(CONFIG, ["data.sources.3=none"])

@@ -85,7 +85,7 @@ def test_small_recipes_have_the_shape_of_the_7b_ones(stage: str) -> None:
 
 def test_unknown_recipe_names_close_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"'eve7b_stage22' does not exist; did you mean eve7b_stage2_2"
+        ConfigError, match=r"there is no recipe 'eve7b_stage22'; did you mean eve7b_stage2_2"
     ):
         load_recipe("eve7b_stage22")
 

@@ -117,6 +117,26 @@ def test_dry_run_prints_lines_and_submits_nothing(stub_slurm: StubSlurm) -> None
     assert stub_slurm.calls == []
 
 
+def test_stages_of_a_file_of_ones_own(
+    stub_slurm: StubSlurm,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    env = {k: v for k, v in stub_slurm.env.items() if k not in ("TRAIN_CMD", *submit.FORWARDED)}
+    monkeypatch.setattr(os, "environ", env)
+    monkeypatch.chdir(REPO)
+    file = tmp_path / "mine.py"
+    file.write_text("from megatron_eve.config.recipes.eve7b import eve7b_stage1 as base\n"
+                    "def big_stage1():\n    return base()\n")  # fmt: skip
+    arguments = ["--model", f"{file}:big", "--dry-run"]
+    assert submit.main(["stage1", *arguments]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.endswith(f"slurm/stage1.sbatch {file}:big_stage1 run_dir=runs/big_stage1")
+    assert submit.main(["stage3", *arguments]) == 2
+    assert "has no function 'big_stage3'; it has big_stage1" in capsys.readouterr().err
+
+
 def test_unknown_stage_is_wrong_usage() -> None:
     result = run("slurm.submit", "stage4")
     assert result.returncode == 2

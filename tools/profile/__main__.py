@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eve.command import end_with
+from megatron_eve.config.recipes import load_recipe
 from megatron_eve.errors import ConfigError, EveError
 from megatron_eve.metrics.captured import PROFILE_FOLDER
 from megatron_eve.whole import write_json
@@ -70,7 +71,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _command(arguments: argparse.Namespace) -> int:
     window = parse_window(arguments.steps)
-    run_dir = f"run_dir=runs/{arguments.recipe}"
+    run_dir = f"run_dir={load_recipe(arguments.recipe).run_dir}"
     training = [sys.executable, *TRAINER, arguments.recipe, run_dir, *arguments.overrides]
     for rank in window.ranks:
         nsys = arguments.tool == "nsys"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every run that the command line can name. A recipe is a function without arguments that returns a complete
-RunConfig; `RECIPES` is the plain table of them and `load_recipe` looks one up by name.
+RunConfig; `RECIPES` is the plain table of ours and `load_recipe` finds one by name, in a user's own file
+(`my_recipes.py:my_run`) or in the config.txt that a run wrote.
 
 eve7b_*    EVEv2-7B on Qwen2.5-7B-Instruct, 16 nodes x 8 GPUs (eve7b.py)
 eve_tiny_* the same curriculum on two CPU processes, after a text stage that makes its own small LLM (eve_tiny.py)
@@ -8,8 +9,10 @@ smollm2_*  the same curriculum on a real small LLM, SmolLM2-135M-Instruct (smoll
 
 import difflib
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_eve.config.recipes import eve7b, eve_tiny, smollm2
+from megatron_eve.config.recipes.own import recipe_of_function, recipe_of_text
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.errors import ConfigError
 
@@ -31,16 +34,22 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 }
 
 
-def load_recipe(name: str) -> RunConfig:
-    """The configuration that the recipe of this name returns.
+def load_recipe(reference: str) -> RunConfig:
+    """The configuration of a recipe of RECIPES, of `FILE.py:FUNCTION` or of a path that ends in `.txt`.
 
-    Raises: ConfigError naming close matches if there is no such recipe.
+    Raises: ConfigError naming close matches if there is no such recipe, or what is wrong with the file.
     """
-    if name in RECIPES:
-        return RECIPES[name]()
-    close = difflib.get_close_matches(name, RECIPES, n=3)
+    if reference in RECIPES:
+        return RECIPES[reference]()
+    if reference.rpartition(":")[0].endswith(".py"):
+        return recipe_of_function(reference)
+    if reference.endswith(".txt"):
+        return recipe_of_text(Path(reference))
+    close = difflib.get_close_matches(reference, RECIPES, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(RECIPES)}."
-    raise ConfigError(f"recipe '{name}' does not exist; {hint}")
+    raise ConfigError(
+        f"there is no recipe {reference!r}; {hint} Your own: FILE.py:FUNCTION, or RUN_DIR/config.txt."
+    )
 
 
 __all__ = ["RECIPES", "load_recipe"]

@@ -7,20 +7,17 @@ always full. Sequence parallelism is off: over gloo its collectives cost more th
 rates are those of a small model trained from scratch, not the paper's. The text stage is short and gentle on purpose:
 a small LLM that knows its text by heart takes four times as many captions to learn to see."""
 
+from dataclasses import replace
+
 from megatron_eve.config.recipes.shapes import qwen2_5_tiny
+from megatron_eve.config.recipes.small import PARALLEL, small_data, small_run
 from megatron_eve.config.schema import (
-    BatchConfig,
     CheckpointConfig,
     DataConfig,
-    LoggingConfig,
-    OptimConfig,
-    ParallelConfig,
     RunConfig,
-    ShardSource,
     SplitConfig,
     StageConfig,
     TemplateName,
-    TrainConfig,
 )
 from megatron_eve.config.variants import VARIANTS
 
@@ -98,28 +95,11 @@ def eve_tiny_stage3() -> RunConfig:
 def _data(
     *, shares: dict[str, float], template: TemplateName, pack_tokens: int = 2048
 ) -> DataConfig:
-    return DataConfig(
-        sources=tuple(
-            ShardSource(
-                path=f"data/demo/{name}/shards",
-                proportion=share,
-                template="plain" if name == "captions" else None,
-            )
-            for name, share in shares.items()
-        ),
-        tokenizer="data/demo/tokenizer",
+    return small_data(
+        shares=shares,
         template=template,
-        image_edge=128,
-        max_aspect_ratio=4.0,
-        max_text_tokens=256,
+        tokenizer="data/demo/tokenizer",
         pack_tokens=pack_tokens,
-        align=16,
-        sample_align=1,
-        open_bins=16,
-        shuffle_block_size=4096,
-        num_workers=2,
-        prefetch_steps=2,
-        seed=42,
     )
 
 
@@ -136,47 +116,17 @@ def _run(
     copy_text_to_vision: bool = False,
     num_packs: int = 1,
 ) -> RunConfig:
-    return RunConfig(
+    return small_run(
         recipe=recipe,
-        run_dir=f"runs/{recipe}",
         model=qwen2_5_tiny(split=split),
         stage=stage,
         data=data,
-        parallel=ParallelConfig(
-            num_nodes=1,
-            gpus_per_node=2,
-            tensor=2,
-            pipeline=1,
-            virtual_pipeline=1,
-            context=1,
-            sequence_parallel=False,
-            distributed_optimizer=True,
-            overlap_grad_reduce=False,
-            overlap_param_gather=False,
-        ),
-        batch=BatchConfig(unit="packs", size=num_packs),
-        optim=OptimConfig(
-            peak_lr=learning_rate,
-            patch_embedding_lr=learning_rate,
-            min_lr=min_learning_rate,
-            warmup_fraction=0.03,
-            adam_beta1=0.9,
-            adam_beta2=0.999,
-            adam_eps=1e-8,
-            weight_decay=0.0,
-            clip_grad=1.0,
-            loss_normalization="global_tokens",
-        ),
-        train=TrainConfig(
-            steps=steps,
-            epochs=None,
-            dtype="fp32",
-            backend="local",
-            recompute="none",
-            seed=42,
-            deterministic=True,
-            distributed_timeout_s=300,
-        ),
+        parallel=replace(PARALLEL, tensor=2, distributed_optimizer=True),
+        num_packs=num_packs,
+        steps=steps,
+        peak_lr=learning_rate,
+        min_lr=min_learning_rate,
+        patch_embedding_lr=learning_rate,
         checkpoint=CheckpointConfig(
             load_weights_from=weights,
             copy_text_to_vision=copy_text_to_vision,
@@ -185,7 +135,5 @@ def _run(
             keep_every_steps=None,
             async_save=True,
         ),
-        logging=LoggingConfig(
-            every_steps=20, tensorboard=False, wandb=False, wandb_project="megatron-eve"
-        ),
+        log_every_steps=20,
     )

@@ -6,20 +6,17 @@ its 9 heads do not divide by 2, and data parallelism would send a gigabyte of gr
 tokens (about 160 captions) a step, 330 steps in all. Learning rates are those of a small model, far above the paper's
 for 7B, and most of the steps are stage 2.1's: until some 10,000 captions have passed, the model sees nothing."""
 
+from dataclasses import replace
+
 from megatron_eve.config.recipes.shapes import smollm2_135m
+from megatron_eve.config.recipes.small import PARALLEL, small_data, small_run
 from megatron_eve.config.schema import (
-    BatchConfig,
     CheckpointConfig,
     DataConfig,
-    LoggingConfig,
-    OptimConfig,
-    ParallelConfig,
     RunConfig,
-    ShardSource,
     SplitConfig,
     StageConfig,
     TemplateName,
-    TrainConfig,
 )
 from megatron_eve.config.variants import VARIANTS
 
@@ -32,7 +29,8 @@ def smollm2_stage1() -> RunConfig:
         stage=StageConfig(name="1", trainable=("patch_embedding",)),
         data=_data(shares={"captions": 1.0}, template="plain"),
         steps=15,
-        learning_rates=(1e-3, 1e-3),
+        peak_lr=1e-3,
+        min_lr=1e-3,
         patch_embedding_lr=3e-3,
         weights="data/demo/weights/smollm2-135m-instruct",
     )
@@ -46,7 +44,8 @@ def smollm2_stage2_1() -> RunConfig:
         stage=StageConfig(name="2.1", trainable=("patch_embedding", "vision")),
         data=_data(shares={"captions": 1.0}, template="plain"),
         steps=200,
-        learning_rates=(1e-3, 5e-4),
+        peak_lr=1e-3,
+        min_lr=5e-4,
         patch_embedding_lr=3e-3,
         weights="runs/smollm2_stage1",
         copy_text_to_vision=True,
@@ -61,7 +60,8 @@ def smollm2_stage2_2() -> RunConfig:
         stage=StageConfig(name="2.2", trainable=("patch_embedding", "vision", "text")),
         data=_data(shares={"captions": 0.85, "questions": 0.15}, template="qwen2"),
         steps=75,
-        learning_rates=(5e-4, 2e-4),
+        peak_lr=5e-4,
+        min_lr=2e-4,
         patch_embedding_lr=5e-4,
         weights="runs/smollm2_stage2_1",
     )
@@ -75,35 +75,19 @@ def smollm2_stage3() -> RunConfig:
         stage=StageConfig(name="3", trainable=("patch_embedding", "vision", "text")),
         data=_data(shares={"questions": 1.0}, template="qwen2"),
         steps=40,
-        learning_rates=(2e-4, 0.0),
+        peak_lr=2e-4,
+        min_lr=0.0,
         patch_embedding_lr=2e-4,
         weights="runs/smollm2_stage2_2",
     )
 
 
 def _data(*, shares: dict[str, float], template: TemplateName) -> DataConfig:
-    return DataConfig(
-        sources=tuple(
-            ShardSource(
-                path=f"data/demo/{name}/shards",
-                proportion=share,
-                template="plain" if name == "captions" else None,
-            )
-            for name, share in shares.items()
-        ),
-        tokenizer="data/demo/tokenizer-smollm2",
+    return small_data(
+        shares=shares,
         template=template,
-        image_edge=128,
-        max_aspect_ratio=4.0,
-        max_text_tokens=256,
+        tokenizer="data/demo/tokenizer-smollm2",
         pack_tokens=512,
-        align=16,
-        sample_align=1,
-        open_bins=16,
-        shuffle_block_size=4096,
-        num_workers=2,
-        prefetch_steps=2,
-        seed=42,
     )
 
 
@@ -114,52 +98,23 @@ def _run(
     stage: StageConfig,
     data: DataConfig,
     steps: int,
-    learning_rates: tuple[float, float],  # peak and end of the cosine
+    peak_lr: float,
+    min_lr: float,
     patch_embedding_lr: float,
     weights: str,
     copy_text_to_vision: bool = False,
 ) -> RunConfig:
-    return RunConfig(
+    return small_run(
         recipe=recipe,
-        run_dir=f"runs/{recipe}",
         model=smollm2_135m(split=split),
         stage=stage,
         data=data,
-        parallel=ParallelConfig(
-            num_nodes=1,
-            gpus_per_node=2,
-            tensor=1,
-            pipeline=2,
-            virtual_pipeline=3,
-            context=1,
-            sequence_parallel=False,
-            distributed_optimizer=False,
-            overlap_grad_reduce=False,
-            overlap_param_gather=False,
-        ),
-        batch=BatchConfig(unit="packs", size=4),
-        optim=OptimConfig(
-            peak_lr=learning_rates[0],
-            patch_embedding_lr=patch_embedding_lr,
-            min_lr=learning_rates[1],
-            warmup_fraction=0.03,
-            adam_beta1=0.9,
-            adam_beta2=0.999,
-            adam_eps=1e-8,
-            weight_decay=0.0,
-            clip_grad=1.0,
-            loss_normalization="global_tokens",
-        ),
-        train=TrainConfig(
-            steps=steps,
-            epochs=None,
-            dtype="fp32",
-            backend="local",
-            recompute="none",
-            seed=42,
-            deterministic=True,
-            distributed_timeout_s=300,
-        ),
+        parallel=replace(PARALLEL, pipeline=2, virtual_pipeline=3),
+        num_packs=4,
+        steps=steps,
+        peak_lr=peak_lr,
+        min_lr=min_lr,
+        patch_embedding_lr=patch_embedding_lr,
         checkpoint=CheckpointConfig(
             load_weights_from=weights,
             copy_text_to_vision=copy_text_to_vision,
@@ -168,7 +123,5 @@ def _run(
             keep_every_steps=None,
             async_save=True,
         ),
-        logging=LoggingConfig(
-            every_steps=5, tensorboard=False, wandb=False, wandb_project="megatron-eve"
-        ),
+        log_every_steps=5,
     )

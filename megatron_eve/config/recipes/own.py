@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that are not in this package: a function of a user's own file, `my_recipes.py:my_run`, and the text that a run
+wrote, `RUN_DIR/config.txt`."""
+
+import runpy
+import traceback
+from dataclasses import replace
+from inspect import isfunction
+from pathlib import Path
+
+from megatron_eve.config.schema import RunConfig
+from megatron_eve.config.text_form import config_from_text
+from megatron_eve.errors import ConfigError
+
+
+def recipe_of_function(reference: str) -> RunConfig:
+    """What the function of `FILE.py:FUNCTION` returns.
+
+    Most such functions lay their own values over a recipe of ours by `dataclasses.replace`. What still bears that
+    recipe's name then gets the function's, and what still would be written to its folder goes to `runs/FUNCTION`.
+
+    Raises: ConfigError if the file or function is not there, the file or function raises, or it returns something else.
+    """
+    file, _, name = reference.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; a recipe of your own is FILE.py:FUNCTION.")
+    names = _run(path, lambda: runpy.run_path(str(path), run_name=path.stem))
+    functions = {k: v for k, v in names.items() if isfunction(v) and v.__module__ == path.stem}
+    if name not in functions:
+        there_are = ", ".join(functions) or "no functions"
+        raise ConfigError(f"{path} has no function {name!r}; it has {there_are}.")
+    config = _run(path, functions[name])
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"{reference} returned {type(config).__name__}; expected a RunConfig (megatron_eve.config.schema)."
+        )
+    is_default = config.run_dir == f"runs/{config.recipe}"
+    return replace(config, recipe=name, run_dir=f"runs/{name}" if is_default else config.run_dir)
+
+
+def recipe_of_text(path: Path) -> RunConfig:
+    """The configuration in a config.txt: with its own run_dir, so that the run goes on unless that is overridden.
+
+    Raises: ConfigError if the file is not there or not such a text; the message names it.
+    """
+    try:
+        return config_from_text(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except (UnicodeDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _run(path: Path, function):  # type: ignore[no-untyped-def]
+    """What a user's code returns; what it raises is told by its last line in that file."""
+    try:
+        return function()
+    except ConfigError:
+        raise
+    except Exception as error:
+        lines = [
+            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
+        ]
+        line = lines[-1] if lines else getattr(error, "lineno", None)
+        place = f"{path}:{line}" if line else str(path)
+        raise ConfigError(f"{place}: {type(error).__name__}: {error}") from error

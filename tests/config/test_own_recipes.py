@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes outside the package: a function of a user's file, a run's config.txt; and what the command prints of them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_eve.config.recipes import RECIPES, load_recipe
+from megatron_eve.config.text_form import config_text
+from megatron_eve.errors import ConfigError
+from megatron_eve.train import main
+
+FILE = """
+from dataclasses import replace
+from megatron_eve.config.recipes import load_recipe
+
+def tuned():
+    config = load_recipe("eve_tiny_stage1")
+    return replace(config, optim=replace(config.optim, peak_lr=3e-4))
+
+def elsewhere():
+    return replace(tuned(), run_dir="scratch/mine")
+
+def number():
+    return 7
+
+def broken():
+    return load_recipe("eve_tiny_stage1").optimizer
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "my recipes.py"
+    path.write_text(FILE)
+    return path
+
+
+def test_a_function_lays_its_values_over_a_recipe(file: Path) -> None:
+    base = load_recipe("eve_tiny_stage1")
+    assert load_recipe(f"{file}:tuned") == replace(
+        base, recipe="tuned", run_dir="runs/tuned", optim=replace(base.optim, peak_lr=3e-4)
+    )
+
+
+def test_a_folder_that_the_function_names_stays(file: Path) -> None:
+    assert load_recipe(f"{file}:elsewhere").run_dir == "scratch/mine"
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("absent.py:run", r"absent\.py does not exist"),
+        ("{file}:tune", r"has no function 'tune'; it has tuned, elsewhere, number, broken"),
+        ("{file}:load_recipe", r"has no function 'load_recipe'"),
+        ("{file}:number", r"number returned int; expected a RunConfig"),
+        (
+            "{file}:broken",
+            r"my recipes\.py:16: AttributeError: 'RunConfig' object has no attribute",
+        ),
+        ("{file}", r"there is no recipe '.*my recipes\.py'.*FILE\.py:FUNCTION"),
+        ("{folder}/absent.txt", r"absent\.txt cannot be read: No such file"),
+        ("{folder}/other.txt", r"other\.txt: line 1 of the configuration is 'hello'"),
+        ("{folder}/syntax.py:run", r"syntax\.py:1: SyntaxError"),
+    ],
+)
+def test_what_is_wrong_is_named(file: Path, reference: str, message: str) -> None:
+    (file.parent / "other.txt").write_text("hello")
+    (file.parent / "syntax.py").write_text("def run(:")
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(reference.format(file=file, folder=file.parent))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_text_of_a_run_is_its_recipe(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.txt"
+    path.write_text(config_text(load_recipe(name)))
+    assert load_recipe(str(path)) == load_recipe(name)
+
+
+def test_list_names_each_recipe_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(RECIPES)
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_show_prints_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eve_tiny_stage1", "optim.peak_lr=3e-4", "--show"]) == 0
+    assert "optim.peak_lr: 0.0003\n" in capsys.readouterr().out
+
+
+def test_diff_prints_the_fields_that_differ(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--diff", "eve_tiny_stage1", f"{file}:tuned", "run_dir=x", "train.seed=3"]) == 0
+    changed = [line for line in capsys.readouterr().out.splitlines() if line[1:2].isalpha()]
+    assert changed == [
+        "-optim.peak_lr: 0.001",
+        "+optim.peak_lr: 0.0003",
+        "-recipe: eve_tiny_stage1",
+        "+recipe: tuned",
+    ]
+
+
+def test_equal_recipes_have_no_difference(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--diff", "eve_tiny_stage1", "eve_tiny_stage1"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--show"], ["--dry-run"]])
+def test_without_a_recipe_the_usage_says_what_to_name(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "RECIPE is missing" in capsys.readouterr().err
