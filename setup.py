@@ -87,6 +87,7 @@ setup(
         "checkpoints_convert.hf": ["*.jinja"],
         "tools": ["lmms_eval/tasks/*/*.yaml"],
     },
+    entry_points={"console_scripts": ["megatron-eve = megatron_eve.__main__:main"]},
     install_requires=RUNTIME,
     extras_require={
         "cpu": CPU,

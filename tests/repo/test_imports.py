@@ -36,6 +36,7 @@ ORDER = (
     "training",
     "start_checks",
     "train",
+    "__main__",
 )
 LEVEL = {name: level for level, name in enumerate(ORDER)}
 # device.py puts the CPU's stand-in for Transformer Engine's FusedAdam where megatron-core looks for it.

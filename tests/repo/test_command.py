@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`megatron-eve`: every command is a program that exists, and runs as `python -m` would run it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_eve.__main__ import COMMANDS, main, usage
+from tests.repo.tree import REPO
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """As the installed script does: without the working directory on the module path (-P)."""
+    code = "import sys; from megatron_eve.__main__ import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_every_command_is_a_program_that_ends_by_the_common_frame() -> None:
+    for module, _ in COMMANDS.values():
+        path = REPO / module.replace(".", "/")
+        file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        assert "end_with(" in file.read_text(), file
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == main([]) == 0
+    text = capsys.readouterr().out
+    assert text == f"{usage()}\n" * 2
+    assert all(f"\n  {name} " in text for name in COMMANDS)
+
+
+def test_a_mistyped_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian", "eve_tiny_stage1"]) == 2
+    assert "there is no command 'trian'; did you mean train?" in capsys.readouterr().err
+
+
+def test_arguments_output_and_exit_code_are_the_programs(tmp_path: Path) -> None:
+    """In a folder with packages of the user's own that bear our names, and without torch."""
+    for name in ("slurm", "tools"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    shown = run("train", "eve_tiny_stage1", "train.seed=7", "--show", cwd=tmp_path)
+    assert (shown.returncode, "train.seed: 7\n" in shown.stdout) == (0, True), shown.stderr
+    refused = run("data", "verify", "absent", cwd=tmp_path)
+    assert refused.returncode in (1, 2)
+    assert "absent" in refused.stderr
+    submitted = run("submit", "--help", cwd=tmp_path)
+    assert (submitted.returncode, "Slurm" in submitted.stdout) == (0, True), submitted.stderr
