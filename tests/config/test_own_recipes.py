@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes outside the package: a function of a user's file, a run's config.txt; and what the command prints of them."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,3 +116,16 @@ def test_without_a_recipe_the_usage_says_what_to_name(
         main(arguments)
     assert caught.value.code == 2
     assert "RECIPE is missing" in capsys.readouterr().err
+
+
+def test_the_documented_example_is_accepted_with_its_override(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(__file__).parents[2] / "docs" / "running.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    file = tmp_path / "my_recipes.py"
+    file.write_text(example)
+    assert main([f"{file}:my_run", "--show"]) == 0
+    assert "optim.peak_lr: 0.0003\n" in capsys.readouterr().out
+    assert main([f"{file}:my_run", "optim.peak_lr=5e-5", "--show"]) == 0
+    assert "optim.peak_lr: 5e-05\n" in capsys.readouterr().out
