@@ -15,10 +15,10 @@ from megatron_eve.config.hf_checks import unsupported, with_rope_theta
 from megatron_eve.config.hf_fields import HF_FIELDS
 from megatron_eve.config.pixels import CLIP_MEAN, CLIP_STD
 from megatron_eve.config.schema import ModelConfig, RunConfig, SplitConfig
+from megatron_eve.config.variants import moe_part_from_split
 from megatron_eve.errors import CheckpointError
 
 from .hf_processor import read_object, with_processor
-from .names import moe_part
 
 NO_SPLIT = SplitConfig(norm=False, attention=False, ffn=False)
 FULL_SPLIT = SplitConfig(norm=True, attention=True, ffn=True)
@@ -144,7 +144,7 @@ def model_json(
         "patch_stride": model.patch_stride,
         "dense_stride": model.dense_stride,
         "add_moe": model.split.any,
-        "moe_part": moe_part(model.split),
+        "moe_part": moe_part_from_split(model.split),
     }
     for field, (name, _) in HF_FIELDS.items():
         content[name] = getattr(model, field)

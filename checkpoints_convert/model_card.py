@@ -10,9 +10,9 @@ from typing import Literal
 
 from megatron_eve.config.schema import ModelConfig, RunConfig
 from megatron_eve.config.sizes import parameter_counts
+from megatron_eve.config.variants import moe_part_from_split
 
 from .evaluation_results import Figure
-from .names import moe_part
 from .run_record import History, RunRecord, SourceRecord
 
 _RUN_HEADS = (
@@ -74,7 +74,7 @@ def _sizes(facts: CardFacts) -> str:
         ("parameters", f"{sum(counts.values()):,}"),
         ("of the vision branch", f"{counts['vision']:,}"),
         ("of the patch embedding", f"{counts['patch_embedding']:,}"),
-        ("separate weights for vision tokens", moe_part(model.split) or "none (dense)"),
+        ("separate weights for vision tokens", moe_part_from_split(model.split) or "none (dense)"),
         ("layers x hidden size", f"{model.num_layers} x {model.hidden_size}"),
         ("pixels of a vision token", f"{model.pixels_per_token} x {model.pixels_per_token}"),
         ("image area", f"at most {facts.image_edge} x {facts.image_edge} pixels"),

@@ -124,9 +124,6 @@ HF_ALIASES: dict[str, str] = {
 }
 """Names of early official checkpoints (before baaivision/EVE 5af7ca7) and what they are called now."""
 
-PATCH_EMBEDDING_PREFIX = f"{_TOWER}."
-"""What the Hugging Face names of the patch embedding start with."""
-
 
 def dims(model: ModelConfig) -> dict[str, int]:
     """The words of the table's shapes as numbers."""
@@ -164,12 +161,6 @@ def tensor_rules(model: ModelConfig) -> list[TensorRule]:
 def text_twin(hf_name: str) -> str | None:
     """The text weight that a vision weight starts as a copy of (official repeat_moe.py); else None."""
     return hf_name.replace("moe_", "") if "moe_" in hf_name else None
-
-
-def moe_part(split: SplitConfig) -> str | None:
-    """The official spelling of a split: any of `layernorm`, `self_attn`, `mlp` joined by dashes."""
-    names = (("layernorm", split.norm), ("self_attn", split.attention), ("mlp", split.ffn))
-    return "-".join(name for name, on in names if on) or None
 
 
 def _expand(row: Row, *, layer: int, split: SplitConfig, size: dict[str, int]) -> list[TensorRule]:

@@ -13,9 +13,10 @@ from checkpoints_convert.hf.configuration_eve import EVEQwen2Config
 from checkpoints_convert.hf.modality_eve import CLS, PATCH, SPL, TEXT
 from checkpoints_convert.hf.modeling_eve import EVEQwen2ForCausalLM
 from checkpoints_convert.hf_config import model_json
-from checkpoints_convert.names import moe_part, tensor_rules
+from checkpoints_convert.names import tensor_rules
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import ModelConfig, SplitConfig
+from megatron_eve.config.variants import moe_part_from_split
 from tests.support.reference_eve import (
     IGNORE,
     IMAGE_PLACEHOLDER,
@@ -96,7 +97,7 @@ def hf_batch(
 
 
 @pytest.mark.parametrize("name", samples())
-@pytest.mark.parametrize("split", SPLITS, ids=lambda split: moe_part(split) or "dense")
+@pytest.mark.parametrize("split", SPLITS, ids=lambda split: moe_part_from_split(split) or "dense")
 @torch.no_grad()
 def test_logits_equal_the_reference(split: SplitConfig, name: str) -> None:
     eve = build_reference(tiny_model(split))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints_convert.names import moe_part, tensor_rules, text_twin
+from checkpoints_convert.names import tensor_rules, text_twin
 from checkpoints_convert.tensors import (
     EveView,
     eve_shape,
@@ -19,6 +19,7 @@ from checkpoints_convert.tensors import (
 )
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import ModelConfig, SplitConfig
+from megatron_eve.config.variants import moe_part_from_split
 from megatron_eve.errors import CheckpointError
 from tests.support.reference_eve import build_reference
 from tests.support.tiny import ALL, DENSE, tiny_model
@@ -42,7 +43,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("split", SPLITS, ids=lambda split: moe_part(split) or "dense")
+@pytest.mark.parametrize("split", SPLITS, ids=lambda split: moe_part_from_split(split) or "dense")
 def test_both_directions_are_exact_inverses(split: SplitConfig, tied: bool) -> None:
     model = tiny_model(split, tied=tied)
     state = hf_state(model)

@@ -18,11 +18,11 @@ from megatron_eve.config.schema import BatchConfig, DataConfig
 from megatron_eve.data.loader import PackLoader
 from megatron_eve.data.read.image import decode_reference
 from megatron_eve.data.read.image_size import train_size
-from megatron_eve.data.read.patches import unpatchify
 from megatron_eve.data.read.tokenizer import Tokenizer
 from megatron_eve.data.sample import VISION_PATCH, VISION_SPL, Pack, Sample
 from megatron_eve.errors import DataError
 from tests.data.conftest import MODEL, WriteShards, data_config, make_sample, mixed_samples
+from tests.support.patches import unpatchify
 
 SAMPLES = BatchConfig(unit="samples", size=7)
 PACKS = BatchConfig(unit="packs", size=4)

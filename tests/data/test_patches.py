@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_eve.data.read.patches import patchify, unpatchify
+from megatron_eve.data.read.patches import patchify
 from megatron_eve.errors import DataError
+from tests.support.patches import unpatchify
 
 
 @pytest.mark.parametrize(("patch_stride", "dense_stride"), [(16, 2), (8, 4), (5, 1)])

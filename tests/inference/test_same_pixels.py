@@ -17,12 +17,12 @@ from data_prep.images import ImageLimits, Validation, check_image
 from data_prep.quarantine import Rejected
 from megatron_eve.data.read.image import ImageDecoder, ImageJob
 from megatron_eve.data.read.image_size import train_size
-from megatron_eve.data.read.patches import unpatchify
 from megatron_eve.data.read.quarantine import SampleError
 from megatron_eve.errors import DataError
 from megatron_eve.inference.prompts import prepare_image
 from megatron_eve.inference.release import ImageRules
 from tests.support.hard_pictures import damaged, documents, encode, rare, turned
+from tests.support.patches import unpatchify
 from tests.support.tiny import tiny_model
 
 EDGE = 256

@@ -13,18 +13,34 @@ from megatron_eve.config.overrides import apply_overrides
 from megatron_eve.config.recipes import RECIPES, load_recipe
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.sizes import padded_vocab_size
-from megatron_eve.metrics.flops import matrix_products
+from megatron_eve.metrics.flops import Work, matrix_products
 from tests.repo.tree import REPO
 from tools.plan.__main__ import main
 from tools.plan.cluster import GPUS, parse_cluster
 from tools.plan.gemms import attention_flops, gemms
 from tools.plan.layouts import SAMPLES, Setting, plan, plans
 from tools.plan.memory import WORKSPACE
-from tools.plan.mix import Mix, assumed_mix, pack_rows, parse_mix, work_of
+from tools.plan.mix import Mix, PackRows, assumed_mix, pack_rows, parse_mix
 from tools.plan.rates import assumed
 from tools.plan.timing import StepTime, amounts, micro_batches, step_time
 
 A100 = parse_cluster("16x8xA100-40G")
+
+
+def work_of(rows: PackRows) -> Work:
+    """As metrics/flops.py counts it: what is executed, the last layer going on with labelled rows."""
+    return Work(
+        patches=rows.patches,
+        vision=rows.vision,
+        text=rows.text,
+        pairs=rows.pairs,
+        last_vision=rows.kept_vision,
+        last_text=rows.kept_text,
+        query_vision=rows.vision,
+        query_text=rows.text,
+        last_pairs=rows.pairs,
+        labels=rows.labels,
+    )
 
 
 def setting_of(config: RunConfig, cluster=A100) -> Setting:  # type: ignore[no-untyped-def]

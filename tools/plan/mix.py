@@ -113,22 +113,6 @@ def pack_rows(config: RunConfig, mix: Mix) -> PackRows:
     )
 
 
-def work_of(rows: PackRows) -> Work:
-    """As metrics/flops.py counts it: what is executed, the last layer going on with labelled rows."""
-    return Work(
-        patches=rows.patches,
-        vision=rows.vision,
-        text=rows.text,
-        pairs=rows.pairs,
-        last_vision=rows.kept_vision,
-        last_text=rows.kept_text,
-        query_vision=rows.vision,
-        query_text=rows.text,
-        last_pairs=rows.pairs,
-        labels=rows.labels,
-    )
-
-
 def needed_work_of(config: RunConfig, mix: Mix) -> Work:
     """Of an average pack: what its samples need, padding left out (metrics/flops.py: ideal)."""
     samples = samples_per_pack(config, mix)
