@@ -26,6 +26,9 @@ def elsewhere():
 def number():
     return 7
 
+def needs_one(x):
+    return x
+
 def broken():
     return load_recipe("eve_tiny_stage1").optimizer
 """
@@ -53,24 +56,39 @@ def test_a_folder_that_the_function_names_stays(file: Path) -> None:
     ("reference", "message"),
     [
         ("absent.py:run", r"absent\.py does not exist"),
-        ("{file}:tune", r"has no function 'tune'; it has tuned, elsewhere, number, broken"),
+        (
+            "{file}:tune",
+            r"has no function 'tune'; it has tuned, elsewhere, number, needs_one, broken",
+        ),
         ("{file}:load_recipe", r"has no function 'load_recipe'"),
         ("{file}:number", r"number returned int; expected a RunConfig"),
         (
             "{file}:broken",
-            r"my recipes\.py:16: AttributeError: 'RunConfig' object has no attribute",
+            r"my recipes\.py:19: AttributeError: 'RunConfig' object has no attribute",
         ),
         ("{file}", r"there is no recipe '.*my recipes\.py'.*FILE\.py:FUNCTION"),
         ("{folder}/absent.txt", r"absent\.txt cannot be read: No such file"),
         ("{folder}/other.txt", r"other\.txt: line 1 of the configuration is 'hello'"),
         ("{folder}/syntax.py:run", r"syntax\.py:1: SyntaxError"),
+        ("{folder}/leaves.py:run", r"leaves\.py:1: SystemExit: 3"),
+        ("{file}:needs_one", r"needs_one\(\) missing 1 required positional argument"),
     ],
 )
 def test_what_is_wrong_is_named(file: Path, reference: str, message: str) -> None:
     (file.parent / "other.txt").write_text("hello")
     (file.parent / "syntax.py").write_text("def run(:")
+    (file.parent / "leaves.py").write_text("raise SystemExit(3)")
     with pytest.raises(ConfigError, match=message):
         load_recipe(reference.format(file=file, folder=file.parent))
+
+
+def test_a_file_imports_from_its_own_folder(file: Path) -> None:
+    (file.parent / "a_sibling_of_it.py").write_text(
+        "from megatron_eve.config.recipes import load_recipe as get"
+    )
+    text = "from a_sibling_of_it import get\ndef run():\n    return get('eve_tiny_text')\n"
+    (file.parent / "importing.py").write_text(text)
+    assert load_recipe(f"{file.parent / 'importing.py'}:run").recipe == "run"
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -3,14 +3,19 @@
 wrote, `RUN_DIR/config.txt`."""
 
 import runpy
+import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from inspect import isfunction
 from pathlib import Path
+from typing import Any, TypeVar
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.text_form import config_from_text
 from megatron_eve.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def recipe_of_function(reference: str) -> RunConfig:
@@ -25,7 +30,7 @@ def recipe_of_function(reference: str) -> RunConfig:
     path = Path(file)
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; a recipe of your own is FILE.py:FUNCTION.")
-    names = _run(path, lambda: runpy.run_path(str(path), run_name=path.stem))
+    names = _run(path, lambda: _names_of(path))
     functions = {k: v for k, v in names.items() if isfunction(v) and v.__module__ == path.stem}
     if name not in functions:
         there_are = ", ".join(functions) or "no functions"
@@ -52,16 +57,23 @@ def recipe_of_text(path: Path) -> RunConfig:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _run(path: Path, function):  # type: ignore[no-untyped-def]
-    """What a user's code returns; what it raises is told by its last line in that file."""
+def _names_of(path: Path) -> dict[str, Any]:
+    """What the file defines; as for a script, its own folder is searched for what it imports."""
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)
+    try:
+        return runpy.run_path(str(path), run_name=path.stem)
+    finally:
+        sys.path.remove(folder)
+
+
+def _run(path: Path, function: Callable[[], T]) -> T:
+    """What a user's code returns; of what it raises, the kind, the text and the last line of that file."""
     try:
         return function()
-    except ConfigError:
-        raise
-    except Exception as error:
-        lines = [
-            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
-        ]
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", None)
         place = f"{path}:{line}" if line else str(path)
         raise ConfigError(f"{place}: {type(error).__name__}: {error}") from error
