@@ -19,7 +19,7 @@ from tests.data_prep.pictures import encode, noise
 JPEG = encode(noise(), "JPEG")
 
 
-def packed(content: bytes) -> bytes:
+def gzipped(content: bytes) -> bytes:
     """By gzip, without the time of day: these bytes are part of a test's name."""
     return gzip.compress(content, mtime=0)
 
@@ -50,7 +50,7 @@ FILES: list[tuple[str, bytes, str]] = [
     ("a.npy", b"\x93NUMPY\x01\x00", "is a NumPy file"),
     ("a.tar", archive("1.jpg", "1.txt", "1.json"), "is a tar archive of .* as WebDataset and img2dataset write them"),
     ("a.tar", archive("1.csv"), "is a tar archive of .csv files, which is not read; unpack it"),
-    ("a.tar.gz", packed(archive("1.csv")), "is a tar archive.*, packed by gzip, which is not read; unpack it"),
+    ("a.tar.gz", gzipped(archive("1.csv")), "is a tar archive.*, packed by gzip, which is not read; unpack it"),
     ("a.zip", packed("1.jpg", "2.jpg"), "is a zip archive of .jpg files, which is not read; unpack it"),
     ("a.json.zst", b"\x28\xb5\x2f\xfd\x04", "is packed by zstd, which is not read; unpack it; gzip is read"),
     ("a.json.bz2", b"BZh91AY", "is packed by bzip2"),
@@ -71,7 +71,7 @@ FILES: list[tuple[str, bytes, str]] = [
     ("a.tfrecord", b"\x10\x00\x00\x00\x00\x00\x00\x00abc", "is a TFRecord file"),
     ("a.mds", b"\x01\x00\x00\x00\x0c", r"is a shard of mosaicml-streaming \(MDS\)"),
     ("a.xlsx", packed("[Content_Types].xml", "xl/a.xml"), "is a zip archive of Office"),
-    ("a.csv.gz", packed(b"path,title\na.jpg,A leaf"), "is a CSV table, packed by gzip, .*; unpack it"),
+    ("a.csv.gz", gzipped(b"path,title\na.jpg,A leaf"), "is a CSV table, packed by gzip, .*; unpack it"),
     ("a.bin", bytes(range(1, 32)) * 40, "is binary data of no known format"),
     ("a.json", b" \n", "is empty; expected a JSON list"),
 ]
