@@ -10,6 +10,8 @@ import runpy
 import sys
 from collections.abc import Sequence
 
+from megatron_eve.command import end_with
+
 COMMANDS = {
     "data": ("data_prep", "shards from annotations and images, tokenizers, checks of both"),
     "convert": ("checkpoints_convert", "weights from and to Hugging Face, a release, its check"),
@@ -59,4 +61,4 @@ def usage() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main)
