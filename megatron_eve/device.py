@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only file that knows a CPU from a GPU.
+"""What a machine without a GPU needs: megatron-core made to run on CPU tensors.
 
 `install()` makes unmodified megatron-core 0.16.1 run on CPU tensors with the gloo backend; where CUDA is available it
 does nothing. megatron-core has no CPU path of its own; it names the CUDA device in four ways, and these four, and only
@@ -10,7 +10,7 @@ these, are redirected:
 3. the legacy dtype strings `param.type() == "torch.cuda.FloatTensor"`                     (optimizers)
 4. streams, synchronisation and the CUDA random generator
 
-This is the project's one monkey patch. The packages that import megatron.core call `install()` first.
+The packages that import megatron.core call `install()` first.
 """
 
 import contextlib

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Sequence
 
 from megatron_eve.command import end_with
+from megatron_eve.config.layout_checks import refuse_other_process_count
 from megatron_eve.config.overrides import apply_overrides
 from megatron_eve.config.recipes import RECIPES, load_recipe
 from megatron_eve.config.resolve import resolve
@@ -49,6 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(config_text(config), end="")
             return 0
         check_start(config, dry_run=args.dry_run)
+        if not args.dry_run:
+            refuse_other_process_count(
+                config.parallel,
+                running=int(os.environ.get("WORLD_SIZE", 1)),
+                arguments=sys.argv[1:] if argv is None else argv,
+            )
     except EveError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return _exit_code(error)
@@ -65,12 +72,13 @@ def configure(recipe: str, *, overrides: Sequence[str]) -> RunConfig:
 
 
 def _recipes() -> str:
-    """Each recipe with the first sentence of what it says of itself."""
+    """Each recipe with the first paragraph of what it says of itself."""
     width = max(map(len, RECIPES))
-    lines = ((name, inspect.getdoc(function) or "") for name, function in RECIPES.items())
-    return "\n".join(
-        f"{name:{width}}  {' '.join(doc.split(chr(10) * 2)[0].split())}" for name, doc in lines
-    )
+    lines = []
+    for name, function in RECIPES.items():
+        summary = (inspect.getdoc(function) or "").partition("\n\n")[0]
+        lines.append(f"{name:{width}}  {' '.join(summary.split())}")
+    return "\n".join(lines)
 
 
 def _difference(first: str, second: str, *, overrides: Sequence[str]) -> str:
@@ -146,6 +154,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.diff and args.recipe:  # with --diff all that follows is an override
         args.overrides.insert(0, args.recipe)
+    if args.list and args.recipe:
+        parser.error(f"--list takes nothing beside it, found {args.recipe}")
     if not (args.recipe or args.list or args.diff):
         parser.error("RECIPE is missing: a name (--list), FILE.py:FUNCTION, or a run's config.txt")
     return args

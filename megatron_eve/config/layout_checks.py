@@ -4,9 +4,11 @@
 Source: megatron-core 0.16.1 (model_parallel_config.py, schedules.py) and validate_args of Megatron-LM's training
 package, whose checks the wheel does not carry."""
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 
-from megatron_eve.config.schema import ModelConfig, RunConfig
+from megatron_eve.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_eve.errors import ParallelError
 
 
 def layout_problems(config: RunConfig) -> Iterator[str]:
@@ -17,6 +19,29 @@ def layout_problems(config: RunConfig) -> Iterator[str]:
     yield from _context_problems(config)
     yield from _process_problems(config)
     yield from _optimizer_problems(config)
+
+
+def refuse_other_process_count(
+    parallel: ParallelConfig, *, running: int, arguments: Sequence[str] | None = None
+) -> None:
+    """`running`: processes that were started. `arguments`: of the trainer, where its torchrun line is to be told.
+
+    Raises: ParallelError if these are not as many as the layout has.
+    """
+    if running == parallel.world_size:
+        return
+    text = (
+        f"{running} processes are running but parallel.num_nodes={parallel.num_nodes} x "
+        f"parallel.gpus_per_node={parallel.gpus_per_node} is {parallel.world_size}; "
+        "start that many or change these two fields"
+    )
+    if arguments is not None:
+        nodes = f"--nnodes {parallel.num_nodes} --node-rank N --master-addr FIRST_NODE "
+        text += (
+            f":\n  torchrun {nodes if parallel.num_nodes > 1 else ''}--nproc-per-node "
+            f"{parallel.gpus_per_node} -m megatron_eve.train {shlex.join(arguments)}"
+        )
+    raise ParallelError(text, is_final=True)
 
 
 def divisors(*numbers: int) -> list[int]:

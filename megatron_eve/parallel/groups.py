@@ -3,8 +3,6 @@
 
 import datetime
 import os
-import shlex
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_eve import device
+from megatron_eve.config.layout_checks import refuse_other_process_count
 from megatron_eve.config.schema import ParallelConfig
 from megatron_eve.errors import ParallelError
 
@@ -77,13 +76,7 @@ def init_model_parallel(
     Raises: ParallelError if the number of processes is not the layout's.
     """
     world_size = torch.distributed.get_world_size()
-    if world_size != parallel.world_size:
-        raise ParallelError(
-            f"{world_size} processes are running but parallel.num_nodes={parallel.num_nodes} x "
-            f"parallel.gpus_per_node={parallel.gpus_per_node} is {parallel.world_size}; "
-            f"start that many or change these two fields:\n  {_start_line(parallel)}",
-            is_final=True,
-        )
+    refuse_other_process_count(parallel, running=world_size)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     interleaved = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
@@ -112,14 +105,4 @@ def init_model_parallel(
         dp_size=groups.dp.size(),
         is_first_stage=pp_rank == 0,
         is_last_stage=pp_rank == groups.pp.size() - 1,
-    )
-
-
-def _start_line(parallel: ParallelConfig) -> str:
-    """This command once more, with as many processes as the layout has."""
-    nodes = f"--nnodes {parallel.num_nodes} --node-rank N --master-addr FIRST_NODE "
-    arguments = shlex.join(sys.argv[1:])
-    return (
-        f"torchrun {nodes if parallel.num_nodes > 1 else ''}--nproc-per-node {parallel.gpus_per_node} "
-        f"-m megatron_eve.train {arguments}"
     )

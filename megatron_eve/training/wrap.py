@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From bare model chunks to what the schedules and the optimizer work on: low precision, then data parallelism."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.transformer import TransformerConfig
@@ -45,5 +45,5 @@ def wrap_for_training(
     return wrapped
 
 
-def _one_or_all(functions: list) -> object:
+def _one_or_all(functions: list[Callable[..., object]]) -> object:
     return functions[0] if len(functions) == 1 else functions

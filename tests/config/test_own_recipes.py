@@ -11,6 +11,8 @@ from megatron_eve.config.recipes import RECIPES, load_recipe
 from megatron_eve.config.text_form import config_text
 from megatron_eve.errors import ConfigError
 from megatron_eve.train import main
+from tools.plan.__main__ import main as plan
+from tools.profile.__main__ import main as profile
 
 FILE = """
 from dataclasses import replace
@@ -86,7 +88,7 @@ def test_a_file_imports_from_its_own_folder(file: Path) -> None:
     (file.parent / "a_sibling_of_it.py").write_text(
         "from megatron_eve.config.recipes import load_recipe as get"
     )
-    text = "from a_sibling_of_it import get\ndef run():\n    return get('eve_tiny_text')\n"
+    text = "def run():\n    from a_sibling_of_it import get\n    return get('eve_tiny_text')\n"
     (file.parent / "importing.py").write_text(text)
     assert load_recipe(f"{file.parent / 'importing.py'}:run").recipe == "run"
 
@@ -103,6 +105,48 @@ def test_list_names_each_recipe_with_a_sentence(capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(RECIPES)
     assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_list_takes_nothing_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["eve_tiny_stage1", "--list"])
+    assert "--list takes nothing beside it, found eve_tiny_stage1" in capsys.readouterr().err
+
+
+def test_planner_and_profiler_take_them(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(["eve7b_stage1", "--cluster", "16x8xA100-40G"]) == 0
+    ours = capsys.readouterr().out
+    text = config_text(load_recipe("eve7b_stage1"))
+    (file.parent / "config.txt").write_text(text)
+    assert plan([str(file.parent / "config.txt"), "--cluster", "16x8xA100-40G"]) == 0
+    assert capsys.readouterr().out == ours
+    assert profile(["command", f"{file}:tuned", "--steps", "5-6@0"]) == 0
+    line = capsys.readouterr().out
+    assert "run_dir=runs/tuned" in line
+    assert "--output=runs/tuned/profile/rank0000" in line
+
+
+@pytest.mark.parametrize(
+    ("running", "override", "line"),
+    [
+        (None, "parallel.num_nodes=1", "torchrun --nproc-per-node 2 -m megatron_eve.train eve_tiny_text"),
+        ("2", "batch.size=8 parallel.num_nodes=4",
+         "torchrun --nnodes 4 --node-rank N --master-addr FIRST_NODE --nproc-per-node 2 -m"),
+    ],
+)  # fmt: skip
+def test_a_wrong_number_of_processes_is_told_with_the_line_that_is_right(
+    running: str | None, override: str, line: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if running:
+        monkeypatch.setenv("WORLD_SIZE", running)
+    monkeypatch.setattr("megatron_eve.train.check_start", lambda config, dry_run: None)
+    arguments = ["eve_tiny_text", *override.split(), "run_dir=runs/a b"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"\n  {line}" in error
+    assert error.rstrip().endswith(f"eve_tiny_text {override} 'run_dir=runs/a b'")
 
 
 def test_show_prints_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:

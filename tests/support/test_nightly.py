@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The summary of the slow groups: what counts as good, what is said of a group that did not run."""
 
-import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -38,10 +38,22 @@ def test_what_did_not_run_says_why() -> None:
     ]
 
 
-def test_slurm_is_left_out_without_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert nightly.left_out("slurm") == "needs root"
-    assert nightly.left_out("matrix") == ""
+def test_a_group_whose_tests_were_all_skipped_was_left_out(tmp_path: Path) -> None:
+    text = """<testsuites><testsuite tests="1" failures="0" errors="0" skipped="1" time="0.1"><testcase name="a">
+    <skipped type="pytest.skip" message="not root">x</skipped></testcase></testsuite></testsuites>"""
+    (tmp_path / "a.xml").write_text(text)
+    assert outcome_of(tmp_path / "a.xml") == Outcome(left_out="not root")
+
+
+@pytest.mark.parametrize("code", [2, 3, 5])
+def test_a_run_that_broke_is_a_failure(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an earlier run of the day has left a good report."""
+    (tmp_path / "slow.xml").write_text('<testsuites><testsuite tests="1" time="1"/></testsuites>')
+    done = subprocess.CompletedProcess([], code)
+    monkeypatch.setattr(nightly.subprocess, "run", lambda *args, **kwargs: done)
+    assert nightly.run_group("slow", folder=tmp_path) == Outcome(failed=1)
 
 
 def test_every_marker_is_a_group() -> None:

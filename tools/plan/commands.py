@@ -44,7 +44,7 @@ def show_plan(options: argparse.Namespace) -> int:
         cluster=cluster,
         rates=read_calibration(path) if path else assumed(cluster.gpu),
         workspace=options.workspace_gb * 1e9,
-        num_samples=options.samples or SAMPLES.get(options.recipe),
+        num_samples=options.samples or SAMPLES.get(config.recipe),
     )
     fits, others = plans(config, setting)
     if options.json:

@@ -5,11 +5,12 @@ wrote, `RUN_DIR/config.txt`."""
 import runpy
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from inspect import isfunction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.text_form import config_from_text
@@ -21,8 +22,9 @@ T = TypeVar("T")
 def recipe_of_function(reference: str) -> RunConfig:
     """What the function of `FILE.py:FUNCTION` returns.
 
-    Most such functions lay their own values over a recipe of ours by `dataclasses.replace`. What still bears that
-    recipe's name then gets the function's, and what still would be written to its folder goes to `runs/FUNCTION`.
+    Most such functions lay their own values over a recipe of ours by `dataclasses.replace`, whose name and folder come
+    with it. So `recipe` always becomes the function's name, as it says which function filled the other fields, and a
+    run_dir that is `runs/` and the name of the recipe that was returned becomes `runs/FUNCTION`.
 
     Raises: ConfigError if the file or function is not there, the file or function raises, or it returns something else.
     """
@@ -30,12 +32,13 @@ def recipe_of_function(reference: str) -> RunConfig:
     path = Path(file)
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; a recipe of your own is FILE.py:FUNCTION.")
-    names = _run(path, lambda: _names_of(path))
-    functions = {k: v for k, v in names.items() if isfunction(v) and v.__module__ == path.stem}
-    if name not in functions:
-        there_are = ", ".join(functions) or "no functions"
-        raise ConfigError(f"{path} has no function {name!r}; it has {there_are}.")
-    config = _run(path, functions[name])
+    with _on_path(path.parent):
+        names = _run(path, lambda: runpy.run_path(str(path), run_name=path.stem))
+        own = {k: v for k, v in names.items() if isfunction(v) and v.__module__ == path.stem}
+        if name not in own:
+            there_are = ", ".join(own) or "no functions"
+            raise ConfigError(f"{path} has no function {name!r}; it has {there_are}.")
+        config = _run(path, own[name])
     if not isinstance(config, RunConfig):
         raise ConfigError(
             f"{reference} returned {type(config).__name__}; expected a RunConfig (megatron_eve.config.schema)."
@@ -57,14 +60,15 @@ def recipe_of_text(path: Path) -> RunConfig:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _names_of(path: Path) -> dict[str, Any]:
-    """What the file defines; as for a script, its own folder is searched for what it imports."""
-    folder = str(path.parent.resolve())
-    sys.path.insert(0, folder)
+@contextmanager
+def _on_path(folder: Path) -> Iterator[None]:
+    """As for a script, the file's own folder is searched for what it imports."""
+    entry = str(folder.resolve())
+    sys.path.insert(0, entry)
     try:
-        return runpy.run_path(str(path), run_name=path.stem)
+        yield
     finally:
-        sys.path.remove(folder)
+        sys.path.remove(entry)
 
 
 def _run(path: Path, function: Callable[[], T]) -> T:
