@@ -169,3 +169,9 @@ def test_every_field_of_a_pack_is_explained() -> None:
 def test_python_blocks_run(document: str) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", text_of(document), flags=re.M | re.S):
         exec(compile(block, document, "exec"), {})
+
+
+def test_the_start_page_leads_to_every_page() -> None:
+    pages = {d.removeprefix("docs/") for d in documents() if re.fullmatch(r"docs/[\w-]+\.md", d)}
+    linked = re.findall(r"\]\(([\w-]+\.md)\)", text_of("docs/README.md"))
+    assert sorted(linked) == sorted(pages - {"README.md"}), "each page once"
