@@ -4,75 +4,90 @@
     python -m tools.compare_commits origin/main HEAD
 
 Each commit is checked out into a folder of its own and used through its commands alone, so that its modules may lie
-where they like. It trains the curriculum of `eve_tiny` in four layouts on the same shards and converts the last
-checkpoint. Compared are the resolved configuration, every logged figure but times, the hash of every tensor of every
-checkpoint (moments included), every byte of the converted folder, and the golden files. What a commit gave is kept in
-WORK and not computed again. Exit code 1: something differs; the lines say what."""
+where they like. It resolves every recipe, trains the curriculum of `eve_tiny` in four layouts on the same shards, and
+converts a checkpoint to a release and back. Compared are the fields of every recipe, every logged figure but times, the
+hash of every tensor of every checkpoint (moments included), every byte of the release, and the golden files. What a
+commit gave is kept in WORK and not computed again; shards and tokenizer there are those of WORK's first BASE."""
 
 import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 from megatron_eve.command import end_with
 from megatron_eve.errors import ConfigError, EveError
-from megatron_eve.run_files import COMPLETE, CONFIG
-from megatron_eve.whole import write_text
+from megatron_eve.folder_lock import only_one
+from megatron_eve.metrics.definitions import METRICS
+from megatron_eve.metrics.sinks import METRICS_FILE
+from megatron_eve.run_files import CHECKPOINTS, COMPLETE, CONFIG
+from megatron_eve.whole import write_json
 
 RECIPES = ("text", "stage1", "stage2_1", "stage2_2", "stage3")
 """Of `eve_tiny_...`, in the order in which each starts from the weights of the one before."""
+ONE_PROCESS = "parallel.gpus_per_node=1"
 LAYOUTS = {
-    "one process": ("gpus_per_node=1", "tensor=1", "distributed_optimizer=false"),
-    "TP2+SP": ("sequence_parallel=true",),
-    "PP2": ("tensor=1", "pipeline=2"),
-    "CP2": ("tensor=1", "context=2"),
+    "one": (ONE_PROCESS, "parallel.tensor=1", "parallel.distributed_optimizer=false"),
+    "TP2+SP": ("parallel.sequence_parallel=true",),
+    "PP2": ("parallel.tensor=1", "parallel.pipeline=2"),
+    "CP2": ("parallel.tensor=1", "parallel.context=2", "data.sample_align=4"),
 }
-"""Fields of `parallel` that are laid over the recipes, which have tensor parallelism 2."""
-FOR_LAYOUT = {"CP2": ("data.sample_align=4",)}
-TIMES = {
-    *("time", "step_time_s", "data_wait_s", "data_wait_fraction", "eta_s", "memory_gib"),
-    *("tokens_per_s_per_gpu", "useful_tflops_per_gpu", "executed_tflops_per_gpu"),
-    *("mfu", "hardware_utilization", "read_retries"),
+"""Fields that are laid over the recipes, which ask for two processes with tensor parallelism."""
+TIMES = {"time", "eta_s", "memory_gib", "read_retries"} | {
+    metric.name for metric in METRICS.values() if metric.reduction == "mean"
 }
 """Keys of metrics.jsonl that another run of the same commit has otherwise."""
-GOLDEN = "tests/golden"
 SHOWN = 20
 
-Facts = dict[str, str]
-"""What is compared: "LAYOUT RECIPE: step 12 loss" -> its value or hash as text."""
+Facts = dict[str, list[str]]
+"""What is compared: "figure loss" -> its value at each step, "tensor NAME" -> its hash. The first word is the kind."""
+Parts = dict[str, Facts]
+"""Where facts come from: "recipes", "PP2 stage1", "release", ..."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if all is equal, 1 if not or if a command of a commit failed, 2 for wrong usage."""
     args = _parser().parse_args(argv)
+    work = args.work.absolute()
     try:
-        names = [commit_of(name) for name in (args.base, args.head)]
-        data = _data(args.work.absolute(), base=names[0])
+        commits = [
+            _git("rev-parse", "--verify", f"{name}^{{commit}}").decode().strip()
+            for name in (args.base, args.head)
+        ]
+        make_data(work, base=commits[0])
         base, head = (
-            facts_of(name, work=args.work.absolute(), data=data, steps=args.steps) for name in names
+            parts_of(name, work=work, steps=args.steps, until=args.until, layouts=args.layouts)
+            for name in commits
         )
     except EveError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    differences = list(compare(base, head))
-    for line in differences[:SHOWN]:
-        print(line)
-    if len(differences) > SHOWN:
-        print(f"and {len(differences) - SHOWN} more")
-    report = args.work / f"{names[0][:12]}-{names[1][:12]}.json"
-    write_text(report, json.dumps({"facts": len(base), "differences": differences}, indent=1))
-    print(f"{len(base)} facts of {args.base}, {len(differences)} differ in {args.head}: {report}")
-    return int(bool(differences))
+    lines = list(differences(base, head))
+    allowed = [line for line in lines if any(fnmatchcase(line, rule) for rule in args.allow)]
+    refused = [line for line in lines if line not in allowed]
+    print(table(base, refused))
+    print(*refused[:SHOWN], sep="\n", end="\n" if refused else "")
+    report = args.work / f"{commits[0][:12]}-{commits[1][:12]}.json"
+    write_json(report, {"commits": commits, "differences": refused, "allowed": allowed})
+    print(
+        f"{sum(map(len, base.values()))} facts of {args.base}: {len(refused)} differ in {args.head}, "
+        f"{len(allowed)} may differ: all in {report}"
+    )
+    return int(bool(refused))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.compare_commits",
-        description="Whether two commits train, save and convert to the same bits. About ten minutes a commit.",
+        description="Whether two commits train, save and convert to the same bits. About 20 minutes a commit.",
+        epilog="example: python -m tools.compare_commits origin/main HEAD --layouts PP2 --until stage1",
     )
     parser.add_argument("base", metavar="BASE", help="a commit, as git names it")
     parser.add_argument("head", metavar="HEAD", help="the one to compare with it")
@@ -80,75 +95,113 @@ def _parser() -> argparse.ArgumentParser:
         "--work", type=Path, default=Path("runs/compare"), help="folder for all of it (%(default)s)"
     )
     parser.add_argument("--steps", type=int, default=50, help="of each training run (%(default)s)")
+    parser.add_argument(
+        "--until", choices=RECIPES, default=RECIPES[-1], help="last recipe to train (%(default)s)"
+    )
+    parser.add_argument(
+        "--layouts", nargs="+", choices=LAYOUTS, default=[*LAYOUTS], help="to train in (all)"
+    )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="lines about what may differ, as they are printed, with * for any text",
+    )
     return parser
 
 
-def compare(base: Mapping[str, str], head: Mapping[str, str]) -> Iterator[str]:
+def differences(base: Parts, head: Parts) -> Iterator[str]:
     """A line for each fact that differs or that one commit alone has."""
-    for name in [*base, *(name for name in head if name not in base)]:
-        old, new = base.get(name, "absent"), head.get(name, "absent")
-        if old != new:
-            yield f"{name}: {old} -> {new}"
+    for part, facts in base.items():
+        others = head[part]
+        for name in sorted(facts.keys() | others.keys()):
+            old, new = facts.get(name), others.get(name)
+            if old is None or new is None:
+                yield f"{part}: {name}: in {'HEAD' if old is None else 'BASE'} alone"
+            elif old != new:
+                yield f"{part}: {name}: {_first_difference(old, new)}"
 
 
-def commit_of(name: str) -> str:
-    """Whole hash of a commit. Raises: ConfigError."""
-    done = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"],
-        capture_output=True,
-        text=True,
-    )
+def _first_difference(old: Sequence[str], new: Sequence[str]) -> str:
+    if len(old) != len(new):
+        return f"{len(old)} -> {len(new)} values"
+    apart = [index for index, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1]]
+    where = f"{len(apart)} of {len(old)} values, first {apart[0] + 1}: " if len(old) > 1 else ""
+    return f"{where}{old[apart[0]]:.80} -> {new[apart[0]]:.80}"
+
+
+def table(base: Parts, lines: Sequence[str]) -> str:
+    """What each part of BASE has, by kind, and how many of `lines` are about it."""
+    rows = []
+    for part, facts in base.items():
+        counts: Counter[str] = Counter()
+        for name, values in facts.items():
+            counts[name.partition(" ")[0]] += len(values)
+        apart = sum(line.startswith(f"{part}: ") for line in lines)
+        kinds = ", ".join(f"{number:,} {kind}s" for kind, number in counts.items())
+        rows.append(f"{part:26}{f'{apart} differ' if apart else 'equal':12}{kinds}")
+    return "\n".join(rows)
+
+
+def _git(*arguments: str) -> bytes:
+    """What git prints. Raises: ConfigError."""
+    done = subprocess.run(["git", *arguments], capture_output=True)
     if done.returncode:
-        raise ConfigError(f"git knows no commit {name!r} here; call this in a checkout")
-    return done.stdout.strip()
+        said = done.stderr.decode(errors="replace").strip()
+        raise ConfigError(f"`git {' '.join(arguments)}` found nothing here, name a commit: {said}")
+    return done.stdout
 
 
-def facts_of(commit: str, *, work: Path, data: Path, steps: int) -> Facts:
-    """All facts of a commit, from WORK or by training. Raises: EveError if one of its commands fails."""
-    record = work / f"{commit[:12]}-{steps}.json"
-    if record.exists():
-        facts: Facts = json.loads(record.read_text())
-        return facts
-    code, facts = _checkout(commit, work=work), {}
-    for layout in LAYOUTS:
-        folder = work / commit[:12] / layout.replace(" ", "-")
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "data").exists():
-            (folder / "data").symlink_to(data)
-        for recipe in RECIPES:
-            print(f"{commit[:12]}: {layout}, {recipe}", flush=True)
-            _train(f"eve_tiny_{recipe}", layout=layout, steps=steps, code=code, folder=folder)
-            facts |= _run_facts(folder / f"runs/eve_tiny_{recipe}", prefix=f"{layout} {recipe}: ")
-    _python(
-        *("checkpoints_convert", "megatron-to-hf", f"runs/eve_tiny_{RECIPES[-1]}", "hf"),
-        *("--tokenizer", "data/demo/tokenizer", "--overwrite"),
-        code=code,
-        folder=folder,
+def parts_of(commit: str, *, work: Path, steps: int, until: str, layouts: Sequence[str]) -> Parts:
+    """The facts of a commit by part, from WORK or by its commands. Raises: EveError if one of these fails."""
+    code = _checkout(commit, work=work)
+    folder = work / f"{commit[:12]}-{steps}"
+    folder.mkdir(exist_ok=True)
+    todo: dict[str, Callable[[], Facts]] = {"recipes": partial(_recipe_facts, code, folder)}
+    for layout in layouts:
+        for recipe in RECIPES[: RECIPES.index(until) + 1]:
+            todo[f"{layout} {recipe}"] = partial(
+                _run_facts,
+                code,
+                folder / layout,
+                recipe=recipe,
+                fields=LAYOUTS[layout],
+                steps=steps,
+            )
+    todo[f"release of {layouts[0]} {until}"] = partial(
+        _release_facts, code, folder / layouts[0], recipe=until
     )
-    facts |= _file_facts(folder / "hf", prefix="converted: ")
-    facts |= _file_facts(code / GOLDEN, prefix="golden: ")
-    write_text(record, json.dumps(facts, indent=1))
-    return facts
+    record = folder / "parts.json"
+    with only_one(folder, what="comparison"):
+        known: Parts = json.loads(record.read_text()) if record.exists() else {}
+        for part, facts in todo.items():
+            if part not in known:
+                print(f"{commit[:12]}: {part}", flush=True)
+                known[part] = facts()
+                write_json(record, known)
+    return {part: known[part] for part in todo}
 
 
-def _data(work: Path, *, base: str) -> Path:
-    """Shards and tokenizer by the base's commands, where the recipes look for them: WORK/data/demo."""
-    data = work / "data"
-    if not data.exists():
-        code, out = _checkout(base, work=work), work / "made"
-        _python(
-            *("tools.demo", "eve-tiny", "--out", out, "--train-images", "200"),
-            *("--stop-after", "shards"),
-            code=code,
-            folder=work,
-        )
-        links = work / ".data/demo"
-        for name in ("text", "captions", "questions"):
-            (links / name).mkdir(parents=True, exist_ok=True)
-            (links / name / "shards").symlink_to(out / "data/shards" / name)
-        (links / "tokenizer").symlink_to(out / "data/tokenizer")
-        (work / ".data").rename(data)
-    return data
+def make_data(work: Path, *, base: str) -> None:
+    """Shards and tokenizer by the base's commands, unless they are there, named as the recipes name them."""
+    data, out = work / "data", work / "made"
+    if data.exists():
+        return
+    code = _checkout(base, work=work)
+    _python(
+        *("tools.demo", "eve-tiny", "--out", out, "--train-images", 200),
+        *("--stop-after", "shards"),
+        code=code,
+        folder=work,
+    )
+    half = work / ".data"
+    shutil.rmtree(half, ignore_errors=True)
+    for name in ("text", "captions", "questions"):
+        (half / "demo" / name).mkdir(parents=True)
+        (half / "demo" / name / "shards").symlink_to(out / "data/shards" / name)
+    (half / "demo/tokenizer").symlink_to(out / "data/tokenizer")
+    half.rename(data)
 
 
 def _checkout(commit: str, *, work: Path) -> Path:
@@ -157,66 +210,102 @@ def _checkout(commit: str, *, work: Path) -> Path:
     if not code.exists():
         half = code.with_name(f".{code.name}")
         half.mkdir(parents=True, exist_ok=True)
-        archive = subprocess.run(["git", "archive", commit], capture_output=True, check=True).stdout
-        subprocess.run(["tar", "-x", "-C", half], input=archive, check=True)
+        top = _git("rev-parse", "--show-toplevel").decode().strip()
+        tree = _git("-C", top, "archive", commit)
+        subprocess.run(["tar", "-x", "-C", half], input=tree, check=True)
         half.rename(code)
     return code
 
 
-def _train(recipe: str, *, layout: str, steps: int, code: Path, folder: Path) -> None:
-    """One run into FOLDER/runs/RECIPE, from the weights of the run before it there; a run that is done is kept."""
-    fields = [f"parallel.{field}" for field in LAYOUTS[layout]]
-    processes = 1 if "gpus_per_node=1" in LAYOUTS[layout] else 2
-    _python(
-        *("torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
-        *("--nproc-per-node", processes, "-m", "megatron_eve.train", recipe, *fields),
-        *FOR_LAYOUT.get(layout, ()),
-        f"train.steps={steps}",
-        "logging.every_steps=1",
-        code=code,
-        folder=folder,
-    )
-
-
-def _python(module: str, *arguments: object, code: Path, folder: Path) -> None:
-    """`python -m` with a commit's code in FOLDER; output in FOLDER/log.txt. Raises: EveError."""
+def _python(module: str, *arguments: object, code: Path, folder: Path) -> str:
+    """`python -m` with a commit's code in FOLDER; its output, which FOLDER/log.txt has, too. Raises: EveError."""
     log = folder / "log.txt"
-    with log.open("ab") as output:
+    with log.open("a") as errors:
         done = subprocess.run(
             [sys.executable, "-m", module, *map(str, arguments)],
             cwd=folder,
             env=os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         )
+        errors.write(done.stdout)
     if done.returncode:
         last = log.read_text(errors="replace").splitlines()[-3:]
         raise EveError(f"{module} of {code.name} ended with {done.returncode}, see {log}: {last}")
+    return done.stdout
 
 
-def _run_facts(run: Path, *, prefix: str) -> Facts:
-    """Configuration, figures and tensors of a finished run."""
-    facts = {}
-    for line in (run / CONFIG).read_text().splitlines():
-        key, _, value = line.partition(": ")
-        facts[f"{prefix}{key}"] = value
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        for key in sorted(record.keys() - TIMES):
-            facts[f"{prefix}step {record['step']} {key}"] = repr(record[key])
-    for checkpoint in sorted((run / "checkpoints").glob("step_*")):
-        tensors = json.loads((checkpoint / COMPLETE).read_text())["tensors"]
-        for name, entry in tensors.items():
-            facts[f"{prefix}{checkpoint.name} {name}"] = json.dumps(entry, sort_keys=True)
+def _recipe_facts(code: Path, folder: Path) -> Facts:
+    """Every field of every recipe that has a golden file, and the golden files."""
+    facts = _file_facts(code, "tests/**/golden/**/*")
+    for golden in sorted(code.glob("tests/config/golden/*.txt")):
+        text = _python("megatron_eve.train", golden.stem, "--dry-run", code=code, folder=folder)
+        facts |= _field_facts(text.partition("\n\n")[0], prefix=f"{golden.stem} ")
     return facts
 
 
-def _file_facts(folder: Path, *, prefix: str) -> Facts:
-    """SHA-256 of every file below a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def _run_facts(
+    code: Path, folder: Path, *, recipe: str, fields: Sequence[str], steps: int
+) -> Facts:
+    """Fields, figures and tensors of a run in FOLDER/runs, from the weights of the run before it there."""
+    run = folder / f"runs/eve_tiny_{recipe}"
+    shutil.rmtree(run, ignore_errors=True)  # of a comparison that was stopped
+    folder.mkdir(exist_ok=True)
+    if not (folder / "data").exists():
+        (folder / "data").symlink_to("../../data")
+    _python(
+        *("torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
+        *("--nproc-per-node", 1 if ONE_PROCESS in fields else 2, "-m", "megatron_eve.train"),
+        *(run.name, *fields, f"train.steps={steps}", "logging.every_steps=1"),
+        code=code,
+        folder=folder,
+    )
+    facts = _field_facts((run / CONFIG).read_text())
+    records = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
+    for key in sorted(set().union(*records) - TIMES):
+        facts[f"figure {key}"] = [repr(record.get(key)) for record in records]
+    for checkpoint in sorted((run / CHECKPOINTS).glob("step_*")):
+        facts |= _tensor_facts(checkpoint)
+    return facts
+
+
+def _release_facts(code: Path, folder: Path, *, recipe: str) -> Facts:
+    """Every file of a release, and every tensor of the checkpoint that is made from it."""
+    for command in (
+        ("release", f"runs/eve_tiny_{recipe}", "release", "--tokenizer", "data/demo/tokenizer"),
+        ("hf-to-megatron", "release", "imported"),
+    ):
+        skip = ("--skip-check",) if command[0] == "release" else ()
+        _python("checkpoints_convert", *command, *skip, "--overwrite", code=code, folder=folder)
+    return _file_facts(folder / "release", "**/*") | _tensor_facts(folder / "imported")
+
+
+def _field_facts(text: str, *, prefix: str = "") -> Facts:
+    """Lines of a resolved configuration."""
+    pairs = (line.partition(": ") for line in text.splitlines())
+    return {f"field {prefix}{key}": [value] for key, _, value in pairs}
+
+
+def _tensor_facts(checkpoint: Path) -> Facts:
+    """Hash, shape and type of every tensor, and what else the manifest says, but of the files that hold them."""
+    manifest: Mapping[str, Mapping[str, object]] = json.loads((checkpoint / COMPLETE).read_text())
+    tensors = {
+        f"tensor {name} of {checkpoint.name}": [json.dumps(entry)]
+        for name, entry in manifest["tensors"].items()
+    }
+    return tensors | {
+        f"field {key} of {checkpoint.name}": [json.dumps(manifest[key])]
+        for key in manifest.keys() - {"tensors", "files", "seal"}
+    }
+
+
+def _file_facts(folder: Path, pattern: str) -> Facts:
+    """SHA-256 of every file below a folder that fits a pattern."""
     return {
-        f"{prefix}{path.relative_to(folder)}": hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
+        f"file {path.relative_to(folder)}": [hashlib.sha256(path.read_bytes()).hexdigest()]
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
     }
 
 
