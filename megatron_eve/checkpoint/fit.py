@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eve.checkpoint.writer import raise_together
+from megatron_eve.config.decoder import decoder_layer
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.errors import CheckpointError
 from megatron_eve.finite import check_finite
@@ -39,15 +40,14 @@ def refuse_other_shapes(model: ModelConfig, stored: Shapes, *, folder: Path) -> 
 
 def _contradictions(model: ModelConfig, stored: Shapes) -> Iterator[tuple[str, Any, Any, str]]:
     """(field, its value, what the tensors say, which tensor)."""
-    width = model.num_attention_heads * model.head_dim
-    qkv_width = width + 2 * model.num_kv_heads * model.head_dim
+    layer = decoder_layer(model)
     measured = (
         ("num_layers", model.num_layers, "decoder.layers.mlp.linear_fc2.weight", 0),
         ("hidden_size", model.hidden_size, "final_layernorm.weight", 0),
         ("ffn_hidden_size", model.ffn_hidden_size, "decoder.layers.mlp.linear_fc2.weight", 2),
-        ("num_attention_heads x head_dim", width,
+        ("num_attention_heads x head_dim", layer.query_width,
          "decoder.layers.self_attention.linear_proj.weight", 2),
-        ("(num_attention_heads + 2 num_kv_heads) x head_dim", qkv_width,
+        ("(num_attention_heads + 2 num_kv_heads) x head_dim", layer.qkv.outputs,
          "decoder.layers.self_attention.linear_qkv.weight", 1),
         ("patch_embed_dim", model.patch_embed_dim, "patch_embedding.conv1.weight", 0),
         ("patch_stride", model.patch_stride, "patch_embedding.conv1.weight", 2),

@@ -6,6 +6,7 @@ and megatron-core 0.16.1 (transformer_config.py), whose own errors come only whe
 
 from collections.abc import Iterator
 
+from megatron_eve.config.decoder import decoder_layer
 from megatron_eve.config.schema import ModelConfig, RunConfig
 
 FP8_WIDTH = 16
@@ -16,14 +17,8 @@ FP8_BLOCK = 128
 
 def linear_widths(model: ModelConfig, *, tensor: int) -> dict[str, tuple[int, int]]:
     """(input, output) of each linear of a decoder layer on one of `tensor` ranks."""
-    heads = model.num_attention_heads * model.head_dim
-    qkv = heads + 2 * model.num_kv_heads * model.head_dim
-    return {
-        "linear_qkv": (model.hidden_size, qkv // tensor),
-        "linear_proj": (heads // tensor, model.hidden_size),
-        "linear_fc1": (model.hidden_size, 2 * model.ffn_hidden_size // tensor),
-        "linear_fc2": (model.ffn_hidden_size // tensor, model.hidden_size),
-    }
+    linears = decoder_layer(model).linears
+    return {one.name.rpartition(".")[2]: one.on_rank(tensor) for one in linears}
 
 
 def fp8_linears(model: ModelConfig, *, tensor: int, min_width: int) -> list[str]:

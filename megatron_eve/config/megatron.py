@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only mapping from our configuration to megatron-core's TransformerConfig, DDP and optimizer configurations.
 
-Everything that Qwen2.5 fixes (RMSNorm, SwiGLU, QKV bias, no dropout) is set here, so that nothing else in the
-package needs to know megatron-core's names for it."""
+What a decoder's table (decoder.py) does not say and Qwen2.5 fixes (RMSNorm, SwiGLU, no dropout) is set here, so that
+nothing else in the package needs to know megatron-core's names for it."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_eve import device
+from megatron_eve.config.decoder import decoder_layer
 from megatron_eve.config.schema import (
     GpuConfig,
     ModelConfig,
@@ -56,7 +57,7 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=decoder_layer(model).qkv.has_bias,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         init_method_std=model.init_std,

@@ -5,8 +5,10 @@ Pure functions, no torch. Sources: EVEv2 train.py:349-363 for the resize rule be
 counts equal those of the official 7B checkpoint (15,478,272 + 6,525,618,176 + 7,615,616,512)."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_eve.config.decoder import Linear, Norm, decoder_layer, patch_convolutions
 from megatron_eve.config.schema import ModelConfig, RunConfig, TrainableGroup
 
 BYTES_PER_VALUE = {"bf16": 2, "fp32": 4}
@@ -15,43 +17,25 @@ _FP32 = 4
 
 def parameter_counts(model: ModelConfig) -> dict[TrainableGroup, int]:
     """Parameters of the whole model by trainable group; the embedding counts without padding rows."""
-    layer = _layer_parameters(model)
     embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    rows = decoder_layer(model).rows
     return {
         "patch_embedding": _patch_embedding_parameters(model),
-        "vision": model.num_layers * layer.split,
-        "text": model.num_layers * layer.dense + embeddings + model.hidden_size,
+        "vision": model.num_layers * _on_rank([row for row in rows if row.is_split(model.split)]),
+        "text": model.num_layers * _on_rank(rows) + embeddings + model.hidden_size,
     }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _LayerParameters:
-    """Parameters of one decoder layer: of one branch, and of the components that have a second, vision copy."""
-
-    dense: int
-    split: int
-    split_norm: int  # part of `split` that tensor parallelism replicates
-
-
-def _layer_parameters(model: ModelConfig) -> _LayerParameters:
-    hidden, head_dim = model.hidden_size, model.head_dim
-    qkv_rows = (model.num_attention_heads + 2 * model.num_kv_heads) * head_dim
-    norm = 2 * hidden
-    attention = qkv_rows * (hidden + 1) + model.num_attention_heads * head_dim * hidden
-    ffn = 3 * hidden * model.ffn_hidden_size
-    split_norm = norm * model.split.norm
-    return _LayerParameters(
-        dense=norm + attention + ffn,
-        split=split_norm + attention * model.split.attention + ffn * model.split.ffn,
-        split_norm=split_norm,
-    )
+def _on_rank(rows: Iterable[Norm | Linear], *, tensor: int = 1) -> int:
+    """Parameters on one of `tensor` ranks, which share linears and replicate norms."""
+    rows = list(rows)
+    norms = sum(row.parameters for row in rows if isinstance(row, Norm))
+    return norms + sum(row.parameters for row in rows if isinstance(row, Linear)) // tensor
 
 
 def _patch_embedding_parameters(model: ModelConfig) -> int:
-    channels, hidden = model.patch_embed_dim, model.hidden_size
-    first = 3 * model.patch_stride**2 * channels + channels
-    second = channels * model.dense_stride**2 * hidden + hidden
-    return first + second + 2 * hidden  # CLS and SPL
+    convolutions = sum(one.parameters for one in patch_convolutions(model))
+    return convolutions + 2 * model.hidden_size  # CLS and SPL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,14 +70,14 @@ def memory_estimate(config: RunConfig) -> MemoryEstimate:
 def _parameters_on_fullest_stage(config: RunConfig) -> dict[TrainableGroup, int]:
     """Tensor parallelism divides linears and embeddings, and replicates norms and the patch embedding."""
     model, tensor, pipeline = config.model, config.parallel.tensor, config.parallel.pipeline
-    layer = _layer_parameters(model)
-    norm, layers = 2 * model.hidden_size, model.num_layers // pipeline
+    rows, layers = decoder_layer(model).rows, model.num_layers // pipeline
+    split = [row for row in rows if row.is_split(model.split)]
     table = padded_vocab_size(model, tensor=tensor) // tensor * model.hidden_size
     ends = table if pipeline > 1 or model.tie_word_embeddings else 2 * table
     return {
         "patch_embedding": _patch_embedding_parameters(model),
-        "vision": layers * (layer.split_norm + (layer.split - layer.split_norm) // tensor),
-        "text": layers * (norm + (layer.dense - norm) // tensor) + ends + model.hidden_size,
+        "vision": layers * _on_rank(split, tensor=tensor),
+        "text": layers * _on_rank(rows, tensor=tensor) + ends + model.hidden_size,
     }
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_eve.config.decoder import Linear, decoder_layer, patch_convolutions
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.data.sample import VISION_CLS, VISION_PATCH
 from megatron_eve.inference.cache import KeyValueCache
@@ -86,14 +87,28 @@ class RmsNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+def linears_of(row: Linear, *, moe: str = "") -> dict[str, nn.Linear]:
+    """A row of the decoder's table as the modules that Hugging Face has, by their names there."""
+    return {
+        part.hf.rpartition(".")[2].format(moe=moe): nn.Linear(
+            row.inputs, part.rows, bias=row.has_bias
+        )
+        for part in row.parts
+    }
+
+
 class SwiGlu(nn.Module):
     """The FFN of one branch."""
 
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(model.hidden_size, model.ffn_hidden_size, bias=False)
-        self.up_proj = nn.Linear(model.hidden_size, model.ffn_hidden_size, bias=False)
-        self.down_proj = nn.Linear(model.ffn_hidden_size, model.hidden_size, bias=False)
+        table = decoder_layer(model)
+        for name, linear in (linears_of(table.fc1) | linears_of(table.fc2)).items():
+            self.register_module(name, linear)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -106,15 +121,12 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, model.head_dim
-        wide, narrow = model.num_attention_heads, model.num_kv_heads
-        outputs = {"q_proj": wide, "k_proj": narrow, "v_proj": narrow}
-        for prefix in ("", "moe_"):
-            exists = prefix == "" or model.split.attention
-            for name, heads in outputs.items():
-                linear = nn.Linear(model.hidden_size, heads * model.head_dim) if exists else None
-                self.register_module(prefix + name, linear)
-            output = nn.Linear(wide * model.head_dim, model.hidden_size, bias=False)
-            self.register_module(f"{prefix}o_proj", output if exists else None)
+        table = decoder_layer(model)
+        for moe in ("", "moe_"):
+            for row in (table.qkv, table.proj):
+                exists = not moe or row.is_split(model.split)
+                for name, linear in linears_of(row, moe=moe).items():
+                    self.register_module(name, linear if exists else None)
 
     def _project(self, name: str, rows: Tensor, num_vision: int) -> Tensor:
         text, vision = self.get_submodule(name), self._modules[f"moe_{name}"]
@@ -224,13 +236,12 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        channels, stride, dense = model.patch_embed_dim, model.patch_stride, model.dense_stride
-        self.patch_embedding = nn.ModuleDict(
-            {
-                "0": nn.Conv2d(3, channels, kernel_size=stride, stride=stride),
-                "2": nn.Conv2d(channels, model.hidden_size, kernel_size=dense, stride=dense),
-            }
-        )
+        self.patch_embedding = nn.ModuleDict()
+        for name, convolution in zip(("0", "2"), patch_convolutions(model), strict=True):
+            channels, height, width = convolution.inputs
+            self.patch_embedding[name] = nn.Conv2d(
+                channels, convolution.outputs, kernel_size=(height, width), stride=(height, width)
+            )
         self.class_embedding = nn.Parameter(torch.empty(model.hidden_size))
         self.split_embedding = nn.Parameter(torch.empty(model.hidden_size))
 

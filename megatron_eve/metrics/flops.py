@@ -11,18 +11,22 @@ Host arithmetic on the pack's own integers; tests/metrics/test_flops.py compares
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megatron_eve.config.decoder import (
+    MODALITIES,
+    Modality,
+    Row,
+    decoder_layer,
+    patch_convolutions,
+)
 from megatron_eve.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainableGroup
 from megatron_eve.config.sizes import padded_vocab_size
 from megatron_eve.data.sample import VISION_PATCH, Pack
 from megatron_eve.model.micro_batch import executed_rows
 
-Modality = Literal["vision", "text"]
-MODALITIES: tuple[Modality, ...] = ("vision", "text")
 DECODER = ("qkv", "attention", "proj", "ffn")
 
 
@@ -108,21 +112,14 @@ def matrix_products(
 
 def _patch_embedding(tally: _Tally, model: ModelConfig, *, patches: int, trained: bool) -> None:
     """Two convolutions on windows that do not overlap. Nobody needs the gradient of pixels."""
-    width, merged = model.patch_embed_dim, model.dense_stride**2
-    tally.linear(
-        "patch_embedding",
-        rows=patches * merged,
-        size=3 * model.patch_stride**2 * width,
-        input_gradient=False,
-        weight_gradient=trained,
-    )
-    tally.linear(
-        "patch_embedding",
-        rows=patches,
-        size=width * merged * model.hidden_size,
-        input_gradient=trained,
-        weight_gradient=trained,
-    )
+    for number, convolution in enumerate(patch_convolutions(model)):
+        tally.linear(
+            "patch_embedding",
+            rows=patches * convolution.windows,
+            size=convolution.weights,
+            input_gradient=trained and number > 0,
+            weight_gradient=trained,
+        )
 
 
 class _Layer:
@@ -131,7 +128,7 @@ class _Layer:
     def __init__(
         self, model: ModelConfig, work: Work, *, trainable: tuple[TrainableGroup, ...], last: bool
     ) -> None:
-        self._model, self._trainable = model, trainable
+        self._table, self._split, self._trainable = decoder_layer(model), model.split, trainable
         self._rows: dict[Modality, int] = {"vision": work.vision, "text": work.text}
         self._out_rows = self._query_rows = self._rows
         self._pairs = work.pairs
@@ -151,53 +148,47 @@ class _Layer:
 
     def _attention(self, tally: _Tally, reached: dict[Modality, bool]) -> bool:
         """Returns whether its output requires gradients: of all rows, for attention joins the modalities."""
-        model, split = self._model, self._model.split
-        heads = model.num_attention_heads * model.head_dim
-        trained = {modality: self._trains(split.attention, modality) for modality in reached}
-        normed = {m: before or self._trains(split.norm, m) for m, before in reached.items()}
+        table = self._table
+        normed = {m: before or self._trains(table.input_norm, m) for m, before in reached.items()}
         for modality in reached:
-            for rows, columns in (
-                (self._query_rows[modality], heads),
-                (self._rows[modality], 2 * model.num_kv_heads * model.head_dim),
-            ):
+            for part in table.qkv.parts:
+                rows = self._query_rows if part.of_queries else self._rows
                 tally.linear(
                     "qkv",
-                    rows=rows,
-                    size=model.hidden_size * columns,
+                    rows=rows[modality],
+                    size=table.qkv.inputs * part.rows,
                     input_gradient=normed[modality],
-                    weight_gradient=trained[modality],
+                    weight_gradient=self._trains(table.qkv, modality),
                 )
-        attended = any(normed[m] or trained[m] for m in reached)
-        tally.attention(product=2 * heads * self._pairs, gradient=attended)
+        attended = any(normed[m] or self._trains(table.qkv, m) for m in reached)
+        tally.attention(product=2 * table.query_width * self._pairs, gradient=attended)
         for modality in reached:
             tally.linear(
                 "proj",
                 rows=self._out_rows[modality],
-                size=heads * model.hidden_size,
+                size=table.proj.weights,
                 input_gradient=attended,
-                weight_gradient=trained[modality],
+                weight_gradient=self._trains(table.proj, modality),
             )
         return attended
 
     def _ffn(self, tally: _Tally, modality: Modality, *, reached: bool) -> bool:
-        model, rows = self._model, self._out_rows[modality]
-        trained = self._trains(model.split.ffn, modality)
-        normed = reached or self._trains(model.split.norm, modality)
-        for columns, gradient in (
-            (2 * model.ffn_hidden_size, normed),  # gate and up
-            (model.ffn_hidden_size, normed or trained),  # down
-        ):
+        table = self._table
+        reached = reached or self._trains(table.ffn_norm, modality)
+        for linear in (table.fc1, table.fc2):
+            trained = self._trains(linear, modality)
             tally.linear(
                 "ffn",
-                rows=rows,
-                size=model.hidden_size * columns,
-                input_gradient=gradient,
+                rows=self._out_rows[modality],
+                size=linear.weights,
+                input_gradient=reached,
                 weight_gradient=trained,
             )
-        return normed or trained
+            reached = reached or trained
+        return reached
 
-    def _trains(self, split: bool, modality: Modality) -> bool:
-        return ("vision" if split and modality == "vision" else "text") in self._trainable
+    def _trains(self, row: Row, modality: Modality) -> bool:
+        return row.group(modality, self._split) in self._trainable
 
 
 def ideal_flops(pack: Pack, *, model: ModelConfig, trainable: tuple[TrainableGroup, ...]) -> int:

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from megatron_eve.command import end_with
+from megatron_eve.config.decoder import decoder_layer
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import BatchConfig, ModelConfig, RunConfig
 from megatron_eve.data.plan.lengths import SampleLengths
@@ -54,10 +55,11 @@ class Epoch:
 
 def decoder_cost(model: ModelConfig) -> PackCost:
     """Multiply-adds of a decoder layer's forward: every token costs the same, causal attention half of the square."""
-    query = model.num_attention_heads * model.head_dim
-    key_value = 2 * model.num_kv_heads * model.head_dim
-    linear = model.hidden_size * (2 * query + key_value + 3 * model.ffn_hidden_size)
-    return PackCost(per_vision=linear, per_text=linear, per_text_label=0, per_square=query)
+    layer = decoder_layer(model)
+    linear = sum(one.weights for one in layer.linears)
+    return PackCost(
+        per_vision=linear, per_text=linear, per_text_label=0, per_square=layer.query_width
+    )
 
 
 def training_cost(config: RunConfig) -> PackCost:

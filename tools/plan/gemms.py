@@ -3,9 +3,11 @@
 
 Their sum over ranks is what metrics/flops.py counts as executed (tests/tools/test_plan_time.py compares)."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_eve.config.decoder import MODALITIES, decoder_layer, patch_convolutions
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.sizes import padded_vocab_size
 
@@ -40,19 +42,19 @@ def gemms(config: RunConfig, rows: PackRows) -> Iterator[Gemm]:
     every = {"vision": rows.vision // cp, "text": rows.text // cp}
     few = {"vision": rows.kept_vision // cp, "text": rows.kept_text // cp}
     yield from _patch_embedding(config, rows)
-    for name, inner, outer, last in _decoder(config):
-        split = model.split.ffn if name == "ffn" else model.split.attention
-        for modality in ("vision", "text"):
-            group = modality if split else "text"
-            for count, number in ((model.num_layers - 1, every), (1, few if last else every)):
+    for linear in decoder_layer(model).linears:
+        inner, outer = linear.on_rank(config.parallel.tensor)
+        last = few if linear.kept_rows_only else every
+        for modality in MODALITIES:
+            for count, number in ((model.num_layers - 1, every), (1, last)):
                 yield Gemm(
-                    component=name,
+                    component=linear.component,
                     rows=number[modality],
                     inner=inner,
                     outer=outer,
                     count=count,
                     input_gradient=True,  # the residual stream requires one in every stage
-                    weight_gradient=group in config.stage.trainable,
+                    weight_gradient=linear.group(modality, model.split) in config.stage.trainable,
                 )
     tensor = config.parallel.tensor
     yield Gemm(
@@ -66,35 +68,20 @@ def gemms(config: RunConfig, rows: PackRows) -> Iterator[Gemm]:
     )
 
 
-def _decoder(config: RunConfig) -> Iterator[tuple[str, int, int, bool]]:
-    """(component, inner, outer, whether the last layer computes the kept rows only) of each linear."""
-    model, tensor = config.model, config.parallel.tensor
-    heads = model.num_attention_heads * model.head_dim // tensor
-    keys = model.num_kv_heads * model.head_dim // tensor
-    width = model.ffn_hidden_size // tensor
-    yield "qkv", model.hidden_size, heads + 2 * keys, False
-    yield "proj", heads, model.hidden_size, True
-    yield "ffn", model.hidden_size, 2 * width, True
-    yield "ffn", width, model.hidden_size, True
-
-
 def _patch_embedding(config: RunConfig, rows: PackRows) -> Iterator[Gemm]:
     """Each sequence-parallel rank embeds its own rows; without sequence parallelism every rank all of them."""
-    model, parallel = config.model, config.parallel
+    parallel = config.parallel
     shards = parallel.tensor if parallel.sequence_parallel else 1
     patches = rows.patches // parallel.context // shards
-    windows, trained = model.dense_stride**2, "patch_embedding" in config.stage.trainable
-    for count, inner, outer, gradient in (
-        (patches * windows, 3 * model.patch_stride**2, model.patch_embed_dim, False),
-        (patches, model.patch_embed_dim * windows, model.hidden_size, trained),
-    ):
+    trained = "patch_embedding" in config.stage.trainable
+    for number, convolution in enumerate(patch_convolutions(config.model)):
         yield Gemm(
             component="patch_embedding",
-            rows=count,
-            inner=inner,
-            outer=outer,
+            rows=patches * convolution.windows,
+            inner=math.prod(convolution.inputs),
+            outer=convolution.outputs,
             count=1,
-            input_gradient=gradient,
+            input_gradient=trained and number > 0,  # nobody needs the gradient of pixels
             weight_gradient=trained,
         )
 
@@ -102,6 +89,6 @@ def _patch_embedding(config: RunConfig, rows: PackRows) -> Iterator[Gemm]:
 def attention_flops(config: RunConfig, rows: PackRows) -> tuple[int, int]:
     """(forward, backward) of all layers on one rank; the backward computes the scores again."""
     model, parallel = config.model, config.parallel
-    heads = model.num_attention_heads * model.head_dim // parallel.tensor
+    heads = decoder_layer(model).query_width // parallel.tensor
     product = 2 * heads * rows.pairs // parallel.context * model.num_layers
     return 2 * product, 5 * product

@@ -19,8 +19,10 @@ share here, one data.align less than they may be. A pipeline's first stage holds
 stages. Exact for `local` (tests/tools/test_plan_memory.py counts); for `te` from the sources of Transformer Engine,
 never compared with a GPU. Workspace is a guess: CUDA context, NCCL's and cuBLAS' buffers, fragmentation."""
 
+import math
 from dataclasses import dataclass, fields
 
+from megatron_eve.config.decoder import MODALITIES, Row, decoder_layer, patch_convolutions
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.sizes import BYTES_PER_VALUE, memory_estimate, padded_vocab_size
 
@@ -138,12 +140,9 @@ def _layer_input(config: RunConfig, rows: PackRows) -> int:
     return per_rank * config.model.hidden_size * BYTES_PER_VALUE[config.train.dtype]
 
 
-def _trains(config: RunConfig, *, split: bool) -> dict[str, bool]:
-    vision = "vision" if split else "text"
-    return {
-        "vision": vision in config.stage.trainable,
-        "text": "text" in config.stage.trainable,
-    }
+def _trains(config: RunConfig, row: Row) -> dict[str, bool]:
+    groups = {modality: row.group(modality, config.model.split) for modality in MODALITIES}
+    return {modality: group in config.stage.trainable for modality, group in groups.items()}
 
 
 def _norm(config: RunConfig, rows: _Rows, *, next_is_trained: bool) -> int:
@@ -151,7 +150,8 @@ def _norm(config: RunConfig, rows: _Rows, *, next_is_trained: bool) -> int:
     value, hidden = BYTES_PER_VALUE[config.train.dtype], config.model.hidden_size
     count = sum(rows.sharded.values())
     local = config.train.backend == "local"
-    before_weight = rows.trained(rows.sharded, _trains(config, split=config.model.split.norm))
+    norm = decoder_layer(config.model).input_norm  # the other one is like it
+    before_weight = rows.trained(rows.sharded, _trains(config, norm))
     kept_input = count * hidden * (_FP32 if local else value)
     scale = count * _FP32
     return (
@@ -164,10 +164,10 @@ def _norm(config: RunConfig, rows: _Rows, *, next_is_trained: bool) -> int:
 
 def _before_ffn(config: RunConfig, rows: _Rows, kept_rows: _Rows, samples: float) -> int:
     """The first norm, attention, and its projection on the rows that go on."""
-    model, tensor = config.model, config.parallel.tensor
-    attention = model.num_attention_heads * model.head_dim // tensor
-    trained = any(_trains(config, split=model.split.attention).values())
-    projected = trained * sum(kept_rows.whole.values()) * attention
+    layer = decoder_layer(config.model)
+    trained = any(_trains(config, layer.proj).values())
+    inputs, _ = layer.proj.on_rank(config.parallel.tensor)
+    projected = trained * sum(kept_rows.whole.values()) * inputs
     projected *= BYTES_PER_VALUE[config.train.dtype]
     core = _core_attention(config, samples)
     return _norm(config, rows, next_is_trained=trained) + core + projected
@@ -177,8 +177,8 @@ def _core_attention(config: RunConfig, samples: float) -> int:
     """Of this rank's tokens, which rows without a token are not among."""
     model, tensor, cp = config.model, config.parallel.tensor, config.parallel.context
     value, tokens = BYTES_PER_VALUE[config.train.dtype], config.data.pack_tokens // cp
-    attention = model.num_attention_heads * model.head_dim // tensor
-    key = model.num_kv_heads * model.head_dim // tensor
+    layer = decoder_layer(model)
+    attention, key = layer.query_width // tensor, layer.key_width // tensor
     # RoPE makes new tensors of q and k; v is a view, which keeps all of q, k, v in sequence order.
     inputs = tokens * (2 * attention + 3 * key) * value
     if config.train.recompute == "selective":
@@ -202,14 +202,11 @@ def _chunk_masks(config: RunConfig, samples: float) -> int:
 
 def _ffn(config: RunConfig, rows: _Rows) -> int:
     """The second norm and the FFN."""
-    model = config.model
-    value, width = (
-        BYTES_PER_VALUE[config.train.dtype],
-        model.ffn_hidden_size // config.parallel.tensor,
-    )
-    trains = _trains(config, split=model.split.ffn)
+    fc2 = decoder_layer(config.model).fc2
+    width, _ = fc2.on_rank(config.parallel.tensor)
+    value, trains = BYTES_PER_VALUE[config.train.dtype], _trains(config, fc2)
     # megatron-core's own MLP, which an FFN without a split is, adds an offset of 0 to `up`: a copy.
-    middle = (3 if model.split.ffn else 4) * sum(rows.whole.values())
+    middle = (3 if fc2.is_split(config.model.split) else 4) * sum(rows.whole.values())
     middle += rows.trained(rows.whole, trains)
     return _norm(config, rows, next_is_trained=any(trains.values())) + middle * width * value
 
@@ -218,10 +215,9 @@ def _embedding(config: RunConfig, *, patches: int) -> int:
     """The patch embedding: pixels, what goes into GELU, and what comes out of it; nothing where it is frozen."""
     if "patch_embedding" not in config.stage.trainable:
         return 0
-    model = config.model
-    windows = patches * model.dense_stride**2
-    widths = 3 * model.patch_stride**2 + 2 * model.patch_embed_dim
-    return windows * widths * BYTES_PER_VALUE[config.train.dtype]
+    first, _ = patch_convolutions(config.model)
+    widths = math.prod(first.inputs) + 2 * first.outputs
+    return patches * first.windows * widths * BYTES_PER_VALUE[config.train.dtype]
 
 
 def _output(config: RunConfig, labels: int) -> int:

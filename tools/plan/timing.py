@@ -12,6 +12,7 @@ backward; per micro-batch the addition of weight gradients into fp32 buffers; pe
 import math
 from dataclasses import dataclass, fields
 
+from megatron_eve.config.decoder import decoder_layer
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.sizes import BYTES_PER_VALUE, memory_estimate
 
@@ -129,15 +130,15 @@ def _forward_bytes(config: RunConfig, rows: PackRows) -> float:
     model, parallel = config.model, config.parallel
     shards = parallel.tensor if parallel.sequence_parallel else 1
     count = rows.all / parallel.context
-    heads = model.num_attention_heads * model.head_dim / parallel.tensor
-    keys = model.num_kv_heads * model.head_dim / parallel.tensor
+    layer = decoder_layer(model)
+    heads, keys = layer.query_width / parallel.tensor, layer.key_width / parallel.tensor
     outside = 10 * model.hidden_size / shards  # two norms, two sums
     attention = 2 * (heads + 2 * keys) + 2 * (heads + keys) + 2 * heads  # there, RoPE, back
-    width = 5 * model.ffn_hidden_size / parallel.tensor  # silu, then its product with up
+    width = 5 * layer.fc2.inputs / parallel.tensor  # silu, then its product with up
     value = BYTES_PER_VALUE[config.train.dtype]
-    layer = count * (outside + attention + width) * value
+    passes = count * (outside + attention + width) * value
     softmax = rows.labels / parallel.context * model.vocab_size / parallel.tensor * 3 * _FP32
-    return model.num_layers * layer + softmax
+    return model.num_layers * passes + softmax
 
 
 def _tensor_bytes(config: RunConfig, rows: PackRows) -> float:
@@ -160,7 +161,7 @@ def _context_bytes(config: RunConfig, rows: PackRows) -> float:
     model, parallel = config.model, config.parallel
     if parallel.context == 1:
         return 0.0
-    keys = 2 * model.num_kv_heads * model.head_dim / parallel.tensor
+    keys = 2 * decoder_layer(model).key_width / parallel.tensor
     one = rows.all / parallel.context * keys * BYTES_PER_VALUE[config.train.dtype]
     again = config.train.recompute != "none"
     return model.num_layers * (parallel.context - 1) * one * (3 + again)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_eve.config.decoder import Modality, decoder_layer
 from megatron_eve.config.schema import ModelConfig, TrainableGroup
 from megatron_eve.errors import ConfigError
 
@@ -102,25 +103,22 @@ class PackCost:
         twice. Causal attention does half of the square in each of its two products. Which text tokens carry a label is
         not known from lengths: all are taken to, which holds for captions and is too many for questions."""
 
-        def passes(separate: bool, group: TrainableGroup) -> int:
-            owner = group if separate else "text"
-            return 3 if owner in trainable else 2
+        def passes(group: TrainableGroup) -> int:
+            return 3 if group in trainable else 2
 
-        def per_token(group: TrainableGroup) -> int:
-            return (
-                passes(model.split.attention, group) * projections
-                + passes(model.split.ffn, group) * 3 * model.hidden_size * model.ffn_hidden_size
+        def per_token(modality: Modality) -> int:
+            return sum(
+                passes(linear.group(modality, model.split)) * linear.weights
+                for linear in layer.linears
             )
 
-        query = model.num_attention_heads * model.head_dim
-        key_value = 2 * model.num_kv_heads * model.head_dim
-        projections = model.hidden_size * (query + key_value) + query * model.hidden_size
-        output = passes(False, "text") * model.hidden_size * model.vocab_size
+        layer = decoder_layer(model)
+        output = passes("text") * model.hidden_size * model.vocab_size
         return cls(
             per_vision=per_token("vision"),
             per_text=per_token("text"),
             per_text_label=output // model.num_layers,
-            per_square=3 * query,
+            per_square=3 * layer.query_width,
         )
 
     def of(self, pack: PlannedPack, *, shape: PackShape) -> int:
