@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The start of the data on all processes: data leaders open their loaders, which may count tokens for a while;
-everybody waits for all of them, and all plans are compared.
+"""The start of the data on all processes: data leaders open their loaders, which may count tokens for a while; the
+other processes wait for all of them, and all plans are compared.
 
-Nobody waits in a collective, which has a time limit. Leaders leave signs of life in the store that the process group
-was made with, and everybody looks at them there; so counting may take as long as it does, and a leader that is dead
-or stuck is noticed. The first leader that fails tells why; the other processes end without a word of their own. The
-same store tells a leader later whether it is the first to meet an unreadable row.
+No process waits in a collective, which has a time limit. Leaders leave signs of life in the store that the process
+group was made with, and every process looks at them there; so counting may take its time, and a dead or stuck leader
+is noticed. The first leader that fails gives the reason; the other processes end silently. The same store later tells
+a leader whether it is the first to meet an unreadable row.
 """
 
 import time
@@ -21,17 +21,17 @@ from megatron_eve.parallel.groups import ParallelState
 
 _LOOK_S = 0.5
 _LEAST_SILENCE_S = 60.0  # reading a large file of counts takes seconds
-_LEADERS_A_LOOK = 16  # where there are more, each looks more rarely: one process answers all
+_LEADERS_A_LOOK = 16  # with more leaders each looks less often, because one process answers all
 
 
 def open_on_all(
     open_loader: Callable[[Alive, IsFirst], PackLoader], *, state: ParallelState, timeout_s: float
 ) -> PackLoader | None:
-    """This process's loader, if it is a data leader, when all leaders have theirs and have planned the same packs.
-
+    """This process's loader, if it is a data leader, once all leaders have theirs and have planned the same packs.
     Every process calls it. `timeout_s`: how long a leader may give no sign of life.
+
     Raises: on the first process that fails, what `open_loader` raises, ParallelError if a leader is silent, DataError
-    if two leaders have other plans; ElsewhereError on the others."""
+    if two leaders have different plans; ElsewhereError on the others."""
     if state.world_size == 1:
         return open_loader(lambda: None, first_time())
     board = Board(_get_default_store(), state=state, silence_s=max(timeout_s, _LEAST_SILENCE_S))
@@ -51,7 +51,7 @@ def open_on_all(
 
 
 class Board:
-    """What the processes of one start write into the store; leaders by their data rank."""
+    """What the processes of one start write into the store. Leaders go by their data rank."""
 
     def __init__(self, store: Store, *, state: ParallelState, silence_s: float) -> None:
         number = store.add(f"data_start/calls/{state.rank}", 1)  # the same on every process
@@ -63,7 +63,7 @@ class Board:
         self._beats = dict.fromkeys(range(self._size), (-1, time.monotonic()))
 
     def alive(self) -> None:
-        """A leader's sign of life, and a look at the others. Raises: ElsewhereError if one failed, ParallelError."""
+        """Give a sign of life, and look at the others. Raises: ElsewhereError if one failed, ParallelError."""
         if time.monotonic() - self._last_look >= self._look_s:
             self._store.add(self._key("beat", self._rank), 1)
             self._look()
@@ -82,15 +82,16 @@ class Board:
         self._store.add(self._key("ready"), 1)
 
     def is_first_to_fail(self) -> bool:
-        """Whether this process, which has failed, is the first, whose reason is told."""
+        """Whether this process, which has failed, is the first one; then it gives the reason."""
         try:
             return self._store.add(self._key("failed"), 1) == 1
         except RuntimeError:  # rank 0, which answers, is gone
             return True
 
     def wait_for_all(self) -> None:
-        """Until every leader has its loader. Raises: as alive(); DataError if this leader has another plan than data
-        rank 0."""
+        """Wait until every leader has its loader.
+
+        Raises: as alive(); DataError if this leader's plan differs from that of data rank 0."""
         while self._number("ready") < self._size:
             self._look()
             time.sleep(self._look_s)

@@ -6,10 +6,10 @@
     RUN_DIR/evaluations.jsonl              one record an evaluation: step, outcome, seconds, metrics
 
 One process of a run (rank 0) starts it; between two steps it only looks whether the checkpoint is there and whether
-the command has ended (a stat and a waitpid). The budget is kept by coreutils' `timeout`, also if the trainer dies.
-There is one at a time: what is due while one runs is skipped and counted. What a kill or a stop interrupted is due
-again when the run goes on. The numbers go into the next logged record as `evaluation/NAME`, with `evaluated_step`;
-those that come after the last record stand in evaluations.jsonl alone. Whatever goes wrong here ends no run."""
+the command has ended (a stat and a waitpid). coreutils' `timeout` keeps the budget, even if the trainer dies. One
+evaluation runs at a time: those due meanwhile are skipped and counted. An evaluation that a kill or stop interrupted
+is due again when the run goes on. The numbers go into the next logged record as `evaluation/NAME`, with
+`evaluated_step`; after the last record they stand in evaluations.jsonl alone. No failure here ends a run."""
 
 import functools
 import json
@@ -37,11 +37,11 @@ RECORDS_FILE, FOLDER, METRICS_JSON, LOG_FILE = (
     "metrics.json",
     "log.txt",
 )
-# Exit codes of `timeout`: ended at its limit; killed after it, when the signal takes `timeout` itself along.
+# Exit codes of `timeout`: the command ended at its limit; it was killed after it, and `timeout` with it.
 TIMED_OUT = (124, 137, -signal.SIGKILL)
 KILL_AFTER_S = 5
 WAIT_S = 0.2  # between two looks at the end of a run
-# Of the launcher: a command that starts torch.distributed must not join this run.
+# The launcher's variables: a command that starts torch.distributed must not join this run.
 _OF_THE_RUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
                "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE", "GROUP_WORLD_SIZE")  # fmt: skip
 Outcome = Literal["done", "over budget", "failed", "stopped", "skipped"]
@@ -57,7 +57,7 @@ class _Running:
 
 
 def _harmless(method: Callable[..., None]) -> Callable[..., None]:
-    """A method that an error ends, and with it the evaluations of this start, but not the run."""
+    """Decorate a method: an error in it ends the evaluations of this start, but not the run."""
 
     @functools.wraps(method)
     def guarded(self: "Evaluations", *args: Any, **kwargs: Any) -> None:
@@ -73,7 +73,7 @@ class Evaluations:
     """The evaluations of one run. Every method but `finish` returns at once."""
 
     def __init__(self, config: EvaluationConfig, *, run_dir: Path, is_starter: bool) -> None:
-        """`is_starter`: rank 0; the others hold one that does nothing."""
+        """`is_starter`: this is rank 0; the other ranks hold an object that does nothing."""
         self._config, self._run_dir = config, run_dir
         self._is_on = is_starter and config.command is not None
         self._due: int | None = None
@@ -83,8 +83,8 @@ class Evaluations:
 
     @_harmless
     def resumed(self, step: int) -> None:
-        """The run goes on after `step` steps: its newest checkpoint that was to be evaluated still is, if nothing
-        was recorded of it but a stop."""
+        """The run goes on after `step` steps. If nothing but a stop was recorded of its newest checkpoint that was to
+        be evaluated, that is due again."""
         if not self._is_on:
             return
         steps = [
@@ -104,7 +104,7 @@ class Evaluations:
 
     @_harmless
     def poll(self) -> None:
-        """Take in what has ended, start what is due. To be called between steps."""
+        """Take in what has ended and start what is due. Call it between steps."""
         if self._running is not None and (code := self._running.process.poll()) is not None:
             self._take_in(self._running, code)
         if self._due is not None and self._checkpoint(self._due).is_dir():
@@ -115,7 +115,7 @@ class Evaluations:
                 self._record(step, "skipped", seconds=0.0)
 
     def news(self) -> dict[str, float]:
-        """Metrics that came since the last call, for the record of a step."""
+        """Metrics that arrived since the last call, for the record of a step."""
         news, self._news = self._news, {}
         return news
 
@@ -152,7 +152,7 @@ class Evaluations:
         return every is None or step % every == 0
 
     def _settled(self) -> set[int]:
-        """Steps whose evaluation came to an end, whatever end; a stop is none."""
+        """Steps whose evaluation ended in any way but by a stop."""
         path = self._run_dir / RECORDS_FILE
         records = read_metrics(path) if path.is_file() else []
         return {int(r["step"] or 0) for r in records if r.get("outcome") not in (None, "stopped")}
@@ -221,7 +221,7 @@ class Evaluations:
 
 
 def _new_folder(path: Path) -> Path:
-    """`path`, or `path`.2, ...: a command of a run that was killed may still be writing to the one before."""
+    """`path`, or `path`.2, ...: the command of a killed run may still write to the folder before."""
     folder, number = path, 1
     while True:
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hands the packs that a data leader has read to every process that computes on them.
+"""Hands the packs of a data leader to every process that computes on them.
 
 The small metadata goes to the leader's context-parallel group and from there to each model-parallel group (every
 pipeline stage needs it), the pixels to the context- and then the tensor-parallel groups of the first stage. All that
@@ -18,7 +18,7 @@ from megatron_eve.parallel.groups import ParallelState
 
 
 class PackSource(Protocol):
-    """What reads packs: megatron_eve.data.loader.PackLoader, or a stand-in in tests."""
+    """Reads packs: megatron_eve.data.loader.PackLoader, or a stand-in in tests."""
 
     def __next__(self) -> list[Pack]: ...
 
@@ -41,7 +41,7 @@ def next_step(source: PackSource | None, *, state: ParallelState) -> list[Pack]:
 
 
 def _metadata_groups(state: ParallelState) -> list[ProcessGroup]:
-    """Along the first one the leaders of the model-parallel groups hear of the packs."""
+    """The metadata goes along the first group to the leaders of the model-parallel groups."""
     leads = state.tp_rank == 0 and state.pp_rank == 0
     return [state.groups.cp, state.groups.mp] if leads else [state.groups.mp]
 

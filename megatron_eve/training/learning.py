@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a run can learn: each group of weights that its stage trains gets a gradient and has a learning rate, and
-there are labels. A run that lacks one of them looks as any other, saves, and ends "done"; here it says so.
+there are labels. A run that lacks one of these looks like any other, saves, and ends as done; this module warns.
 
-Which groups a gradient reaches is found on each process and added up in the step's own all-reduce (step.py). What
-counts is steps in a row: a batch without a picture is nothing unusual."""
+Each process finds which groups a gradient reaches, and the step's own all-reduce adds that up (step.py). Only steps
+in a row count: a single batch without a picture is nothing unusual."""
 
 import logging
 import math
@@ -18,16 +18,16 @@ from megatron_eve.model.stages import group_of
 
 GROUPS: tuple[TrainableGroup, ...] = get_args(TrainableGroup)
 STEPS_IN_A_ROW = 3
-"""After so many steps it is said; then after ten times as many, and so on."""
+"""The first warning comes after so many steps, the next after ten times as many, and so on."""
 SMALLEST_RATE = 1e-12
 """Below it a step of Adam changes no weight in fp32 that is not far smaller than any initial one."""
 
-_LOOK_AT = 2**12  # elements of a gradient: the first rows tell as much as all of it
+_LOOK_AT = 2**12  # elements of a gradient: the first rows are enough
 _LOG = logging.getLogger(__name__)
 
 
 def reached_groups(chunks: Iterable[torch.nn.Module], *, device: torch.device) -> Tensor:
-    """[len(GROUPS)] float64: 1 where this process holds a gradient that is not zero. For after the backward."""
+    """[len(GROUPS)] float64: 1 where this process holds a gradient other than zero. Call it after the backward."""
     gradients: dict[TrainableGroup, list[Tensor]] = {group: [] for group in GROUPS}
     for chunk in chunks:
         for name, param in chunk.named_parameters():
@@ -37,12 +37,12 @@ def reached_groups(chunks: Iterable[torch.nn.Module], *, device: torch.device) -
     for index, group in enumerate(GROUPS):
         if gradients[group]:
             largest = torch.stack(torch._foreach_norm(gradients[group], math.inf)).max()
-            reached[index] = largest != 0  # NaN is not: non_finite.py speaks of it
+            reached[index] = largest != 0  # NaN is not: non_finite.py reports it
     return reached
 
 
 def _main_grad(param: Any) -> Tensor:
-    """Of megatron-core's DistributedDataParallel, which adds the attribute."""
+    """The attribute that megatron-core's DistributedDataParallel adds."""
     gradient: Tensor = param.main_grad
     return gradient
 
@@ -58,7 +58,7 @@ class LearningWatch:
         self._steps = 0
 
     def count(self, metrics: Mapping[str, float], *, reached: Sequence[TrainableGroup]) -> None:
-        """After each step, with what it measured and the groups that its gradient reached."""
+        """Call it after each step, with its metrics and the groups that its gradient reached."""
         if metrics["skipped"]:
             return
         self._steps += 1
@@ -72,7 +72,7 @@ class LearningWatch:
         self._last = problems
 
     def finish(self) -> None:
-        """At the end of a run too short for count() to speak."""
+        """Warn at the end of a run that was too short for count()."""
         for what, steps in self._in_a_row.items():
             if steps == self._steps and what not in self._next:
                 self._say(what, self._last[what])
@@ -84,7 +84,7 @@ class LearningWatch:
     def _problems(
         self, metrics: Mapping[str, float], reached: Sequence[TrainableGroup]
     ) -> dict[str, str]:
-        """What is missing -> why, and what to look at. Without labels there is no gradient either: told once."""
+        """What is missing -> why, and what to look at. Without labels there is no gradient either: one warning."""
         found: dict[str, str] = {}
         for group in self._stage.trainable:
             rate = _rate(metrics, group)
@@ -113,6 +113,6 @@ def _why(metrics: Mapping[str, float], group: TrainableGroup) -> str:
 
 
 def _rate(metrics: Mapping[str, float], group: TrainableGroup) -> float:
-    """The one that the step used. A pipeline stage may hold no weight of a group."""
+    """The learning rate of the step. A pipeline stage may hold no weight of a group."""
     own = metrics.get("patch_embedding_lr") if group == "patch_embedding" else None
     return metrics["lr"] if own is None else own

@@ -10,7 +10,7 @@ With n_s the label tokens of sample s and l_i the cross entropy of a label token
     official        sum_g (sum_{i in g} l_i / sum_{s in g} n_s)  /  groups with a label    (official: see below)
 
 `official`: the HF trainer over EVE's forward gives the mean over micro-batches of each one's token mean, whatever ranks
-and accumulation steps they are on. Its micro-batches are `optim.loss_group_samples` = k samples that follow each other
+and accumulation steps they are on. Its micro-batches are `optim.loss_group_samples` = k consecutive samples
 in data order, so group g holds the samples at places g * k to g * k + k - 1 of the step (data/plan/order.py numbers
 them). A sample whose labels were masked while reading keeps its place and adds nothing; a group without any label
 counts for nothing (the official code gives NaN). In a step of packs the last group may be smaller; it counts as one.
@@ -87,7 +87,7 @@ def token_weights(label_counts: Tensor, *, optim: OptimConfig) -> Tensor:
 
 
 def _sums_of_groups(counts: Tensor, *, size: int) -> Tensor:
-    """[places] the sum over `size` places that follow each other, at each of them; the last ones may be fewer."""
+    """[places] the sum over `size` consecutive places, at each of them; the last group may have fewer."""
     group_of_place = torch.arange(counts.numel()) // size
     sums = torch.zeros_like(counts).index_add_(0, group_of_place, counts)
     return sums[group_of_place]

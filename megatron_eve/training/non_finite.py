@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a loss or gradient is not finite: which module it came from, and how often a run may go on without a step."""
+"""If a loss or gradient is not finite: which module it came from, and how often a run may skip the step."""
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -11,11 +11,11 @@ from torch import Tensor
 from megatron_eve.errors import EveError
 
 MAX_SKIPS_IN_A_ROW = 10
-"""Steps that a run with train.on_non_finite=skip leaves out one after the other before it ends all the same."""
+"""A run with train.on_non_finite=skip ends after skipping so many steps in a row."""
 
 
 class NonFiniteLossError(EveError):
-    """The loss or the gradient of a step is not a number or infinite; nothing was updated."""
+    """The loss or the gradient of a step is NaN or infinite; nothing was updated."""
 
 
 class NonFiniteProbe:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process of a rank as others know it: where it runs, how it does, what it is busy with (Linux only).
+"""The process of a rank as others see it: where it runs, and in what state it is (Linux only).
 
 RUN_DIR/stacks/rank0001.txt    Python stacks of a rank: when a rank stops answering, at a fatal signal (NCCL's own
-                               watchdog aborts), and at `kill -USR1 PID` by whoever wants to know
+                               watchdog aborts), and at `kill -USR1 PID`
 """
 
 import faulthandler
@@ -18,16 +18,16 @@ from typing import TextIO
 
 STACKS = "stacks"
 DUMP_SIGNAL = signal.SIGUSR1
-_LAST_WORDS_S = 3.0  # for a process that was stopped to write its stacks
+_LAST_WORDS_S = 3.0  # for a stopped process to write its stacks
 _STATES = {"T": "stopped", "t": "stopped", "D": "waiting for a disk", "Z": "dead"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankProcess:
-    """A process that is not mistaken for another one, even if its number is used again."""
+    """A process, told apart from a later one with the same number."""
 
     host: str
-    machine: str  # boot and namespace of process numbers: where `pid` means something
+    machine: str  # boot and namespace of process numbers: where `pid` is valid
     pid: int
     born: str  # in clock ticks since the boot
 
@@ -50,7 +50,7 @@ class RankProcess:
         return json.dumps(asdict(self))
 
     def state(self, *, seen_from: "RankProcess") -> str:
-        """In a word; empty from another machine."""
+        """One word; empty from another machine."""
         if self.machine != seen_from.machine:
             return ""
         fields = _stat(self.pid)
@@ -59,7 +59,7 @@ class RankProcess:
         return _STATES.get(fields[0], "running")
 
     def end(self, *, by: "RankProcess") -> None:
-        """Let a process that does not answer write its stacks, and end it. Nothing from another machine."""
+        """Let a process that does not answer write its stacks, then end it. Does nothing from another machine."""
         for number in (DUMP_SIGNAL, signal.SIGCONT):
             self._send(number, by=by)
         until = time.monotonic() + _LAST_WORDS_S
@@ -77,7 +77,7 @@ class RankProcess:
 
 
 class StackFile:
-    """RUN_DIR/stacks/rankNNNN.txt, open as long as the run: it is written when nothing else may work."""
+    """RUN_DIR/stacks/rankNNNN.txt, kept open during the run, because opening it may fail when it is needed."""
 
     def __init__(self, run_dir: Path, *, rank: int) -> None:
         folder = run_dir / STACKS
@@ -101,7 +101,7 @@ class StackFile:
         faulthandler.dump_traceback(file=self._file, all_threads=True)
 
     def close(self) -> None:
-        """A run that ended well leaves no empty file."""
+        """A run that ends well leaves no empty file."""
         faulthandler.unregister(DUMP_SIGNAL)
         if not self._was_enabled:
             faulthandler.disable()
@@ -113,7 +113,7 @@ class StackFile:
 
 
 def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the state on; empty without such a process."""
+    """Fields of /proc/PID/stat from the state on; empty if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -164,7 +164,7 @@ def _open_checkpoints(
 
 
 def _vocabulary(config: RunConfig) -> Mapping[str, Any]:
-    """What each row of the embedding stands for, to be recorded with the weights."""
+    """The token of each row of the embedding, recorded with the weights."""
     backend = load_tokenizer(config.data.tokenizer).backend
     return vocabulary_of(backend, with_added=True).as_json()
 
@@ -200,7 +200,7 @@ def _from_rank0(value: Any) -> Any:
 
 
 def _resume(run: Run) -> int:
-    """Steps already done; the loader and every live object are then as after them."""
+    """The number of steps already done; restores the loader and every live object to that point."""
     resumed = run.checkpoints.resume(run.training)
     if resumed is None:
         return 0
@@ -236,7 +236,7 @@ def _train(run: Run, *, stop: StopFlag, watch: Watch) -> None:
     done = _resume(run)
     if is_first and done < run.steps:
         (run.run_dir / DONE_FILE).unlink(missing_ok=True)  # of a run of fewer steps
-    torch.distributed.barrier()  # no rank may save while another would still end at once
+    torch.distributed.barrier()  # no rank may save while a signal would still end another at once
     stop.may_save()
     sinks, capture = _open_sinks(run, start_step=done), _open_capture(run)
     evaluations = Evaluations(run.config.evaluation, run_dir=run.run_dir, is_starter=is_first)
@@ -306,7 +306,7 @@ def _memory() -> dict[str, float]:
 
 
 def _save(run: Run, *, step: int) -> None:
-    # The plan's position is the same on every data leader; megatron-core wants it the same on every process.
+    # Data leaders share the plan's position; megatron-core wants it the same on every process.
     data = _from_rank0(run.loader.state_dict() if run.loader is not None else None)
     run.checkpoints.save(run.training, step=step, data=data)
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose a run directory is: its checkpoints tell, RUN_DIR/.lock keeps a second process out. RUN_DIR/config.txt is the
-configuration of the run as it was started last, for people and tools."""
+"""Which run owns a run directory. Its checkpoints decide, and RUN_DIR/.lock keeps a second process out.
+RUN_DIR/config.txt is the configuration of the latest start, for people and tools."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,14 +19,14 @@ from megatron_eve.folder_lock import only_one
 from megatron_eve.run_files import checkpoints_of
 from megatron_eve.whole import write_text
 
-# Of a restart with the processes that it follows, which the system is still ending.
+# After a restart, for the earlier processes, which the system is still ending.
 _PATIENCE_S = 30.0
 _LOSS = ("optim.loss_normalization", "optim.loss_group_samples")
 
 
 @contextmanager
 def claimed(run_dir: Path, config: RunConfig) -> Iterator[None]:
-    """Keep the run directory, and note in it whose it is. A disk that is full leaves what stands there.
+    """Hold the run directory and write the configuration into it. A full disk leaves the old one.
 
     Raises: ConfigError if it is another run's, or another process has it; OSError."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def refuse_other_run(config: RunConfig, *, run_dir: Path) -> None:
 
 
 def _refuse_other_loss(before: Mapping[str, str], now: Mapping[str, str], *, run_dir: Path) -> None:
-    """A recipe's default may have changed since the run began: then it would go on with another loss unnoticed."""
+    """A changed default of the recipe would let the run go on with another loss unnoticed."""
     written = {key: before.get(key, NONE) for key in _LOSS}
     wanted = {key: now[key] for key in _LOSS}
     if written != wanted:
@@ -76,14 +76,14 @@ def _refuse_other_loss(before: Mapping[str, str], now: Mapping[str, str], *, run
 
 
 def _written_config(run_dir: Path) -> str | None:
-    """Of the newest checkpoint whose configuration is as it was written; only if there is none, the one without a hash,
-    RUN_DIR/config.txt. None: no checkpoint that another run could spoil."""
+    """The configuration of the newest checkpoint whose config.txt is undamaged; if there is none, RUN_DIR/config.txt,
+    which has no hash. None: there is no checkpoint that another run could spoil."""
     checkpoints = checkpoints_of(run_dir)
     for checkpoint in reversed(checkpoints.values()):
         try:
             check_bytes(checkpoint, [CONFIG], read_manifest(checkpoint))
             return (checkpoint / CONFIG).read_text()
         except (CheckpointError, KeyError):
-            continue  # a resume names what is broken, and sets it aside
+            continue  # a resume names a broken one and sets it aside
     path = run_dir / CONFIG
     return path.read_text(errors="replace") if checkpoints and path.exists() else None

@@ -2,8 +2,8 @@
 """Asking a run to stop: SIGUSR2, SIGTERM or Ctrl-C to any process (stop_signals.py), or a file RUN_DIR/STOP.
 
 All only set a flag. The trainer shares the flags of all processes in the step's all-reduce, so that every rank stops
-after the same step, saves, and exits 0. Whether the run is finished is told by RUN_DIR/DONE, never by an exit code: a
-non-zero one would make srun --kill-on-bad-exit kill the ranks that still save."""
+after the same step, saves, and exits 0. RUN_DIR/DONE says that the run is finished, never an exit code: one other than
+0 would make srun --kill-on-bad-exit kill the ranks that still save."""
 
 from pathlib import Path
 

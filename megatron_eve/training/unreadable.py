@@ -11,12 +11,12 @@ class UnreadableGuard:
     """Counts from the start of the run's processes."""
 
     def __init__(self, *, left: int, is_teller: bool) -> None:
-        """`left`: how many samples may turn out to be unreadable. `is_teller`: the process that says so."""
+        """`left`: how many samples may turn out to be unreadable. `is_teller`: this process gives the reason."""
         self._left, self._is_teller = left, is_teller
         self._found = 0.0
 
     def count(self, unreadable: float) -> None:
-        """A step's new ones. Raises: DataError, or ElsewhereError on processes that do not tell."""
+        """Add a step's new ones. Raises: DataError, or ElsewhereError on processes that do not give the reason."""
         self._found += unreadable
         if self._found <= self._left:
             return

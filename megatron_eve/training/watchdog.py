@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notices a rank that does not answer any more, names it, and ends the run so that its launcher starts it again.
+"""Notices a rank that no longer answers, names it, and ends the run so that its launcher starts it again.
 
-Every rank counts a number up in the store that the process group was made with, and looks at the next rank's. Where
-that stands still for train.distributed_timeout_s, the rank's process is stopped, dead, or out of reach: all ranks
-write their stacks to RUN_DIR/stacks (rank_process.py), the one that noticed says which ranks are silent, and all end
-with exit code 1. A rank that is busy for long answers all the same: its number is counted by a thread. What it keeps
-waiting is the collectives' own matter, which have the same limit; an error of theirs is explained here, too.
+A thread of every rank counts up a number in the store that the process group was made with, and looks at the next
+rank's number. If that stands still for train.distributed_timeout_s, the rank's process is stopped, dead, or out of
+reach: all ranks write their stacks to RUN_DIR/stacks (rank_process.py), the rank that noticed names the silent ones,
+and all end with exit code 1. A busy rank still answers, since a thread counts. Collectives that wait for it have the
+same limit of their own; their errors are explained here, too.
 
-No collective is used. Time in which this process was stopped itself (Ctrl-Z) does not count."""
+No collective is used. Time in which this process itself was stopped (Ctrl-Z) does not count."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ _LOST = re.compile(  # what collectives of gloo and NCCL say when another rank i
 
 
 class Watchdog:
-    """Of one rank, from the groups' making to the end of the loop."""
+    """The watchdog of one rank, from the making of the groups to the end of the loop."""
 
     def __init__(
         self, store: Store, *, rank: int, world_size: int, limit_s: float, run_dir: Path
@@ -56,7 +56,7 @@ class Watchdog:
         self._place = "the start"
         self._ended = threading.Event()
         self._acting = threading.Lock()
-        self._rounds = 0  # of questions that the store has answered
+        self._rounds = 0  # answers of the store
         self._earlier: list[int] = []  # all ranks' numbers, when one began to be late
 
     def __enter__(self) -> "Watchdog":
@@ -77,18 +77,18 @@ class Watchdog:
         self.finish()
 
     def at(self, place: str) -> None:
-        """What this rank is about to do, for the others to read."""
+        """Record what this rank is about to do, for the others to read."""
         self._place = place
 
     def finish(self) -> None:
-        """This rank needs the others no more; they are not to miss it."""
+        """This rank no longer needs the others, and they must not miss it."""
         if self._ended.is_set():
             return
         self._ended.set()
         with self._acting:
             try:
                 self._store.add(f"ended/{self._rank}", 1)
-            except RuntimeError as error:  # who kept it has ended, too
+            except RuntimeError as error:  # its process has ended, too
                 _LOG.debug("the store is gone: %s", error)
             self._stacks.close()
 
@@ -117,7 +117,7 @@ class Watchdog:
                 self._publish(self._silent(self._earlier, self._beats()), late=late)
 
     def _watch_store(self) -> None:
-        """Where the store itself does not answer, the rank or launcher that keeps it does not. Runs in a thread."""
+        """If the store itself does not answer, the rank or launcher that keeps it is silent. Runs in a thread."""
         silent, rounds = 0.0, -1
         while not self._ended.wait(self._beat_s):
             silent = 0.0 if self._rounds != rounds else silent + self._beat_s
@@ -126,7 +126,7 @@ class Watchdog:
                 self._act(self._verdict_on_store(silent))
 
     def _explain(self, error: BaseException) -> None:
-        """A collective failed: end here if it is known which ranks are silent, or if another rank's error is why."""
+        """A collective failed: end here if silent ranks are known, or if another rank's error is the cause."""
         try:
             if self._store.check(["verdict"]):
                 self._act(json.loads(self._store.get("verdict")))
@@ -139,7 +139,7 @@ class Watchdog:
             _LOG.debug("the store is gone as well: %s", lost)
 
     def _otherwise(self, error: BaseException) -> str:
-        """Why a collective failed though all ranks answer, or have ended well or with a word of their own."""
+        """Why a collective failed although all ranks answer, or ended well or with a message of their own."""
         first = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         ended = [str(r) for r in range(self._size) if self._number("ended", r)]
         if ended:
@@ -166,7 +166,7 @@ class Watchdog:
         self._act(json.loads(first))
 
     def _act(self, verdict: Mapping[str, Any]) -> NoReturn:
-        """Write the stacks, say why if this rank found it, end what does not end by itself, and end."""
+        """Write the stacks, give the reason if this rank found it, end silent processes, and end."""
         with self._acting:  # one thread does; another one waits here for the end
             self._ended.set()
             self._stacks.write(f"rank {self._rank} at {self._place}: {verdict['text']}")
@@ -183,11 +183,11 @@ class Watchdog:
             os._exit(1)
 
     def _wait_for_others(self, number: int) -> None:
-        """A launcher ends all ranks when the first has ended: not before they have written."""
+        """A launcher ends all ranks when the first has ended, so wait until they have written."""
         until = time.monotonic() + _FAREWELL_S
         waiting = threading.Thread(target=self._count_farewells, args=(number, until), daemon=True)
         waiting.start()
-        waiting.join(_FAREWELL_S)  # the store may be what does not answer
+        waiting.join(_FAREWELL_S)  # the store itself may be silent
 
     def _count_farewells(self, number: int, until: float) -> None:
         try:
@@ -198,7 +198,7 @@ class Watchdog:
             _LOG.debug("the store is gone: %s", error)
 
     def _verdict_on_store(self, silent: float) -> dict[str, Any]:
-        """Only who hears of nobody can say it; the first rank that can does."""
+        """Only a rank that hears of no other can judge this; the first rank that can does."""
         by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         keeper = "the launcher" if by_launcher else "rank 0"
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -210,7 +210,7 @@ class Watchdog:
         }
 
     def _silent(self, before: Sequence[int], now: Sequence[int]) -> list[int]:
-        """Ranks that have counted nothing in between and are not at their end."""
+        """Ranks that have not counted in between and are not at their end."""
         return [
             rank
             for rank in range(self._size)
@@ -218,7 +218,7 @@ class Watchdog:
         ]
 
     def _neighbour(self, rank: int, silent: Sequence[int]) -> int | None:
-        """Who may end the process of a silent rank: the first other one on its machine."""
+        """The rank that may end a silent one's process: the first other rank on its machine."""
         process = self._process(rank)
         for other in range(self._size):
             answers = other not in silent and self._process(other)
@@ -233,7 +233,7 @@ class Watchdog:
         return f"rank {rank} on {process.host} (process {process.pid}{', ' * bool(state)}{state})"
 
     def _places(self) -> str:
-        """Where the ranks are, those at the same place together."""
+        """Where the ranks are; those at the same place together."""
         found: dict[str, list[str]] = {}
         for rank in range(self._size):
             key = f"place/{rank}"
@@ -260,7 +260,7 @@ class Watchdog:
 
 
 class _Alone:
-    """A run of one process waits for nobody."""
+    """For a run of one process, which waits for no other."""
 
     def at(self, place: str) -> None: ...
 
@@ -273,7 +273,7 @@ Watch = Watchdog | _Alone
 def watch_ranks(
     state: ParallelState, *, limit_s: float, run_dir: Path
 ) -> AbstractContextManager[Watch]:
-    """For the run's time: the watchdog of this rank."""
+    """The watchdog of this rank, during the run."""
     if state.world_size == 1:
         return nullcontext(_Alone())
     shared: Any = _get_default_store()
@@ -284,7 +284,7 @@ def watch_ranks(
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether it is one of a collective that another rank did not take part in."""
+    """Whether this is the error of a collective that another rank did not take part in."""
     if isinstance(error, torch.distributed.DistError):
         return True
     return type(error) is RuntimeError and _LOST.search(str(error)) is not None
