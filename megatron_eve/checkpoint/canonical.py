@@ -8,8 +8,8 @@ added. One changed element is always noticed; several changed, exchanged, lost o
 probability of about 2^-64. The number of elements is counted beside it, so a missing part cannot hide. It guards
 against accidents, not against an adversary.
 
-What is hashed are the live parameters and optimizer states, not what was prepared for the file: a mistake in
-resharding, ours or megatron-core's, shows as a difference after the load. Rows that pad the vocabulary to the
+We hash the live parameters and optimizer states, not the tensors prepared for the file: a mistake in resharding, ours
+or megatron-core's, shows as a difference after the load. Rows that pad the vocabulary to the
 tensor-parallel size are left out, because their number depends on the layout.
 
     decoder.layers.mlp.linear_fc1.text.weight                       a weight; layers are stacked along a leading axis
@@ -51,7 +51,7 @@ _ROUNDS = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)),
 
 @dataclass(frozen=True, slots=True)
 class TensorHash:
-    """Of one canonical tensor."""
+    """The hash of one canonical tensor."""
 
     hash: int
     shape: tuple[int, ...]
@@ -67,14 +67,14 @@ class TensorHash:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A box of a canonical tensor, which is a run of a local parameter's flattened elements."""
+    """A box of a canonical tensor: a run of a local parameter's flattened elements."""
 
     name: str
     first: int  # of the box in the flattened parameter
     shape: tuple[int, ...]  # of the box, as many axes as the canonical tensor has
     offset: tuple[int, ...]  # of the box in the canonical tensor
     whole: tuple[int, ...]  # shape of the canonical tensor
-    replica: tuple[int, ...]  # all 0: this copy counts. The last one is the data-parallel rank.
+    replica: tuple[int, ...]  # all 0: this copy counts. The last is the data-parallel rank.
 
     @property
     def size(self) -> int:
@@ -84,7 +84,7 @@ class _Part:
 def canonical_hashes(
     chunks: Sequence[EveModel], optimizer: MegatronOptimizer | None = None
 ) -> dict[str, TensorHash]:
-    """By canonical name, the same on every rank; with `optimizer` also of its states. Collective.
+    """Hashes by canonical name, the same on every rank; with `optimizer` also of its states. Collective.
 
     Raises: CheckpointError if the data-parallel replicas of the weights are not the same bits."""
     sums: dict[str, _Sum] = {}
@@ -99,7 +99,7 @@ def canonical_hashes(
     _refuse_different_replicas(replica_total, chunks)
     for state, param, values, begin, is_spread in _optimizer_states(optimizer):
         for part in parts[param]:
-            # Each data-parallel rank of the distributed optimizer holds a run of its own, of every replica.
+            # With the distributed optimizer each data-parallel rank holds another run, and all of them count.
             if any(part.replica[:-1] if is_spread else part.replica):
                 continue
             count = _overlap(part, begin=begin, size=values.numel())
@@ -112,7 +112,7 @@ def canonical_hashes(
 def hash_of_boxes(
     boxes: Iterable[tuple[tuple[int, ...], Tensor]], *, whole: tuple[int, ...], dtype: torch.dtype
 ) -> TensorHash:
-    """Of a canonical tensor of shape `whole`, from (offset, values) of the boxes that make it up. Not collective."""
+    """The hash of a tensor of shape `whole` from the (offset, values) of its boxes. Not collective."""
     value = 0
     for offset, values in boxes:
         part = _Part("", 0, tuple(values.shape), offset, whole, ())
@@ -187,7 +187,7 @@ def _parts_of_parameters(
 
 
 def _shards(value: Any) -> list[ShardedTensor]:
-    """In the order of the flattened parameter: SwiGLU's gate and up are the two halves of one."""
+    """Shards in the order of the flattened parameter: SwiGLU's gate and up are its two halves."""
     if not isinstance(value, ShardedTensorFactory):
         return [value]
     built = value.build()
@@ -245,7 +245,7 @@ def _overlap(part: _Part, *, begin: int, size: int) -> int:
 
 
 def hash_box(values: Tensor, part: _Part, *, begin: int) -> int:
-    """Of the elements of `part` that are in `values` [n], a run of the flattened parameter from `begin` on."""
+    """The hash of the elements of `part` in `values` [n], a run of the flattened parameter from `begin` on."""
     start, stop = max(begin, part.first), min(begin + values.numel(), part.first + part.size)
     if stop <= start:
         return 0
@@ -261,7 +261,7 @@ def hash_box(values: Tensor, part: _Part, *, begin: int) -> int:
 
 
 def _canonical(index: Tensor, part: _Part) -> Tensor:
-    """From places in the flattened box [n] int64 to places in the flattened canonical tensor."""
+    """Places in the flattened canonical tensor for places in the flattened box, [n] int64."""
     strides = [math.prod(part.whole[axis + 1 :]) for axis in range(len(part.whole))]
     base = sum(o * stride for o, stride in zip(part.offset, strides, strict=True))
     cut = next((axis for axis, size in enumerate(part.shape) if size > 1), 0)
@@ -284,7 +284,7 @@ def _mix(number: Tensor) -> Tensor:
 
 
 def differing(found: Mapping[str, TensorHash], expected: Mapping[str, TensorHash]) -> list[str]:
-    """Names of tensors that are not as they should be, or are on one side only."""
+    """Names of tensors that differ, or are on one side only."""
     names = defaultdict(list, {name: [hash_] for name, hash_ in found.items()})
     for name, hash_ in expected.items():
         names[name].append(hash_)

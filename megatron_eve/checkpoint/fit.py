@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do stored weights fit the model that was built? By their shapes, field by field, and by their values.
+"""Whether stored weights fit the model that was built: by their shapes, field by field, and by their values.
 
-The names, shapes and dtypes of a checkpoint's tensors say most of its model: what they say is compared with the
-configuration before a tensor is read, so that a refusal names `model.num_layers` and not a tensor on a rank. What they
-cannot say (rotary base, epsilon, how heads share a width) is compared in config/weights_model.py. Values that are not
-finite are refused by name: no step could mend them."""
+Names, shapes and dtypes of a checkpoint's tensors show most of its model. They are compared with the configuration
+before a tensor is read, so that a refusal names `model.num_layers` and not a tensor on a rank.
+config/weights_model.py compares what they cannot show (rotary base, epsilon, how heads share a width). Values that
+are not finite are refused by name: no step could mend them."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
 def refuse_other_shapes(model: ModelConfig, stored: Shapes, *, folder: Path) -> None:
-    """`stored`: of the whole tensors, layers stacked. The same on every rank.
+    """`stored`: shapes of the whole tensors, layers stacked. The same on every rank.
 
     Raises: CheckpointError with a line for each field that the tensors contradict."""
     lines = [
@@ -39,7 +39,7 @@ def refuse_other_shapes(model: ModelConfig, stored: Shapes, *, folder: Path) -> 
 
 
 def _contradictions(model: ModelConfig, stored: Shapes) -> Iterator[tuple[str, Any, Any, str]]:
-    """(field, its value, what the tensors say, which tensor)."""
+    """(field, its value, the tensors' value, which tensor)."""
     layer = decoder_layer(model)
     measured = (
         ("num_layers", model.num_layers, "decoder.layers.mlp.linear_fc2.weight", 0),
@@ -85,7 +85,7 @@ def refuse_non_finite(chunks: Sequence[EveModel], *, source: str | Path) -> None
 
 
 def _global_name(chunk: EveModel, name: str) -> str:
-    """With the layer's number in the whole model: each pipeline stage counts its own from 0."""
+    """The name with the layer's number in the whole model: each pipeline stage counts its own from 0."""
 
     def numbered(match: re.Match[str]) -> str:
         layer: Any = chunk.decoder.layers[int(match[1])]

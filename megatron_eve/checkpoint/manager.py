@@ -12,8 +12,8 @@ optimizer, schedule, random generators, position of the data plan, the run's con
 bitwise; another layout resumes from the same weights, moments and data position, but with its own random generators
 (this model draws no random numbers in training).
 
-A resume reads every byte and compares it with the manifest, loads, and compares the canonical tensors in memory. What
-is not as it was written is named in the log, set aside as `step_00000100.broken`, and the checkpoint before is taken.
+A resume reads every byte and compares it with the manifest, loads, and compares the canonical tensors in memory. A
+damaged checkpoint is named in the log and set aside as `step_00000100.broken`, and the one before is taken.
 """
 
 import logging
@@ -57,12 +57,12 @@ from megatron_eve.whole import ASIDE_PREFIX, mend_all, replace_folder, write_tex
 
 __all__ = ["CheckpointManager", "Resumed", "TrainingState"]
 _LOG = logging.getLogger(__name__)
-_LEFT_OVER = (".tmp-*", ".old-*", f"{ASIDE_PREFIX}*")  # of a run that was killed
+_LEFT_OVER = (".tmp-*", ".old-*", f"{ASIDE_PREFIX}*")  # of a killed run
 
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """What a checkpoint says besides tensors."""
+    """What a checkpoint holds besides tensors."""
 
     path: Path
     step: int
@@ -89,7 +89,7 @@ class CheckpointManager:
         stage: str = "",
         vocabulary: Mapping[str, Any] | None = None,
     ) -> None:
-        """`keep_every_steps`: checkpoints of its multiples are never removed. `in_background`: save() returns when the
+        """`keep_every_steps`: checkpoints at its multiples are never removed. `in_background`: save() returns when the
         tensors are copied; poll() after each step, wait() at the end. `vocabulary`: of the run's tokenizer (data/
         vocabulary.py), recorded with each checkpoint by rank 0."""
         self.folder = run_dir / CHECKPOINTS
@@ -108,7 +108,7 @@ class CheckpointManager:
         Raises: CheckpointError if it cannot be written; older checkpoints stay as they are."""
         self.wait()
         final = self.folder / step_name(step)
-        # Another node's process of a run that was killed may still write: no two attempts share a folder.
+        # A killed run's process on another node may still write: no two attempts share a folder.
         attempt = [uuid.uuid4().hex[:8]]
         torch.distributed.broadcast_object_list(attempt, src=0)
         facts = {
@@ -180,8 +180,8 @@ class CheckpointManager:
         write_text(self._run_dir / LATEST_STEP_FILE, f"{step}\n")
 
     def close(self) -> None:
-        """For a run that failed: stop what this rank writes, if anything, and remove it. Not collective; what other
-        ranks still write is removed at the next start."""
+        """After a failure of the run: stop what this rank writes, if anything, and remove it. Not collective; the next
+        start removes what other ranks still write."""
         if self._pending is not None:
             self._pending.write.abort()
             self._pending = None
@@ -191,7 +191,7 @@ class CheckpointManager:
         return list(checkpoints_of(self._run_dir))
 
     def newest(self) -> Path | None:
-        """The newest checkpoint whose bytes are those that were written. Broken ones are named in the log.
+        """The newest undamaged checkpoint. Broken ones are named in the log.
 
         Raises: CheckpointError if there are checkpoints but none is whole."""
         problems: list[str] = []
@@ -203,7 +203,7 @@ class CheckpointManager:
         return None
 
     def _candidates(self) -> list[Path]:
-        """Rank 0's view, the newest first: ranks must not differ in what they try."""
+        """Checkpoints as rank 0 sees them, the newest first: all ranks must try the same."""
         box: list[Any] = [None]
         if self._is_main:
             try:
@@ -232,10 +232,11 @@ class CheckpointManager:
             _LOG.error("skipping a broken checkpoint: %s", error)
 
     def resume(self, training: TrainingState) -> Resumed | None:
-        """Restore everything from the newest checkpoint that is what was written; None if there is none at all.
+        """Restore everything from the newest undamaged checkpoint; None if there is none at all. Sets broken ones
+        aside.
 
-        Broken ones are set aside. Raises: CheckpointError if there are checkpoints but none is usable, or if they do
-        not fit this model and optimizer."""
+        Raises: CheckpointError if there are checkpoints but none is usable, or if they do not fit this model and
+        optimizer."""
         problems: list[str] = []
         broken: list[Path] = []
         for path in self._candidates():
@@ -254,7 +255,7 @@ class CheckpointManager:
         return None
 
     def _tidy_up(self, resumed: Resumed | None, broken: Sequence[Path]) -> None:
-        """Let `latest` name what was loaded, and remove what a killed run left. Nothing here is worth failing for."""
+        """Let `latest` name the loaded checkpoint, and remove what a killed run left. No failure here ends the run."""
         if self._is_main:
             try:
                 if resumed is not None:
@@ -282,7 +283,7 @@ class CheckpointManager:
         manifest = known if isinstance(known, Manifest) else verify_folder(path)
         _refuse_other_optimizer(training.optimizer, manifest, path=path)
         loaded, same_layout = restore(training, path)
-        if manifest.tensors:  # there are none in checkpoints of before
+        if manifest.tensors:  # old checkpoints have none
             found = canonical_hashes(training.chunks, training.optimizer)
             refuse_differences(found, manifest.tensors, folder=path)
         refuse_non_finite(training.chunks, source=path)
@@ -307,7 +308,7 @@ def _refuse_other_optimizer(
 
 
 def _discard(path: Path) -> None:
-    """Take a checkpoint's name away before its files, so that no half of it is ever found under it."""
+    """Take a checkpoint's name away before its files, so that its name never stands for half of it."""
     old = path.with_name(f".old-{path.name}-{uuid.uuid4().hex[:8]}")
     os.replace(path, old)
     shutil.rmtree(old, ignore_errors=True)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""complete.json: what a checkpoint folder holds, written last. A folder without it, or that is not as it says, is none.
+"""complete.json: what a checkpoint folder holds, written last. Without it, or unlike it, a folder is no checkpoint.
 
     format, kind ("training" or "weights"), step, stage, layout, data   what the run knew
     tensors    canonical tensors by name: hash, shape, dtype (canonical.py); the same for every layout
     files      every other file by name: bytes and XXH3-128
     seal       XXH3-128 of all the above, so that a flipped bit in this file is noticed too
 
-Folders written before there were hashes have sizes only (`files` by name: bytes); sizes are then all that is checked.
+Folders written before there were hashes have sizes only (`files` by name: bytes), so only these are checked.
 """
 
 import json
@@ -29,7 +29,7 @@ _READ_BYTES = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """Of one file; `hash` is None in folders of format 1."""
+    """One file; `hash` is None in folders of format 1."""
 
     bytes: int
     hash: str | None
@@ -91,7 +91,7 @@ def _seal(content: Mapping[str, Any]) -> str:
 
 
 def check_folder(folder: str | Path) -> dict[str, Any]:
-    """The facts of a complete checkpoint folder whose files are all there, with the right sizes; reads none of them.
+    """The facts of a complete checkpoint folder whose files are all there, with the right sizes. Opens none of them.
 
     Raises: CheckpointError that says what is missing: the folder, complete.json, a file, or bytes of a file."""
     folder = Path(folder)
@@ -107,7 +107,7 @@ def check_folder(folder: str | Path) -> dict[str, Any]:
 
 
 def check_bytes(folder: Path, names: Iterable[str], manifest: Manifest) -> None:
-    """Read these files. Raises: CheckpointError naming the first that is not as it was written."""
+    """Read these files. Raises: CheckpointError naming the first that is damaged."""
     for name in names:
         expected = manifest.files[name].hash
         try:
@@ -131,5 +131,5 @@ def hash_file(path: Path) -> str:
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Of a file as it is now. Raises: OSError."""
+    """The entry of a file as it is now. Raises: OSError."""
     return FileEntry(path.stat().st_size, hash_file(path))

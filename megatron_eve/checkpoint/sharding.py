@@ -21,7 +21,7 @@ from megatron_eve.model.eve_model import EveModel
 
 
 def sharding_metadata(chunks: Sequence[EveModel]) -> dict[str, Any]:
-    """What megatron-core's sharded_state_dict methods want to know about the layout and the format."""
+    """What megatron-core's sharded_state_dict methods need to know about the layout and the format."""
     return {
         "dp_cp_group": chunks[0].pg_collection.dp_cp,
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -49,8 +49,8 @@ def spread_over_replicas(sharded: dict[str, Any], group: ProcessGroup) -> None:
 
 
 def load_sharded(sharded: dict[str, Any], folder: str | Path, group: ProcessGroup) -> Any:
-    """The tensors of a checkpoint, and what is common to all ranks. The ranks of `group`, which hold the same shards,
-    read an even part each and hand it to the others: megatron-core's fully parallel load. Collective."""
+    """The tensors of a checkpoint, and the state that all ranks share. The ranks of `group`, which hold the same
+    shards, read an even part each and hand it to the others: megatron-core's fully parallel load. Collective."""
     return dist_checkpointing.load(
         sharded,
         str(folder),

@@ -40,7 +40,7 @@ class TrainingState:
 
 
 def saved_state(training: TrainingState) -> dict[str, Any]:
-    """What a checkpoint holds of these objects: sharded tensors and objects, and what is the same on every rank."""
+    """What a checkpoint holds of these objects: sharded tensors and objects, and the state that all ranks share."""
     _gather_parameters(training.model)
     _agree_on_step(training.optimizer)
     state = _sharded(training, is_loading=False)
@@ -49,7 +49,7 @@ def saved_state(training: TrainingState) -> dict[str, Any]:
 
 
 def layout_of(training: TrainingState) -> dict[str, int | None]:
-    """How the run is spread, as far as random generators depend on it."""
+    """The layout, as far as random generators depend on it."""
     return dict(zip(_AXES, json.loads(_world(training)), strict=True))
 
 
@@ -73,7 +73,7 @@ def restore(training: TrainingState, path: Path) -> tuple[dict[str, Any], bool]:
     if not training.optimizer.config.use_distributed_optimizer:
         _restore_empty_state(loaded["optimizer"])
     training.optimizer.load_state_dict(loaded["optimizer"])
-    # The learning rate is the configuration's, not the checkpoint's: a run may be lengthened.
+    # The configuration's learning rate counts, not the checkpoint's: a run may be lengthened.
     for group, (max_lr, min_lr) in zip(training.optimizer.param_groups, limits, strict=True):
         group["max_lr"], group["min_lr"] = max_lr, min_lr
     training.schedule.load_state_dict(loaded["schedule"])
@@ -140,7 +140,7 @@ def _holds_nothing(value: Any) -> bool:
 
 
 def _restore_empty_state(optimizer: dict[str, Any]) -> None:
-    """A pipeline stage that trains nothing has no moments; a load leaves out what is empty, megatron-core wants it."""
+    """A pipeline stage that trains nothing has no moments. A load leaves them out, and megatron-core wants them."""
     if (
         "optimizer" in optimizer
     ):  # low precision: the moments lie one level deeper, beside the fp32 weights

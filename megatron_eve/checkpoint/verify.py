@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a checkpoint is what was written: its files before a load, the canonical tensors in memory after it."""
+"""Whether a checkpoint is undamaged: its files before a load, the canonical tensors in memory after it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +13,11 @@ from megatron_eve.errors import CheckpointError
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint is not what was written; an earlier one may be."""
+    """A checkpoint is damaged; an earlier one may be whole."""
 
 
 def verify_folder(folder: Path) -> Manifest:
-    """Every byte of every file against the manifest; the files are shared out to the ranks. Collective.
+    """Compare every byte of every file with the manifest; the ranks share out the files. Collective.
 
     Raises: DamagedCheckpointError on every rank, naming the folder or file and what is wrong with it."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -39,7 +39,7 @@ def verify_folder(folder: Path) -> Manifest:
 def refuse_differences(
     found: Mapping[str, TensorHash], expected: Mapping[str, TensorHash], *, folder: Path
 ) -> None:
-    """Canonical tensors after a load against those at the save; the same on every rank.
+    """Compare canonical tensors after a load with those at the save; the same on every rank.
 
     Raises: DamagedCheckpointError naming the tensors that differ or are on one side only."""
     wrong = differing(found, expected)

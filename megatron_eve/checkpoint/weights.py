@@ -121,7 +121,7 @@ def load_weights(
 
 
 def _refuse_other_model(model: ModelConfig, folder: Path, *, copy_text_to_vision: bool) -> None:
-    """Once more, of the very folder that is loaded; weights that are saved in a test may say no model."""
+    """Compare the folder that is loaded once more; weights that a test saves may have no model."""
     text = (folder / CONFIG).read_text()
     if any(key.startswith(PREFIX) for key in lines_of(text)):
         stored = model_from_text(text, where=str(folder / CONFIG))
@@ -131,8 +131,8 @@ def _refuse_other_model(model: ModelConfig, folder: Path, *, copy_text_to_vision
 def _refuse_other_weights(
     live: Mapping[str, TensorHash], manifest: Manifest, *, folder: Path
 ) -> None:
-    """Copies in both branches are what the folder has under the unsplit name. A model of another precision has other
-    bits, and a folder of before there were hashes has none: they are not compared."""
+    """Copies in both branches are compared under the unsplit name. Not compared: a model of another precision, which
+    has other bits, and a folder from before there were hashes."""
     expected = {}
     for name, tensor in live.items():
         for stored_name in (name, name.replace(_VISION, "."), name.replace(_TEXT, ".")):
@@ -146,7 +146,7 @@ def _refuse_other_weights(
 def _verified(path: Path) -> tuple[Path, Manifest]:
     """The folder that `path` means (see weights_folder), every byte checked. Collective."""
     box = [[*reversed(checkpoints_of(path).values())] or [path]]
-    torch.distributed.broadcast_object_list(box, src=0)  # ranks must not differ in what they try
+    torch.distributed.broadcast_object_list(box, src=0)  # all ranks must try the same
     (candidates,) = box
     for candidate in candidates[:-1]:
         try:
@@ -173,7 +173,7 @@ def _load(part: dict[str, Any], folder: str | Path, group: ProcessGroup) -> dict
 
 
 def reason_of(error: BaseException) -> str:
-    """One line. torch's CheckpointException prints a traceback for each rank; the first rank's error says enough."""
+    """One line. torch's CheckpointException prints a traceback for each rank; the first rank's error is enough."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {reason_of(cause)}"
@@ -200,7 +200,7 @@ def _select(sharded: dict[str, Any], keep: Any) -> dict[str, Any]:
 
 
 def _redirected(sharded: dict[str, Any], stored: set[str], *, branch: str) -> dict[str, Any]:
-    """Point each tensor of `branch` whose key is not stored to the unsplit key, where that one is stored."""
+    """Point each tensor of `branch` whose key is not stored to the unsplit key, if that is stored."""
     for chunk in sharded.values():
         for value in chunk.values():
             unsplit = value.key.replace(branch, ".")

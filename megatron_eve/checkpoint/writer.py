@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Brings a sharded state dict to a folder in megatron-core's torch_dist format, while training goes on if asked to.
+"""Writes a sharded state dict to a folder in megatron-core's torch_dist format, while training goes on if asked to.
 
-Planning is megatron-core's. The writing is ours: one thread a rank writes one file and reads it back for its hash;
-writing and hashing leave the interpreter to the training. megatron-core 0.16.1's own writer forks, and a process that
-is forked while other threads run may hang before it does anything (docs/checkpoints.md); one that dies makes the run
-wait for ever, and so does a disk that is full on rank 0. Here every failure reaches every rank as one CheckpointError.
+megatron-core plans. We write: on each rank one thread writes one file and reads it back for its hash; writing and
+hashing leave the interpreter to the training. megatron-core 0.16.1's own writer forks, and a process forked while other
+threads run may hang at once (docs/checkpoints.md); if it dies, or the disk is full on rank 0, the run waits for ever.
+Here every failure reaches every rank as one CheckpointError.
 """
 
 import errno
@@ -50,7 +50,7 @@ from megatron_eve.whole import sync_path, write_text
 _GIB = 1 << 30
 _LOG = logging.getLogger(__name__)
 _STOP_S = 10.0  # a disk that hangs must not keep a process whose run has failed
-_SLOW_S = 120.0  # a checkpoint that takes longer is spoken of, then after twice the time
+_SLOW_S = 120.0  # a checkpoint that takes longer gets a line, the next after twice the time
 _SPARE_BYTES = 64 << 20  # headers, metadata and what the file system itself needs
 
 
@@ -58,7 +58,7 @@ _SPARE_BYTES = 64 << 20  # headers, metadata and what the file system itself nee
 class Contents:
     """What a checkpoint folder will hold."""
 
-    state: Mapping[str, Any]  # sharded state dict, and what is the same on every rank
+    state: Mapping[str, Any]  # sharded state dict, and the state that all ranks share
     config_text: str
     facts: Mapping[str, Any]
     tensors: Mapping[str, TensorHash]
@@ -66,7 +66,7 @@ class Contents:
 
 @dataclass(slots=True)
 class _Written:
-    """What a rank wrote: torch's results and the file, or why not."""
+    """What a rank wrote: torch's results and the file, or the error."""
 
     results: list[Any] = field(default_factory=list)
     files: dict[str, FileEntry] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class _ShardWriter(FileSystemWriterAsync):
     file: Path | None = None
 
     def __init__(self, folder: Path, *, copy: bool) -> None:
-        """`copy`: what is written does not change with the tensors that it is taken from."""
+        """`copy`: take copies, so that later changes of the tensors do not reach the file."""
         super().__init__(str(folder))
         self.stopped = threading.Event()
         self._copy = copy
@@ -101,7 +101,7 @@ class _ShardWriter(FileSystemWriterAsync):
         )
 
     def write(self) -> _Written:
-        """This rank's file, on the disk, and its hash as it is read back."""
+        """Write this rank's file to the disk, and hash it as it is read back."""
         if self.file is None:
             return _Written()
         try:
@@ -163,13 +163,13 @@ class FolderWrite:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._written: Future[_Written] | None = None
         self._is_main = torch.distributed.get_rank() == 0
-        self._is_ours = False  # a folder that was there before is not removed
+        self._is_ours = False  # an earlier folder is not removed
 
     def start(self) -> None:
         """Plan, copy, and begin to write."""
         self._agree(self._make_folder())
         sharded, common = save_preprocess(dict(self._contents.state))
-        # The distributed optimizer's part is gathered in host memory, whole on every rank: not to be held for long.
+        # The distributed optimizer's part is gathered in host memory, whole on every rank: free it soon.
         self._contents = replace(self._contents, state={})
         self._agree(self._save_common(common))
         spread_over_replicas(sharded, self._replicas)
@@ -224,7 +224,7 @@ class FolderWrite:
         )
 
     def _begin(self) -> Future[_Written]:
-        """Copy, and write in the thread. One rank may lack the memory for it: all learn of that in finish()."""
+        """Copy, and write in the thread. If one rank lacks the memory, all learn of it in finish()."""
         try:
             self._writer.bring_to_host()
             return self._thread.submit(self._writer.write)
@@ -235,7 +235,7 @@ class FolderWrite:
             return failed
 
     def is_done(self) -> bool:
-        """Whether every rank's file is written, in success or not."""
+        """Whether every rank's writing has ended, well or not."""
         assert self._written is not None, "start() first"
         waiting = not self._written.done()
         flag = torch.tensor(int(waiting), device=torch.cuda.current_device())
@@ -243,7 +243,7 @@ class FolderWrite:
         return not flag.item()
 
     def finish(self) -> None:
-        """Wait for every rank's bytes, then write what makes the folder a checkpoint; complete.json last."""
+        """Wait for every rank's bytes, then write the files that make the folder a checkpoint, complete.json last."""
         assert self._written is not None, "start() first"
         self._wait_for_disks()
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
@@ -253,7 +253,7 @@ class FolderWrite:
         self._agree(self._complete(everyone) if self._is_main else None)
 
     def _wait_for_disks(self) -> None:
-        """Of all ranks, by asking again and again: a collective, which has a time limit, waits for no disk."""
+        """Ask all ranks again and again: a collective, which has a time limit, must not wait for a disk."""
         began, pause, told_at = time.monotonic(), 0.002, _SLOW_S
         while not self.is_done():
             time.sleep(pause)
@@ -298,7 +298,7 @@ class FolderWrite:
             self._fail(str(error))
 
     def _fail(self, problem: str) -> NoReturn:
-        """A folder that cannot be completed gives its space back."""
+        """Remove a folder that cannot be completed."""
         self.abort()
         raise CheckpointError(
             f"checkpoint not saved: {problem}. Earlier checkpoints are as they were"
