@@ -28,7 +28,7 @@ from megatron_eve.data.sample import (
 from megatron_eve.errors import DataError
 
 _TEXT = 255
-"""Marks a text token where every token of a sample has a vision kind."""
+"""Marks a text token in arrays that hold vision kinds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def expand(encoded: EncodedSample, *, grids: Sequence[tuple[int, int]]) -> Expan
 
 
 def pad_sample(sample: ExpandedSample, count: int, *, pad_id: int) -> ExpandedSample:
-    """The sample with `count` text tokens behind it that nothing predicts and that predict nothing."""
+    """The sample followed by `count` text tokens that nothing predicts and that predict nothing."""
     if not count:
         return sample
     return ExpandedSample(
@@ -93,7 +93,7 @@ def pad_sample(sample: ExpandedSample, count: int, *, pad_id: int) -> ExpandedSa
 
 
 def blank_sample(num_vision: int, num_text: int, *, pad_id: int) -> ExpandedSample:
-    """So many tokens that hold nothing: what stands in the place of a sample that cannot be read."""
+    """So many empty tokens, in the place of a sample that cannot be read."""
     kinds = np.repeat(np.array([VISION_PAD, _TEXT], np.uint8), [num_vision, num_text])
     return ExpandedSample(
         kinds=kinds,
@@ -171,7 +171,7 @@ def _padding_after(
 
 
 def _next_targets(member: PackMember) -> NDArray[np.int64]:
-    """[n] what each token of a sample is to predict, or IGNORE; nothing where the sample is quarantined."""
+    """[n] the token that each token of a sample is to predict, or IGNORE; all IGNORE in a quarantined sample."""
     targets = np.full(member.tokens.labels.size, IGNORE, dtype=np.int64)
     if member.quarantined is None:
         targets[:-1] = member.tokens.labels[1:]

@@ -5,9 +5,8 @@
 take their share, so the ranks' packs together are the same for any number of ranks, and the packs' bytes are the same
 for any number of worker threads. The state is that after the last step returned, however far ahead the threads are. A
 sample that cannot be read or decoded keeps its place in the pack, without labels, and is reported (pack_builder.py);
-anything else that goes wrong in a thread surfaces at `next`. How many samples may be unreadable is
-data.max_unreadable: what is known at the start is held against it here, what turns up in training in
-training/unreadable.py, over all ranks.
+any other error in a thread surfaces at `next`. data.max_unreadable limits the unreadable samples: here those that are
+known at the start, in training/unreadable.py those that turn up later on any rank.
 """
 
 import logging
@@ -40,10 +39,10 @@ from megatron_eve.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 FAULTS = ("unreadable", "read_retries")
-"""What a loader counts from step to step: rows that turned out to be unreadable, each once; reads tried again."""
+"""What a loader counts from step to step: rows that turn out to be unreadable, each once; reads tried again."""
 
 IsFirst = Callable[[str], bool]
-"""Whether a name is asked about for the first time."""
+"""Whether this is the first question about a name."""
 
 
 def first_time() -> IsFirst:
@@ -152,7 +151,7 @@ class PackLoader:
         tokenizer: Tokenizer,
         alive: Alive,
     ) -> SampleLengths:
-        """Counted where they are not kept yet; what the plan leaves out is reported. Raises: ConfigError, DataError."""
+        """Counts what is not kept yet; reports what the plan leaves out. Raises: ConfigError, DataError."""
         limit = unreadable_limit(data.max_unreadable, num_samples=len(self._table))
         lengths = load_lengths(
             self._table,
@@ -242,7 +241,7 @@ class PackLoader:
 
     @property
     def fingerprint(self) -> str:
-        """Of the plan; loaders with the same plan its packs among them."""
+        """Identifies the plan; loaders with the same plan share its packs."""
         return self._plan.fingerprint
 
     def take_faults(self) -> dict[str, int]:

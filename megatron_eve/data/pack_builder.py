@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A planned pack to a `Pack`: read the samples, decode their images, encode their text, assemble. Thread-safe.
 
-A sample that turns out to be unusable leaves its place as it was planned, so that the plan, every shape and every
-other sample stay the same on all ranks: no labels, and an entry for the report. Where an image cannot be decoded, its
-pixels are mean-grey. Where the row cannot be read, or is no longer the one whose tokens were counted, the planned
-numbers of vision and text tokens are padding.
+A sample that turns out to be unusable keeps its planned place, without labels and with an entry for the report, so that
+the plan, every shape and every other sample stay the same on all ranks. If an image cannot be decoded, its pixels are
+mean-grey. If the row cannot be read, or is no longer the one whose tokens were counted, the planned numbers of vision
+and text tokens are padding.
 """
 
 import threading
@@ -63,7 +63,7 @@ class PackBuilder:
         self._patch_stride, self._dense_stride = model.patch_stride, model.dense_stride
         self._device: Literal["cpu", "cuda"] = device
         self._exif_rotation = exif_rotation
-        # asked here, because worker threads start on device 0 whatever this process has chosen
+        # asked here, because worker threads start on device 0 whatever this process chose
         self._device_id = torch.cuda.current_device() if device == "cuda" else 0
         # By thread, since a DALI pipeline serves one. Not threading.local(): should a library fork, the child
         # drops the other threads' locals, and the destructor of a DALI pipeline whose threads are not there
@@ -169,7 +169,7 @@ class PackBuilder:
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """What takes the place of a planned sample."""
+    """A planned sample, or what takes its place."""
 
     id: str
     source: str

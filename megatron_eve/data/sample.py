@@ -13,11 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # data_prep has samples, and no need of torch before its first one
+if TYPE_CHECKING:  # data_prep has samples, and needs no torch before its first one
     from torch import Tensor
 
 VISION_PAD, VISION_PATCH, VISION_CLS, VISION_SPL = 0, 1, 2, 3
-"""What a vision token is: padding (a zero row), a patch, the class token of an image, the end of a row of patches."""
+"""Kinds of vision tokens: padding (a zero row), a patch, the class token of an image, the end of a row of patches."""
 
 IGNORE = -100
 """Label of a token that carries no loss."""
@@ -67,11 +67,9 @@ class Pack:
     label_rows: Tensor  # [L] int64: modality-order rows whose next token (in sequence order) is a target; ascending
     label_targets: Tensor  # [L] int64: that next token's id
     sample_ids: tuple[str, ...]  # real samples in the pack, in sequence order
-    sample_places: tuple[
-        int, ...
-    ]  # place of each of them among the samples of the step, in data order
-    step_places: int  # more than every place; the same for all packs of a run
-    sample_padding: tuple[int, ...]  # padding tokens at the end of each of them (data.sample_align)
+    sample_places: tuple[int, ...]  # place of each sample among those of the step, in data order
+    step_places: int  # above every place; the same for all packs of a run
+    sample_padding: tuple[int, ...]  # padding tokens at the end of each sample (data.sample_align)
     num_real_vision: int  # without padding
     num_real_text: int  # without padding
     quarantined: tuple[

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text and label tokens of every sample of a source, counted once and kept.
 
-Comes in: a ShardTable, a tokenizer, what decides about the text. Every sample's text is encoded as conversation.py
-does it for training; image sizes come from the rows; no image byte is read. Goes out: `SourceCounts`, which does not
+Comes in: a ShardTable, a tokenizer, the settings of the text. Every sample's text is encoded as conversation.py does
+it for training; image sizes come from the rows; no image byte is read. Goes out: `SourceCounts`, which does not
 depend on how images are resized or packs are filled, so another data.image_edge or pack length counts nothing again.
 
 Kept beside the source's index.json as `lengths-<fingerprint>.npz`, or, where that folder cannot be written, in the
 user's cache folder. Counting goes by parts of `PART_SAMPLES` samples, each a file of its own until all are there:
-processes share the parts, and one that is killed loses one part. A file that is damaged is counted again.
+processes share the parts, and a killed one loses one part. Damaged files are counted again.
 
 A row that cannot be read is counted as unfit and stays so while the file is there, readable again or not: the plan of
 a run must not change between two starts. More than `max_unreadable` of them are refused and not kept.
@@ -43,25 +43,25 @@ from megatron_eve.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 FORMAT = 4
-"""Changed when the same settings would give other numbers."""
+"""Change it when the same settings would give other numbers."""
 PART_SAMPLES = 16_384
 _CHUNK = 2048  # samples that go through the tokenizer together
 _LOOK_S = 0.2
 
 Alive = Callable[[], None]
-"""Called every second or so by whoever counts or waits; may raise to end it."""
+"""Called about every second while counting or waiting; may raise to end that."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextSettings:
-    """Everything beside shards and tokenizer that decides about a sample's text."""
+    """Everything beside shards and tokenizer that decides a sample's text."""
 
     template: TemplateName
     max_text_tokens: int
 
 
 class CountedSource:
-    """The counts of one source, as far as they are there."""
+    """The counts of one source, as far as they exist."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class CountedSource:
         return self._end - self._begin
 
     def missing_parts(self) -> list[int]:
-        """Parts that are still to be counted."""
+        """Parts that are not counted yet."""
         if self.path.is_file():
             return []
         parts = range(-(-self.num_samples // PART_SAMPLES))
@@ -121,7 +121,7 @@ class CountedSource:
             time.sleep(_LOOK_S)  # another process is at it
 
     def count(self, part: int, *, alive: Alive = lambda: None) -> SourceCounts | None:
-        """Count one part and keep it; None if another process is at it or has done it."""
+        """Count one part and keep it; None if another process is counting it or has counted it."""
         with _lock_of(self._part_path(part)) as is_mine:
             if not is_mine or part not in self.missing_parts():
                 return None
@@ -131,7 +131,7 @@ class CountedSource:
             return counts
 
     def forget_unreadable(self) -> int:
-        """Read the rows again that could not be read. Returns how many of them can be read now."""
+        """Read unreadable rows again. Returns how many can be read now."""
         counts = self._read(self.path, num_samples=self.num_samples)
         if counts is None:
             return 0
@@ -163,7 +163,7 @@ class CountedSource:
         for part in (*missing[first:], *missing[:first]):
             self.count(part, alive=alive)
             alive()
-        while self.missing_parts():  # another process is at it; should it die, its lock is free
+        while self.missing_parts():  # another process counts it; if it dies, its lock is free
             for part in self.missing_parts():
                 self.count(part, alive=alive)
             alive()
@@ -250,7 +250,7 @@ class CountedSource:
                 path.unlink()
 
     def _read(self, path: Path, *, num_samples: int) -> SourceCounts | None:
-        """What a file holds; None if it is not there, or was damaged and is removed."""
+        """What a file holds; None if there is none, or if it was damaged and is removed."""
 
         def read_once() -> SourceCounts | None:
             with suppress(FileNotFoundError):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was counted of consecutive samples (`SourceCounts`), and the file that keeps it.
 
-The file is an uncompressed .npz with a hash over its arrays. It is whole or absent, and one that is damaged anywhere is
-noticed: `load_counts` raises DamagedCounts, never gives other numbers.
+The file is an uncompressed .npz with a hash over its arrays. It is whole or absent, and any damage is noticed:
+`load_counts` raises DamagedCounts and never gives other numbers.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _ARRAYS = ("num_text", "num_labels", "num_images", "image_sizes")
 
 
 class DamagedCounts(Exception):
-    """The bytes of a file are not what was written."""
+    """The bytes of a file differ from those written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +78,7 @@ def save_counts(counts: SourceCounts, path: Path) -> None:
 
 
 def load_counts(path: Path, *, num_samples: int) -> SourceCounts:
-    """Raises: OSError where the system does not give the file; DamagedCounts."""
+    """Raises: OSError if the system does not give the file; DamagedCounts."""
     content = path.read_bytes()
     try:
         counts = _decoded(content)

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many vision, text and label tokens each sample has, and which samples are unfit: what the plan needs.
 
-Comes in: a ShardTable, a tokenizer, the settings that decide. Goes out: `SampleLengths`. What depends on text comes
-from counting.py, which counts every sample once and keeps it; what the training resize makes of the images is
-computed here from their sizes, at every start and once for each size, and so are padding and what does not fit into a
-pack.
+Comes in: a ShardTable, a tokenizer, settings. Goes out: `SampleLengths`. Text tokens come from counting.py, which
+counts every sample once and keeps it. Vision tokens are computed here from the sizes of the images, at every start and
+once for each size, and so are padding and which samples fit into a pack.
 
-The trainer counts at its start at most `START_LIMIT` samples: about a minute on one core, and nobody waits in a
-collective for it (training/data_start.py). For more, the refusal names the command that counts with all cores.
+At its start the trainer counts at most `START_LIMIT` samples, about a minute on one core, and no rank waits for it in a
+collective (training/data_start.py). For more, the refusal names the command that counts with all cores.
 """
 
 import math
@@ -108,7 +107,7 @@ def resized(sizes: Sequence[tuple[int, int]], *, settings: LengthSettings) -> li
 
 
 def unreadable_limit(share: float, *, num_samples: int) -> int:
-    """data.max_unreadable as a number of samples, rounded up: a run bears no such row only if the share is 0."""
+    """data.max_unreadable as a number of samples, rounded up: 0 only if the share is 0."""
     return math.ceil(round(share * num_samples, 6))
 
 
@@ -190,7 +189,7 @@ class _Lengths:
 def _vision_tokens(
     counts: SourceCounts, *, settings: LengthSettings
 ) -> tuple[NDArray[np.int32], dict[int, SampleError]]:
-    """[num_samples] vision tokens, and why not of the samples with an image that is unfit (its first such image's)."""
+    """[num_samples] vision tokens, and for samples with an unfit image the reason (of the first such image)."""
     heights, widths = counts.image_sizes.astype(np.uint64).T
     sizes, size_of = np.unique(heights << 32 | widths, return_inverse=True)
     measured = list(_image_tokens(sizes, settings=settings))
@@ -223,7 +222,7 @@ def _image_tokens(
 def _refuse_long_counting(
     counted: Sequence[CountedSource], *, limit: int, tokenizer: Tokenizer
 ) -> None:
-    """Raises ConfigError with the command that counts, if there is more to count than the trainer does."""
+    """Raises ConfigError with the command that counts, if there is too much to count for the trainer."""
     missing = {source: source.missing_samples() for source in counted if source.missing_samples()}
     total = sum(missing.values())
     if total <= limit:

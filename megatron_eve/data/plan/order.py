@@ -31,7 +31,7 @@ from megatron_eve.errors import ConfigError, DataError
 
 _LOG = logging.getLogger(__name__)
 _SHUFFLE = "py1e"
-_PACKER = 2  # change it when the stream packer would make other packs of the same samples
+_PACKER = 2  # change it when the stream packer makes other packs of the same samples
 
 
 class SampleOrder:
@@ -98,7 +98,7 @@ class SampleOrder:
         first, last = begin // size, (begin + count - 1) // size
         seed = int(np.random.SeedSequence([self._seed, source]).generate_state(1)[0])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # small blocks: __init__ has said it once
+            warnings.simplefilter("ignore", UserWarning)  # small blocks: __init__ has warned once
             passes = [
                 get_shuffle(_SHUFFLE, self._shard_sizes[source], 1, seed, number, self._block_size)
                 for number in range(first, last + 1)
@@ -139,7 +139,7 @@ def _share_out(sizes: list[int], *, data: DataConfig, lengths: SampleLengths) ->
 def _tokens_of_an_epoch(
     indices: list[NDArray[np.int64]], share: list[int], *, lengths: SampleLengths
 ) -> int:
-    """Exact where a source comes whole, else by its mean."""
+    """Exact if a source is used whole, else by its mean."""
     total = 0.0
     for source, count in zip(indices, share, strict=True):
         if count:
@@ -200,10 +200,9 @@ class PackPlan:
         self.fingerprint = digest.hexdigest()[:16]
 
     def next_step(self) -> list[PlannedPack]:
-        """The packs of the next step, before padding packs, in an order that does not depend on the ranks.
-
-        Items carry the place of their sample in the step: samples in the order of the epoch, whatever pack they are
-        in. What a step of packs holds is the packer's choice; its samples, too, are numbered in that order."""
+        """The packs of the next step, before padding packs, in an order that does not depend on the ranks. Items carry
+        the place of their sample in the step: samples count in the order of the epoch, whatever pack they are in. The
+        packer chooses the samples of a step of packs; they, too, are numbered in that order."""
         if self._batch.unit == "samples":
             return pack_batch(self._next_items(self._batch.size), shape=self._shape)
         packs, arrivals = [], []
@@ -256,7 +255,7 @@ class PackPlan:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after the step that the state was taken from. Raises DataError if the plan is another one."""
+        """Continue after the step that the state was taken from. Raises DataError if the plan differs."""
         if state["fingerprint"] != self.fingerprint:
             raise DataError(
                 f"the checkpoint's data state belongs to plan {state['fingerprint']}, this run has plan "

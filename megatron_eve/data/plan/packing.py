@@ -87,8 +87,8 @@ def pack_batch(items: Sequence[Item], *, shape: PackShape) -> list[PlannedPack]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackCost:
-    """Multiply-adds of a pack: so many for each token of a segment, padding included, and in attention so many for the
-    square of each sample's tokens. Integers, so that every machine plans the same packs."""
+    """Multiply-adds of a pack: for each token of a segment, padding included, and in attention for the square of each
+    sample's tokens. Integers, so that every machine plans the same packs."""
 
     per_vision: int
     per_text: int
@@ -139,10 +139,10 @@ class PackCost:
 def deal(
     packs: Sequence[PlannedPack], *, data_size: int, cost: PackCost, shape: PackShape
 ) -> list[list[PlannedPack]]:
-    """The packs of each data-parallel rank: as many for all (padding packs added), costs as even as greedy gets.
+    """The packs of each data-parallel rank: the same number for all (padding packs added), costs as even as greedy can.
 
-    Costliest first, each to the rank with the least so far that may still take one. Within a rank the packs keep their
-    order in the step."""
+    Costliest first, each to the rank with the least so far that may still take one. Within a rank the packs keep
+    their order in the step."""
     padded = [*packs, *([()] * (-len(packs) % data_size))]
     quota = len(padded) // data_size
     costs = [cost.of(pack, shape=shape) for pack in padded]

@@ -10,8 +10,8 @@ Full packs cost the same if their excesses add up to 0.
   3. When room for about two and a half samples is left, the best ending is found among all pairs of the 256 oldest:
      at most T / 256 tokens unused, both segments padded to `align`, total excess nearest to 0. If there is none, the
      longest ending in the whole pool.
-No sample joins that would make the pack cost more than 1/128 above the average. So a pack begun by a very dear sample
-stays partly empty, which costs a part of one pack, where filling it would let every rank wait.
+No sample joins that would lift the pack's cost more than 1/128 above the average. So a pack that begins with a very
+costly sample stays partly empty: that costs a part of one pack, and filling it would make every rank wait.
 Sums and weights are integers and the only division is IEEE's, so every machine makes the same packs. All is a function
 of the pool and of what arrives: the pool is the whole state.
 """
@@ -28,7 +28,7 @@ MAX_POOL = 1024
 _OLDEST = (
     64  # samples among which the middle of a pack is chosen: packs stay near the order of the epoch
 )
-_UNUSUAL = 2.0  # an excess so many times what the room left has on average needs a counterweight
+_UNUSUAL = 2.0  # an excess above so many times the average of the room left needs a counterweight
 _ENDING_ROOM = 2.5  # in mean samples: what is left for the ending
 _ENDING_POOL = 256  # samples whose pairs are tried as the ending
 _UNUSED = 256  # a pack may leave T / 256 tokens unused if its cost gains by it
@@ -170,7 +170,7 @@ class StreamPacker:
         return pack
 
     def _fill_middle(self, draft: _Draft, pool: _Pool) -> None:
-        """Samples one by one, until room for the ending is left or none fits."""
+        """Add samples one by one, until room for the ending is left or none fits."""
         tokens, extra = pool.num_tokens[:_OLDEST], pool.extra[:_OLDEST]
         excess = pool.excess[:_OLDEST].astype(np.float64)  # infinite once picked; exact below 2**53
         excess[0] = np.inf
@@ -200,7 +200,7 @@ class StreamPacker:
             excess[best : best + 1] = np.inf
 
     def _fill_end(self, draft: _Draft, pool: _Pool) -> None:
-        """Endings of one or two samples, until the pack is full or none fits."""
+        """Add endings of one or two samples, until the pack is full or none fits."""
         unused = self._shape.pack_tokens // _UNUSED
         while self._shape.pack_tokens - draft.num_vision - draft.num_text > unused:
             positions = np.flatnonzero(draft.free)

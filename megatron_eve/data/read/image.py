@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoded images to resized RGB pixels; a bad image spoils nothing but itself. The pixels are Pillow's, to the bit.
+"""Encoded images to resized RGB pixels, which are Pillow's to the bit. A bad image affects no other.
 
 Comes in: encoded bytes, the size that the shard's row gives, the size to resize to. Goes out, per image: uint8 pixels
 [H, W, 3] on the host, or a `SampleError` (undecodable, size_mismatch, too_many_pixels).
 
 JPEG of three colours or grey is decoded by NVIDIA DALI, on the CPU (libjpeg-turbo, as in Pillow: equal to the bit) or
-on the GPU (nvJPEG: another rounding, not yet verified). It is told not to turn. Every other file Pillow decodes: it is
-as fast there, and DALI reads some of them differently (TIFF, BMP, palettes, 16 bits). Then data/read/pixels.py turns
-and resizes, as it does in inference. The pipeline API is used and not `experimental.dynamic`, which leaks every image
-while Python's garbage collector is off, as it is in Megatron's training loop.
+on the GPU (nvJPEG: another rounding, not yet verified). DALI does not turn. Pillow decodes every other file: it is as
+fast there, and DALI reads some of them differently (TIFF, BMP, palettes, 16 bits). Then data/read/pixels.py turns and
+resizes, as it does in inference. We use the pipeline API, because `experimental.dynamic` leaks every image while
+Python's garbage collector is off, as it is in Megatron's training loop.
 
 One bad image makes DALI fail for the whole batch without saying which one. So: headers are read first (size guard,
-orientation); a batch that still fails is halved until the bad image stands alone, on a rebuilt pipeline each time;
-what DALI refuses Pillow may try; what both refuse is undecodable.
+orientation); a batch that still fails is halved until the bad image is alone, on a rebuilt pipeline each time; Pillow
+tries what DALI refuses; what both refuse is undecodable.
 """
 
 import io
@@ -45,7 +45,7 @@ time with a synchronisation. Larger images are decoded all the same. `hw_decoder
 of A100, H100 and H200, DALI's own default, the rest goes to the CUDA decoder. Chosen without a GPU; docs/gpu.md."""
 
 Pixels = NDArray[np.uint8] | SampleError
-"""A decoded image [H, W, 3], or why it could not be decoded."""
+"""A decoded image [H, W, 3], or the error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class ImageJob:
 
 @dataclass(frozen=True, slots=True)
 class _JpegJob:
-    """What DALI decodes, and how Pillow then turns it."""
+    """A JPEG for DALI, and how Pillow then turns it."""
 
     job: ImageJob
     turn: Image.Transpose | None
@@ -87,7 +87,7 @@ class ImageDecoder:
         self._pipeline: Any = None
 
     def decode(self, jobs: Sequence[ImageJob]) -> list[Pixels]:
-        """Pixels [H, W, 3] at `target_size` or the reason why not, for each job in order."""
+        """Pixels [H, W, 3] at `target_size`, or the error, for each job in order."""
         results: dict[int, Pixels] = {}
         for_dali: dict[int, _JpegJob] = {}
         for i, job in enumerate(jobs):
@@ -223,7 +223,7 @@ def _finish(
 def decode_reference(
     data: bytes, *, target_size: tuple[int, int], exif_rotation: bool = True
 ) -> NDArray[np.uint8]:
-    """What inference reads and training equals, by Pillow alone. [H, W, 3] uint8.
+    """The pixels of inference, which training equals, by Pillow alone. [H, W, 3] uint8.
 
     Raises SampleError: undecodable, too_many_pixels."""
     with open_image(data) as image:

@@ -2,10 +2,10 @@
 """Which names and marks stand for media: pictures, video, sound, documents.
 
 `<image>` is the one mark that is read. Everything else that looks like a mark (`<video>`, `<image_1>`, `<|image_pad|>`,
-`[IMG]`, `{image}` in a question) is found by `unread_mark`, so that a sample whose media nobody reads never becomes a
-sample of text alone. In: a text, or the name of a key. Out: the mark or the kind of medium, None if there is none.
+`[IMG]`, `{image}` in a question) is found by `unread_mark`, so that a sample with unread media never becomes a sample
+of text alone. In: a text, or the name of a key. Out: the mark or the kind of medium, None if there is none.
 
-Code and mark-up are texts, too: a tag with attributes (`<img src="a.png">`), a closing tag (`</video>`), a name of
+Code and mark-up are text: a tag with attributes (`<img src="a.png">`), a closing tag (`</video>`), a name of
 something (`<image_name>`), a type (`List<Image>`, `list[Image]`), a component (`<VideoPlayer>`), a tag spoken of
 (between backticks, or "the <video> tag") or a value that code fills in (`${image}`) is no mark. A bare `<video>` is.
 """
@@ -124,7 +124,7 @@ def words_of(name: str) -> list[str]:
 
 
 def media_kind(name: str) -> str | None:
-    """The kind of medium that a name (of a key, of a mark) speaks of."""
+    """The kind of medium that a name (of a key, of a mark) stands for."""
     words = words_of(name)
     if "point" in words and "cloud" in words:
         return "document"

@@ -42,7 +42,7 @@ Reason = Literal[
     "size_mismatch",  # the file's header and the shard's row disagree
     "undecodable",
     "too_long",  # more tokens than a pack holds
-    "unreadable_file",  # the system does not give the row's bytes: no such file, cut, no permission, I/O error
+    "unreadable_file",  # the system does not give the row's bytes: no file, cut, no permission, I/O error
     "damaged_row",  # the row's bytes are no row
     "changed_row",  # the row is not the one whose tokens were counted
 ]
@@ -79,8 +79,8 @@ class Quarantined:
 
 
 class QuarantineReport:
-    """A quarantine.jsonl that several processes may append to. A disk that refuses ends no run: what could not be
-    written is tried again with the next entries."""
+    """A quarantine.jsonl to which several processes may append. If the disk refuses, the run goes on and tries again
+    with the next entries."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -90,7 +90,7 @@ class QuarantineReport:
         self._lock = threading.Lock()
 
     def missing(self, entries: Iterable[Quarantined]) -> list[Quarantined]:
-        """Those that are not in the file yet."""
+        """The entries that are not in the file yet."""
         with self._lock, suppress(OSError):
             descriptor = os.open(self._path, os.O_RDONLY)
             try:
@@ -100,7 +100,7 @@ class QuarantineReport:
         return [entry for entry in entries if entry.key not in self._known]
 
     def add(self, entries: Sequence[Quarantined]) -> None:
-        """Append those whose row the file does not hold."""
+        """Append the entries whose row is not in the file."""
         with self._lock:
             self._waiting |= {entry.key: entry for entry in entries if entry.key not in self._known}
             if not self._waiting:
@@ -128,7 +128,7 @@ class QuarantineReport:
             os.close(descriptor)
 
     def _read(self, descriptor: int) -> bool:
-        """Take note of the lines that others, or earlier starts, have written; whether the last one is torn."""
+        """Note the lines that other processes or earlier starts wrote; returns whether the last is torn."""
         size = os.fstat(descriptor).st_size
         if size < self._read_until:  # somebody has emptied it
             self._known, self._read_until = set(), 0

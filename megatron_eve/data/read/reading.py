@@ -17,11 +17,11 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 PAUSES_S = (0.1, 0.5, 2.0, 8.0)
-"""Before each further try. A parallel file system whose server changes over either blocks or is back by then."""
+"""Before each further try. A parallel file system that fails over either blocks, or is back by then."""
 
 
 class ShortRead(OSError):
-    """The file ends before what is to be read from it: it was truncated, or is not copied yet."""
+    """The file ends too early: it was truncated, or is not copied yet."""
 
 
 class Patience:

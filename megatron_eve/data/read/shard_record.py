@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the build of a shard folder wrote down about itself (dataset.json), against what a run is told.
+"""What the build of a shard folder recorded about itself (dataset.json), compared with a run's configuration.
 
-Comes in: the shard folders of a run and the fields that both sides choose. Refused: a folder that was built with
-another choice. Shards without dataset.json, or of a build of before a choice existed, were made with its default.
+Comes in: the shard folders of a run and the fields that both sides choose. Refused: a folder built with another
+choice. Shards without dataset.json, or from a build that did not know a choice, were made with its default.
 """
 
 import json

@@ -3,11 +3,10 @@
 
 Comes in: folders written by data_prep (index.json and the shard files it names). Goes out: `Sample` by global index,
 or without its image bytes, which then stay on disk. Samples are numbered source by source, shard by shard. Refused at
-start: a folder or index that is missing or damaged, another format than MDS, compressed shards, another set of
-columns. A shard file that is missing or has another size than the index says is noted (`damaged`), and a row that
-cannot be read is a SampleError: how many of them a run bears is decided above. mosaicml-streaming's Stream opens the
-index, its encodings decode the columns; every read opens the file itself and keeps no position, so threads may share
-a table.
+start: a missing or damaged folder or index, another format than MDS, compressed shards, other columns. A shard file
+that is missing or has another size than in the index is noted (`damaged`), and an unreadable row is a SampleError; the
+caller decides how many a run bears. mosaicml-streaming's Stream opens the index, its encodings decode the columns;
+every read opens the file itself and keeps no position, so threads may share a table.
 """
 
 import os
@@ -104,12 +103,12 @@ class ShardTable:
         return _file_of(self.readers[shard]), row
 
     def name_of(self, index: int) -> str:
-        """What a sample is called that does not tell its id."""
+        """A sample's name when its id is not known."""
         shard, row = self._locate(index)
         return f"{self.readers[shard].raw_data.basename} row {row}"
 
     def index_bytes(self, source: int) -> bytes:
-        """What a source's index.json holds. It names sizes and hashes of all shards, and so changes with them."""
+        """A source's index.json. It has sizes and hashes of all shards, and so changes with them."""
         path = self.folders[source] / _INDEX_NAME
         try:
             return self.patience.read(path, path.read_bytes)
@@ -154,7 +153,7 @@ class ShardTable:
                 return sample_of(_read_columns(reader, row, skip=skip))
             except OSError:
                 raise
-            except Exception as error:  # whatever damaged bytes lead to
+            except Exception as error:  # damaged bytes lead anywhere
                 return error
 
         try:
@@ -263,7 +262,7 @@ def _rows_beyond_the_end(reader: Any) -> NDArray[np.int64]:
 
 
 def _count_in_file(reader: Any) -> int | None:
-    """The number of samples that a shard file says, if the file's table bears it out."""
+    """The number of samples that a shard file claims, if its table confirms it."""
     path, expected = _file_of(reader), reader.raw_data.bytes
     descriptor = os.open(path, os.O_RDONLY)
     try:

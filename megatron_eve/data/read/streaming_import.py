@@ -7,8 +7,8 @@ mds_decode, get_shuffle.
 a CPU build of torch); the pieces that read and write MDS need neither. So `streaming` and
 `streaming.base` are registered here as bare packages, with their search path and nothing executed,
 and the submodules are imported below them. StreamingDataset is left out on purpose: it ends an
-epoch silently or hangs on a missing shard, holds a barrier over the world in its constructor, and
-cannot express pipeline parallelism; plan.py takes its place. Tested with mosaicml-streaming 0.13.0,
+epoch silently or hangs on a missing shard, has a barrier over the world in its constructor, and
+cannot express pipeline parallelism; plan/ takes its place. Tested with mosaicml-streaming 0.13.0,
 installed without its dependencies.
 """
 

@@ -19,7 +19,7 @@ from megatron_eve.data.read.text_rules import END_TEXTS
 from megatron_eve.errors import ConfigError
 
 STOP_TEXT = "<|im_end|>"
-"""What ends an answer: a token that every tokenizer of a training run must have."""
+"""The token that ends an answer; every tokenizer of a training run must have it."""
 
 _FEW_TEXTS = 64
 
@@ -106,7 +106,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def refuse_ids_beyond(tokenizer: Tokenizer, *, vocab_size: int) -> None:
-    """Every id must have a row of the embedding and output layer before those are padded to the tensor-parallel size:
+    """Every id must have a row of the embedding and output layer before these are padded to the tensor-parallel size:
     padding rows are zeros, train nothing, and are cut at export.
 
     Raises: ConfigError naming the highest token and each special one that has no row."""

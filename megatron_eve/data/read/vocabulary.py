@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which row of the embedding belongs to which token: recorded with weights, compared wherever they meet a tokenizer.
 
-Two tokenizers with as many ids look alike to every shape, and weights of the one say nonsense with the other. A run
-records its whole vocabulary in complete.json; a converter records the language model's without added tokens, because
-reserved ones may be given a name (`<|im_end|>` in a Llama). A tokenizer that only adds ids behind them fits."""
+Two tokenizers with the same number of ids look alike to every shape, but weights of one write nonsense with the
+other. A run records its whole vocabulary in complete.json; a converter records the language model's without added
+tokens, because reserved ones may be renamed (`<|im_end|>` in a Llama). A tokenizer that only adds ids fits."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ class Vocabulary:
 def vocabulary_of(
     backend: tokenizers.Tokenizer, *, with_added: bool, num_ids: int | None = None
 ) -> Vocabulary:
-    """Of a tokenizer; `num_ids`: of its first ids only."""
+    """A tokenizer's vocabulary; with `num_ids`, only that of its first ids."""
     tokens = backend.get_vocab(with_added_tokens=with_added)
     count = max(tokens.values(), default=-1) + 1 if num_ids is None else num_ids
     listed = sorted((number, token) for token, number in tokens.items() if number < count)
@@ -56,7 +56,7 @@ def refuse_other_vocabulary(
     folder: str | Path,
     weights: str | Path,
 ) -> None:
-    """`recorded`: with the weights; None in those written before it was. Raises: ConfigError."""
+    """`recorded`: with the weights; None in old weights. Raises: ConfigError."""
     if recorded is None:
         return
     expected = Vocabulary.from_json(recorded)
@@ -70,7 +70,7 @@ def refuse_other_vocabulary(
 
 
 def stored_vocabulary(folder: Path) -> dict[str, Any] | None:
-    """Of a Hugging Face folder, without added tokens; None if it has no tokenizer.json that can be read."""
+    """The vocabulary of a Hugging Face folder, without added tokens; None without a readable tokenizer.json."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
