@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One command for all that a user runs: `megatron-eve COMMAND ...`, or `python -m megatron_eve COMMAND ...`.
+"""One command for everything: `megatron-eve COMMAND ...`, or `python -m megatron_eve COMMAND ...`.
 
-Each is a `python -m` program under a short name, run as that: same arguments, messages and exit codes. Nothing but the
-program that is asked for is imported. Unlike `python -m`, the installed script does not look for modules in the working
-directory, so that a user's own folders `tools` or `slurm` there do no harm."""
+Each COMMAND is a short name of a `python -m` program, with its arguments, messages and exit codes. Only that program is
+imported. Unlike `python -m`, the installed script does not look for modules in the working directory, so a user's own
+folders `tools` or `slurm` there do no harm."""
 
 import difflib
 import runpy
@@ -25,7 +25,7 @@ COMMANDS = {
     "plot": ("tools.plot", "curves of runs"),
     "submit": ("slurm.submit", "stages as a chain of Slurm jobs"),
 }
-"""Name of a command -> the program that it runs and what that is for."""
+"""Name of a command -> its program and what that is for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """The commands with what each is for."""
+    """The commands and what each is for."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
     return "\n".join(

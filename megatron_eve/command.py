@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a command of this package ends: `if __name__ == "__main__": end_with(main)`.
 
-The first Ctrl-C is raised in `main` as KeyboardInterrupt, so that what is half-written is removed on the way out; then
-one line says so and the exit code is 130. The second ends the process at once, whatever it is removing or waiting for.
-The trainer has more to do at a Ctrl-C (stop_signals.py). No torch."""
+The first Ctrl-C raises KeyboardInterrupt in `main`, so that half-written results are removed on the way out; then one
+line says so and the exit code is 130. The second ends the process at once, whatever it is removing or waiting for. The
+trainer does more at a Ctrl-C (stop_signals.py). No torch."""
 
 import os
 import signal
@@ -13,11 +13,11 @@ from types import FrameType
 from typing import NoReturn
 
 INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C has ended: 128 + SIGINT, as shells say it."""
+"""Exit code of a command that Ctrl-C ended: 128 + SIGINT, as in shells."""
 
 
 def end_with(main: Callable[[], int], *, after_interrupt: str = "") -> NoReturn:
-    """Leave the process with main's exit code. `after_interrupt`: what a person can do who pressed Ctrl-C."""
+    """Leave the process with main's exit code. `after_interrupt`: what the user can do after a Ctrl-C."""
     signal.signal(signal.SIGINT, _Interrupts())
     try:
         code = main()
@@ -41,10 +41,10 @@ class _Interrupts:
 
 
 def _leave() -> NoReturn:
-    """At once: the interpreter would wait for threads that are still at work."""
+    """Leave at once: the interpreter would wait for threads that still work."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # whoever read it has gone, too
+        except OSError:  # the reader has gone, too
             continue
     os._exit(INTERRUPTED)

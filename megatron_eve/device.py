@@ -44,12 +44,12 @@ def collective_backend() -> str:
 
 
 def device_name() -> str | None:
-    """What this process' GPU calls itself, for example "NVIDIA H200"; None on a CPU."""
+    """The name of this process' GPU, for example "NVIDIA H200"; None on a CPU."""
     return torch.cuda.get_device_name() if has_gpu() else None
 
 
 def peak_memory_gib() -> float | None:
-    """Largest memory that tensors of this process have taken on its device; None on a CPU."""
+    """The most memory that this process' tensors have taken on its device; None on a CPU."""
     return torch.cuda.max_memory_allocated() / 2**30 if has_gpu() else None
 
 
@@ -103,9 +103,7 @@ def _import_megatron_without_compile() -> None:
     real_compile = torch.compile
     torch.compile = lambda fn=None, **_: fn if fn is not None else (lambda f: f)  # type: ignore[assignment]
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # that Apex and Transformer Engine are missing is no news on a CPU
+        with warnings.catch_warnings():  # on a CPU nobody expects Apex and Transformer Engine
             warnings.simplefilter("ignore")
             import megatron.core.models.gpt  # noqa: F401  (evaluates every decorator now)
             from megatron.core.tensor_parallel import random as tp_random
@@ -146,7 +144,7 @@ def _use_own_adam() -> None:
 
 
 class _InOrder(torch.cuda.Stream):
-    """A CUDA stream of a machine on which work is done, in order, when the call returns."""
+    """A CUDA stream on a machine that does all work, in order, before the call returns."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "_InOrder":
         return object.__new__(cls)  # the real constructor refuses without CUDA

@@ -4,10 +4,10 @@ sample it concerns, and what to change."""
 
 
 class EveError(Exception):
-    """Base of every error that this package raises for something a user, file or cluster caused."""
+    """Base of every error that this package raises for something that a user, file or cluster caused."""
 
     is_final = False
-    """Whether another start would find the same: exit code 2, after which slurm/launcher.py starts no other one."""
+    """Whether another start would fail alike: exit code 2, after which slurm/launcher.py does not start again."""
 
 
 class ConfigError(EveError):
@@ -17,14 +17,14 @@ class ConfigError(EveError):
 
 
 class InUseError(ConfigError):
-    """Another process has the folder: a later start with the same configuration may find it free."""
+    """Another process has the folder; it may be free for a later start with the same configuration."""
 
     is_final = False
 
 
 class MissingHereError(ConfigError):
-    """This machine lacks a GPU or a package that the configuration asks for: a node that is broken looks the same, and
-    a later start may be on another one."""
+    """This machine lacks a GPU or a package that the configuration asks for. A broken node looks the same, and a later
+    start may be on another one."""
 
     is_final = False
 
@@ -38,7 +38,7 @@ class CheckpointError(EveError):
 
 
 class ParallelError(EveError):
-    """The parallel layout cannot be set up on the processes that are there."""
+    """The parallel layout does not fit the processes."""
 
     def __init__(self, text: str, *, is_final: bool = False) -> None:
         super().__init__(text)
@@ -46,4 +46,4 @@ class ParallelError(EveError):
 
 
 class ElsewhereError(EveError):
-    """Another process has failed and tells why; this one only ends."""
+    """Another process has failed and gives the reason; this one only ends."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the values of a tensor are numbers: weights with NaN or infinity are refused wherever they are read."""
+"""Whether the values of a tensor are finite: weights with NaN or infinity are refused wherever they are read."""
 
 import math
 
@@ -10,7 +10,7 @@ from megatron_eve.errors import CheckpointError
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every value is, without a copy of the tensor."""
+    """Whether every value is finite, without a copy of the tensor."""
     if not tensor.numel():
         return True
     low, high = torch.aminmax(tensor)  # NaN wins over every number
@@ -18,7 +18,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def check_finite(name: str, tensor: Tensor, *, source: object) -> Tensor:
-    """The tensor itself. Raises: CheckpointError naming it, and the place of the first value that is none."""
+    """The tensor itself. Raises: CheckpointError with its name and the place of the first value that is not finite."""
     if is_finite(tensor):
         return tensor
     bad = (~torch.isfinite(tensor)).nonzero()

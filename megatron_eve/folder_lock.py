@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process at a time in a folder: a lock on FOLDER/.lock, which dies with the process, however that ends.
 
-The file says who holds it, for the error of whoever comes second."""
+The file names the process that holds it, for the error of the second one."""
 
 import fcntl
 import logging
@@ -24,18 +24,18 @@ _LOOK_S = 0.2
 def only_one(folder: Path, *, what: str, patience_s: float = 0.0) -> Iterator[FileIO]:
     """Hold the lock of a folder that exists; gives the locked file, which child processes may inherit.
 
-    `what`: "run", "build", ... `patience_s`: how long to wait for one that is about to end.
+    `what`: "run", "build", ... `patience_s`: how long to wait for a process that is about to end.
     Raises: InUseError naming the process that has it."""
     with (folder / LOCK_FILE).open("ab+", buffering=0) as file:
         if _acquire(file, folder=folder, what=what, patience_s=patience_s):
-            with suppress(OSError):  # a full disk keeps nobody from holding it
+            with suppress(OSError):  # it can be held on a full disk, too
                 file.truncate(0)
                 file.write(f"{_this_process()}\n".encode())
         yield file
 
 
 def _acquire(file: FileIO, *, folder: Path, what: str, patience_s: float) -> bool:
-    """Whether the lock is held; not where a file system has no locks. Raises: see only_one()."""
+    """Whether the lock is held; False on a file system without locks. Raises: see only_one()."""
     until = time.monotonic() + patience_s
     is_told = False
     while True:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names in RUN_DIR: of a run's checkpoints, checkpoints/step_00000100, and of `latest`, which holds the newest one's
-name; of the two files that every checkpoint has; and of those by which a run and what started it talk. No torch: a dry
-run and slurm/launcher.py read them, too."""
+"""Names in RUN_DIR: the run's checkpoints, checkpoints/step_00000100, and `latest`, which holds the newest one's name;
+the two files of every checkpoint; the files by which a run and its launcher talk. No torch: a dry run and
+slurm/launcher.py read them, too."""
 
 import re
 from pathlib import Path

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is told twice, compared before anything is built: its model against the weights that it starts from, its
-tokenizer against the model and against the tokenizer of the weights, its choices about pictures against its shards.
+"""A run must agree with the files that it names before anything is built: its model with the weights that it starts
+from, its tokenizer with the model and with the tokenizer of the weights, its choices about pictures with its shards.
 
-resolve() checks the configuration by itself; this reads the files that it names, small ones, and imports no torch
-unless the run has checkpoints of its own. A dry run does the same with what is there, and says what is not."""
+resolve() checks the configuration by itself; this reads those files, small ones, and imports no torch unless the run
+has checkpoints of its own. A dry run does the same with the files that exist, and says which do not."""
 
 import logging
 from pathlib import Path
@@ -22,11 +22,11 @@ _LOG = logging.getLogger(__name__)
 
 
 def check_start(config: RunConfig, *, dry_run: bool) -> None:
-    """Raises: ConfigError where two of them disagree, DataError for a record of shards that cannot be read,
-    CheckpointError for weights that cannot be read or, unless it is a dry run, are not there."""
+    """Raises: ConfigError where two of them disagree, DataError for an unreadable record of shards, CheckpointError for
+    weights that cannot be read or, unless it is a dry run, are missing."""
     run_dir = Path(config.run_dir)
     if checkpoints_of(run_dir):
-        if dry_run:  # the run itself asks with the folder's lock in its hand
+        if dry_run:  # the run itself checks while it holds the folder's lock
             from megatron_eve.training.run_directory import refuse_other_run
 
             refuse_other_run(config, run_dir=run_dir)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The signals that ask a training process to stop, heard whatever its main thread does, also while torch is imported.
+"""The signals that ask a training process to stop, noticed whatever its main thread does, even an import of torch.
 
     Ctrl-C before the first step    ends at once with exit code 130: there is nothing to save
     Ctrl-C, SIGTERM, SIGUSR2 later  the run stops after its step and saves
-    Ctrl-C once more                ends at once; so does SIGTERM behind it, which torchrun makes of the second
+    Ctrl-C once more                ends at once; so does SIGTERM after it, which torchrun makes of the second
 
-Python runs handlers in the main thread, between two operations of the interpreter: never while that waits for a rank
-that has gone. So signals arrive through a pipe (signal.set_wakeup_fd) at a thread that does nothing else."""
+Python runs handlers in the main thread, between two operations of the interpreter, so never while it waits for a rank
+that has gone. Here a pipe (signal.set_wakeup_fd) brings signals to a thread that does nothing else."""
 
 import os
 import signal
@@ -24,10 +24,10 @@ _ONE_PRESS_S = 0.2  # the terminal and a launcher that passes it on may both sen
 
 
 class StopSignals:
-    """Whether this process was asked to stop. To be entered in the main thread."""
+    """Whether this process was asked to stop. Enter it in the main thread."""
 
     def __init__(self, *, rank: int) -> None:
-        """`rank`: the first one alone speaks."""
+        """`rank`: only rank 0 prints."""
         self._is_speaker = rank == 0
         self._asked = self._interrupted = self._may_save = False
         self._pressed_at = 0.0
@@ -67,7 +67,7 @@ class StopSignals:
         return self._interrupted
 
     def catch_stops(self) -> None:
-        """From here on SIGTERM and SIGUSR2 ask, too. They end a process that is not this far."""
+        """From here on SIGTERM and SIGUSR2 ask, too. Earlier they end the process."""
         for number in STOPS:
             self._catch(number)
 

@@ -72,7 +72,7 @@ def configure(recipe: str, *, overrides: Sequence[str]) -> RunConfig:
 
 
 def _recipes() -> str:
-    """Each recipe with the first paragraph of what it says of itself."""
+    """Each recipe with the first paragraph of its docstring."""
     width = max(map(len, RECIPES))
     lines = []
     for name, function in RECIPES.items():
@@ -120,12 +120,12 @@ def _train(config: RunConfig) -> int:
 
 
 def _exit_code(error: Exception) -> int:
-    """2 tells slurm/launcher.py that another start would find the same."""
+    """2 tells slurm/launcher.py that another start would fail alike."""
     return 2 if isinstance(error, EveError) and error.is_final else 1
 
 
 def _told(error: Exception, signals: StopSignals) -> str:
-    """An error of ours, or of a rank that was interrupted together with its peers, as a line; a defect in full."""
+    """An error of ours, or of a rank that was interrupted together with its peers, as one line; a defect in full."""
     if isinstance(error, EveError) or signals.interrupted:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if signals.interrupted else error}"
     return f"\n{traceback.format_exc()}"
@@ -152,7 +152,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--diff", nargs=2, metavar=("A", "B"), help="print the fields in which two recipes differ"
     )
     args = parser.parse_args(argv)
-    if args.diff and args.recipe:  # with --diff all that follows is an override
+    if args.diff and args.recipe:  # with --diff all others are overrides
         args.overrides.insert(0, args.recipe)
     if args.list and args.recipe:
         parser.error(f"--list takes nothing beside it, found {args.recipe}")

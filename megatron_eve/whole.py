@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files and folders that are whole or absent: the one way in which results are written.
+"""Files and folders that are whole or absent: every result is written this way.
 
-What is written gets its name last. It lies beside its place under a temporary name until its bytes, and for a folder
-the bytes and names of everything in it, are on the disk; then it is renamed, and the rename is brought to the disk,
-too. Whatever goes wrong on the way (a full disk, no permission, Ctrl-C, an error of the caller), the temporary is
-removed again and what stood there before stands there still.
+A result gets its name last. It lies beside its place under a temporary name until its bytes, and for a folder the
+bytes and names of everything in it, are on the disk; then it is renamed, and the rename is brought to the disk, too.
+If anything goes wrong (a full disk, no permission, Ctrl-C, an error of the caller), the temporary is removed and the
+old file or folder stays.
 
 A file system replaces a file by one rename, but not a folder that has something in it. So the old folder steps aside
-first (`.replaced-NAME`) and goes when the new one has its name; if the new one cannot get it, the old one comes back. A
-process that is killed between the two renames leaves the old folder aside, and the next one that wants the name puts
-it back: see `mend`.
+first (`.replaced-NAME`) and goes when the new one has its name; if the new one cannot get it, the old one comes back.
+A process that is killed between the two renames leaves the old folder aside, and the next one that wants the name
+puts it back: see `mend`.
 
-Needs no torch. Raises OSError as the file system said it, with the name of the file."""
+Needs no torch. Raises the file system's OSError, with the name of the file."""
 
 import errno
 import json
@@ -63,9 +63,8 @@ def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill in the block; at the block's end it replaces `folder`, whatever that holds.
-
-    Whether something may be replaced at all is the caller's question, to be asked before."""
+    """An empty folder to fill in the block; at the block's end it replaces `folder`, whatever that holds. The caller
+    must check beforehand whether it may be replaced."""
     folder = folder.resolve()  # of a link, what it points to is replaced, and written beside
     folder.parent.mkdir(parents=True, exist_ok=True)
     mend(folder)
@@ -80,7 +79,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def publish_folder(temporary: Path, *, final: Path) -> None:
-    """Bring `temporary` to the disk, then see replace_folder."""
+    """Bring `temporary` to the disk, then replace_folder()."""
     sync_folder(temporary)
     replace_folder(temporary, final=final)
 
@@ -119,7 +118,7 @@ def mend(folder: Path) -> None:
 
 
 def mend_all(parent: Path) -> None:
-    """The same for every folder in `parent`."""
+    """mend() every folder in `parent`."""
     for aside in parent.glob(f"{ASIDE_PREFIX}*"):
         mend(parent / aside.name.removeprefix(ASIDE_PREFIX))
 

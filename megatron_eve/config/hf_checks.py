@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Hugging Face config.json says that this decoder does not compute: read by the converters and by inference.
+"""What a Hugging Face config.json asks for that this decoder does not compute: read by the converters and by inference.
 
 An allow-list. Every field is used (hf_fields.py), must have one value (below), or is known to change nothing when the
-model computes logits. Any other field that is set to something (not null, false, 0 or empty) may scale, window or bias
-what we would not, so it is named and refused: such a model loads without a missing tensor and is another function."""
+model computes logits. Any other field that is set (not null, false, 0 or empty) may scale, window or bias something
+that we would not, so it is refused by name: such a model loads without a missing tensor and is another function."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -48,14 +48,14 @@ _INERT = {
     *("chunk_size_feed_forward", "problem_type", "finetuning_task", "task_specific_params", "id2label", "label2id"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id"),
     *("transformers.js_config", "unsloth_fixed", "unsloth_version", "is_llama_config", "max_sequence_length"),
-    # of generation: generation_config.json of a release is made anew
+    # of generation: a release gets a generation_config.json of its own
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "temperature"),
     *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "diversity_penalty", "prefix"),
     *("num_return_sequences", "max_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
     *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
     # of training alone
     *("attention_dropout", "hidden_dropout", "resid_dropout", "vision_tower_lr"),
-    # looked at below, or of no effect while that holds
+    # checked below, or without effect while that holds
     *("hidden_act", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types", "rope_scaling"),
     *("rope_parameters", "head_dim", "add_moe", "moe_part"),
 }  # fmt: skip
@@ -64,7 +64,7 @@ _INERT_PREFIXES = ("_", "mm_", "tune_", "image_", "tokenizer_", "freeze_")
 
 
 def unsupported(content: Mapping[str, Any]) -> Iterator[str]:
-    """One message a field: its name, its value, and what this decoder has instead. `content`: as the file says it."""
+    """One message a field: its name, its value, and what this decoder has instead. `content`: of the file."""
     kind = str(content.get("model_type"))
     if content.get("hidden_act") != "silu":
         yield f"hidden_act is {content.get('hidden_act')!r}, expected 'silu'."
@@ -114,13 +114,13 @@ def _window(content: Mapping[str, Any], *, kind: str) -> Iterator[str]:
 
 
 def with_rope_theta(content: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with rope_theta at the top, wherever it says it: transformers 5 writes it into rope_parameters."""
+    """config.json with rope_theta at the top; transformers 5 writes it into rope_parameters."""
     thetas = [*_rope_thetas(content).values()]
     return {**content, "rope_theta": thetas[0]} if thetas else dict(content)
 
 
 def _rope_thetas(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the rotary base is said -> what is said."""
+    """Where a rotary base stands -> its value."""
     places = {"config.json": content} | {field: content.get(field) for field in _ROPE_FIELDS}
     return {
         name: found["rope_theta"]

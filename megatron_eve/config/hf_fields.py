@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a Hugging Face config.json says what ModelConfig says: read by the converters and by inference."""
+"""Where a Hugging Face config.json has the fields of ModelConfig: read by the converters and by inference."""
 
 HF_FIELDS: dict[str, tuple[str, type]] = {
     "num_layers": ("num_hidden_layers", int),
@@ -22,4 +22,4 @@ HF_EVE_FIELDS: dict[str, tuple[str, type]] = {
     "dense_stride": ("dense_stride", int),
     "head_dim": ("head_dim", int),
 }
-"""What our releases say besides; official folders and language models leave some of it out."""
+"""Further fields of our releases; official folders and language models leave some of them out."""

@@ -24,10 +24,9 @@ def layout_problems(config: RunConfig) -> Iterator[str]:
 def refuse_other_process_count(
     parallel: ParallelConfig, *, running: int, arguments: Sequence[str] | None = None
 ) -> None:
-    """`running`: processes that were started. `arguments`: of the trainer, where its torchrun line is to be told.
+    """`running`: processes that were started. `arguments`: of the trainer, if the message is to have its torchrun line.
 
-    Raises: ParallelError if these are not as many as the layout has.
-    """
+    Raises: ParallelError if their number is not the layout's."""
     if running == parallel.world_size:
         return
     text = (

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model's lines of a checkpoint's config.txt, `model.FIELD: value`, one a field.
 
-A run writes its whole configuration there, the converter only the model's; both hold these lines. Read back, every
-field must be there: a constant that a file does not say is not known, and no default is put in its place."""
+A run writes its whole configuration there, the converter only the model's; both hold these lines. On reading every
+field must be there: a constant that is missing is unknown, and no default takes its place."""
 
 from collections.abc import Mapping
 from typing import Any, get_type_hints
@@ -32,7 +32,7 @@ def model_from_text(text: str, *, where: str) -> ModelConfig:
 
 
 def model_of_lines(lines: Mapping[str, str], *, where: str) -> ModelConfig:
-    """As `model_from_text`, from key -> value."""
+    """Like `model_from_text`, from key -> value."""
     values: dict[str, Any] = {}
     for name, annotation in model_fields().items():
         key = PREFIX + name

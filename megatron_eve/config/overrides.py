@@ -6,7 +6,7 @@
 
 Values are written as in config.txt (values.py). A further source is added by giving all its fields under the next
 number (`data.sources.1.path=... data.sources.1.proportion=...`); `data.sources=()` before them starts from none, and
-`data.sources.1=none` removes one, so that those behind it move up by one.
+`data.sources.1=none` removes one, so that later ones move up.
 `model.split` also takes the name of a variant (variants.py). `model.FIELD=from_weights` takes a constant from the
 weights that the run starts from, `model=from_weights` all but the split, which the stage decides. Of two overrides of
 one key the later counts, as everywhere on a command line. `recipe` cannot be overridden: it says which function filled
@@ -101,7 +101,7 @@ def _choose_variant(flat: dict[str, str], *, name: str) -> None:
 
 
 def _fill_from_weights(flat: dict[str, str]) -> None:
-    """Put the weights' own constants where `from_weights` stands: concrete values, which config.txt will say."""
+    """Replace `from_weights` by the weights' own values, which config.txt then holds."""
     open_keys = [k for k, v in flat.items() if k.startswith(PREFIX) and v == FROM_WEIGHTS]
     if not open_keys:
         return

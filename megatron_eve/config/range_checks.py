@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of single fields: each number in the range in which it means anything.
+"""Checks of single fields: each number must be in its meaningful range.
 
-One message per field out of range. Optional fields are checked where they are set."""
+One message per field out of range. Optional fields are checked if they are set."""
 
 from collections.abc import Iterable, Iterator
 from operator import attrgetter

@@ -18,7 +18,7 @@ from megatron_eve.config.sizes import (
 )
 
 _GIB = 1 << 30
-_FILLED = 0.95  # of the computed packs; what is below deserves advice
+_FILLED = 0.95  # of the computed packs; a lower fill gets advice
 
 
 def plan_text(config: RunConfig, *, epoch: EpochSize | None) -> str:
@@ -98,7 +98,7 @@ def _batch(config: RunConfig, *, epoch: EpochSize | None) -> list[tuple[str, str
 
 
 def rounding_advice(config: RunConfig, *, epoch: EpochSize) -> str | None:
-    """What to change when a step of samples leaves many packs empty, because every rank takes as many as any other."""
+    """What to change when a step of samples leaves many packs empty because every rank takes the same number."""
     filled, computed = expected_packs(config, epoch=epoch)
     if filled >= _FILLED * computed:
         return None

@@ -4,7 +4,7 @@ that overrides are laid over.
 
 `config_text` writes every field, sorted, one `key: value` per line; `config_from_text` is its exact inverse and refuses
 unknown, missing, repeated and ill-typed keys; only a field with a default may be missing. Neither checks how fields fit
-together: that is resolve()'s part."""
+together; resolve() does."""
 
 import difflib
 from collections.abc import Iterable, Mapping

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model comes from one place: what a folder of weights says about its model, against what a run would build.
+"""The model comes from one place: the model in a folder of weights is compared with the one that a run would build.
 
 Weights computed with one rotary base, norm epsilon or number of heads and used with another are another model, and
 their tensors have the same shapes. So every constant in the weights' config.txt is compared with the run's before
@@ -18,7 +18,7 @@ from megatron_eve.errors import CheckpointError, ConfigError
 from megatron_eve.run_files import COMPLETE, CONFIG, checkpoints_of
 
 FREE = {"init_std"}
-"""Constants that may differ: they say how random weights are drawn, and nothing about weights that are there."""
+"""Constants that may differ: they decide how random weights are drawn, and change nothing in loaded ones."""
 
 _COPY = "checkpoint.copy_text_to_vision"
 
@@ -56,7 +56,7 @@ def config_of_weights(path: Path) -> Path:
 
 
 def fact_of_weights(path: str | Path, name: str) -> Any:
-    """What complete.json of the checkpoint that `path` means says under `name`; None if nothing."""
+    """The entry `name` in complete.json of the checkpoint that `path` means; None if there is none."""
     try:
         folder = config_of_weights(Path(path)).parent
         return json.loads((folder / COMPLETE).read_text(encoding="utf-8")).get(name)
@@ -67,7 +67,7 @@ def fact_of_weights(path: str | Path, name: str) -> Any:
 def refuse_other_model(
     model: ModelConfig, stored: ModelConfig, *, weights: str | Path, copy_text_to_vision: bool
 ) -> None:
-    """Raises: ConfigError with a line for each constant in which the run's model and the weights' one differ."""
+    """Raises: ConfigError with a line for each constant in which the models of run and weights differ."""
     lines = list(
         differences(model, stored, weights=weights, copy_text_to_vision=copy_text_to_vision)
     )
@@ -109,7 +109,7 @@ _HINTS = {
 
 
 def _same(here: str, there: str, *, is_float: bool) -> bool:
-    """Of floats, those that are one number in the fp32 in which they are used: 1e-5 is 9.999999747378752e-06."""
+    """Floats are the same if they are one number in fp32, in which they are used: 1e-5 is 9.999999747378752e-06."""
     if not is_float:
         return here == there
     return struct.pack("f", float(here)) == struct.pack("f", float(there))
