@@ -6,7 +6,7 @@
 Each commit is checked out into a folder of its own and used through its commands alone, so that its modules may lie
 where they like. It resolves every recipe, trains the curriculum of `eve_tiny` in four layouts on the same shards, and
 converts a checkpoint to a release and back. Compared are the fields of every recipe, every logged figure but times, the
-hash of every tensor of every checkpoint (moments included), every byte of the release, and the golden files. What a
+hash of every tensor of every checkpoint (moments included), every byte of both, and the golden files. What a
 commit gave is kept in WORK and not computed again; shards and tokenizer there are those of WORK's first BASE."""
 
 import argparse
@@ -26,7 +26,7 @@ from megatron_eve.command import end_with
 from megatron_eve.errors import ConfigError, EveError
 from megatron_eve.folder_lock import only_one
 from megatron_eve.metrics.definitions import METRICS
-from megatron_eve.metrics.sinks import METRICS_FILE
+from megatron_eve.metrics.sinks import METRICS_FILE, read_metrics
 from megatron_eve.run_files import CHECKPOINTS, COMPLETE, CONFIG
 from megatron_eve.whole import write_json
 
@@ -262,7 +262,7 @@ def _run_facts(
         folder=folder,
     )
     facts = _field_facts((run / CONFIG).read_text())
-    records = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
+    records = read_metrics(run / METRICS_FILE)
     for key in sorted(set().union(*records) - TIMES):
         facts[f"figure {key}"] = [repr(record.get(key)) for record in records]
     for checkpoint in sorted((run / CHECKPOINTS).glob("step_*")):
@@ -271,14 +271,14 @@ def _run_facts(
 
 
 def _release_facts(code: Path, folder: Path, *, recipe: str) -> Facts:
-    """Every file of a release, and every tensor of the checkpoint that is made from it."""
+    """Every file of a release, and of the checkpoint that is made from it."""
     for command in (
         ("release", f"runs/eve_tiny_{recipe}", "release", "--tokenizer", "data/demo/tokenizer"),
         ("hf-to-megatron", "release", "imported"),
     ):
         skip = ("--skip-check",) if command[0] == "release" else ()
         _python("checkpoints_convert", *command, *skip, "--overwrite", code=code, folder=folder)
-    return _file_facts(folder / "release", "**/*") | _tensor_facts(folder / "imported")
+    return _file_facts(folder, "release/**/*") | _file_facts(folder, "imported/**/*")
 
 
 def _field_facts(text: str, *, prefix: str = "") -> Facts:

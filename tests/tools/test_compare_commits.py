@@ -67,10 +67,13 @@ def config(run: Path, value: str) -> None:
 
 
 def released(run: Path, value: str) -> None:
-    for name in ("release", "imported"):
-        (run.parents[1] / name).mkdir(exist_ok=True)
+    (run.parents[1] / "release").mkdir(exist_ok=True)
     (run.parents[1] / "release/config.json").write_text(value)
-    (run.parents[1] / "imported/complete.json").write_text('{"tensors": {"w": {}}}')
+
+
+def imported(run: Path, value: str) -> None:
+    (run.parents[1] / "imported").mkdir(exist_ok=True)
+    (run.parents[1] / "imported/.metadata").write_text(value)
 
 
 def play(monkeypatch: pytest.MonkeyPatch, write: Write) -> list[str]:
@@ -112,7 +115,8 @@ SMALL = ["HEAD~", "HEAD", "--work", "work", "--until", "stage1", "--layouts", "P
         ),
         (lost_tensor, "PP2 text: tensor a of step_00000001: in BASE alone"),
         (config, "PP2 text: field optim.peak_lr: 1 -> 2"),
-        (released, "release of PP2 stage1: file config.json: "),
+        (released, "release of PP2 stage1: file release/config.json: "),
+        (imported, "release of PP2 stage1: file imported/.metadata: "),
         (resolved, "recipes: field small optim.peak_lr: 1 -> 2"),
     ],
 )
