@@ -2,8 +2,8 @@
 """From the rows of the QKV projection to q, k, v in sequence order with rotary positions, in one pass over memory.
 
 Unfused this is a gather of all rows, a split, and four elementwise passes over q and k. Here every token is read once
-and written once; the backward is the same in the other direction, also by gathering. Rotations are computed in fp32 and
-rounded once, where the unfused form in BF16 rounds three times, so that the two agree to BF16 rounding and not to bits.
+and written once; the backward does the same in the other direction, also by gathering. Rotations are computed in fp32
+and rounded once; the unfused form in BF16 rounds three times, so the two agree to BF16 rounding and not to bits.
 `permute_rope_reference` is the twin in PyTorch. Never run on a GPU yet, see docs/gpu.md; tests run it in Triton's
 interpreter and compile it for compute capabilities 8.0 and 9.0.
 
@@ -141,7 +141,7 @@ def permute_rope(
 def permute_rope_reference(
     mixed: Tensor, *, to_sequence: Tensor, cos: Tensor, sin: Tensor, groups: int, per_group: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in PyTorch, rotations in fp32 at least; its gradient is autograd's own."""
+    """The same in PyTorch, with rotations in fp32 at least; autograd makes its gradient."""
     dim = mixed.shape[1] // (groups * (per_group + 2))
     heads = mixed[to_sequence].view(-1, groups, per_group + 2, dim)
     query, key, value = heads.split([per_group, 1, 1], dim=2)

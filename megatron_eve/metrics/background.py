@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sink of an optional service, in a thread of its own: what it raises, how long it waits, and whether it answers at
-all never reach the run. Records wait in memory until the service takes them; metrics.jsonl has them all."""
+"""A sink of an optional service, in a thread of its own: the service's errors, waits and silence never reach the run.
+Records wait in memory until the service takes them; metrics.jsonl has them all."""
 
 import logging
 import queue
@@ -13,7 +13,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Service(Protocol):
-    """What runs in the thread."""
+    """The service that runs in the thread."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -21,10 +21,10 @@ class Service(Protocol):
 
 
 class BackgroundSink:
-    """Takes the values of a step at once, and hands them on when it can."""
+    """Takes the values of a step at once, and passes them on when it can."""
 
     def __init__(self, name: str, open_service: Callable[[], Service], *, close_s: float) -> None:
-        """`name`: for messages. `close_s`: how long a run that is at its end waits for the service."""
+        """`name`: for messages. `close_s`: how long a run waits for the service at its end."""
         self._name, self._open, self._close_s = name, open_service, close_s
         self._records: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
         self._has_failed = False
@@ -58,11 +58,11 @@ class BackgroundSink:
 
 
 def told(error: BaseException) -> str:
-    """An error of a service, whose messages are long, as a part of a line; and what becomes of the run."""
+    """An error of a service, whose messages are long, as part of a line, and its effect on the run."""
     first = (str(error).strip().splitlines() or [""])[0][:300]
     return f"{type(error).__name__}: {first}; the run goes on without it, metrics.jsonl has every record"
 
 
 def is_left_behind() -> bool:
-    """Whether the thread of a service still runs. Then the process is not to end as usual: the service would wait."""
+    """Whether the thread of a service still runs. Then the process must not end as usual: the service would wait."""
     return any(thread.name == _THREAD for thread in threading.enumerate())

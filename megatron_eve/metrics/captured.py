@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What those who capture steps (profiling.py, ranges.py) and those who read captures (tools.profile) agree on: names of
-ranges and files. No torch, so that reports can be made anywhere."""
+"""Names of ranges and files, shared by the code that captures steps (profiling.py, ranges.py) and the code that reads
+captures (tools.profile). No torch, so that reports can be made anywhere."""
 
 from pathlib import Path
 
 PREFIX = "eve/"  # of every range of ours
-BACKWARD = "/backward"  # behind the name of a range that autograd runs
+BACKWARD = "/backward"  # ends the name of a range that autograd runs
 PROFILE_FOLDER = "profile"  # in the run directory
 STEP_VALUES = (
     "step_time_s",
@@ -16,9 +16,9 @@ STEP_VALUES = (
     "ideal_flops",
     "executed_flops",
 )
-"""Of definitions.py: what a sidecar holds of each captured step."""
+"""Metrics (definitions.py) of each captured step in a sidecar."""
 
 
 def capture_file(folder: Path, *, rank: int, suffix: str) -> Path:
-    """Where a rank's capture lies; suffixes are .kineto.json, .nsys-rep, .sqlite and .steps.json."""
+    """The path of a rank's capture; suffixes are .kineto.json, .nsys-rep, .sqlite and .steps.json."""
     return folder / f"rank{rank:04d}{suffix}"

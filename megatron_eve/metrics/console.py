@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one line a step prints, made to be read and to be grepped.
+"""The one line a step prints, for reading and for grep.
 
     step 1200/58000 | loss 2.3142 | grad 0.84 | lr 9.7e-5 | tok/s/gpu 9,310 | mfu 41.2% | fill 99.4% | data 1.1%
 

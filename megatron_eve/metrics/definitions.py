@@ -2,9 +2,9 @@
 """Every metric of a run, declared once: its name (the key in metrics.jsonl), its unit, and how the steps between two
 logged ones become one value.
 
-What a step computes (loss, gradient, counts) is logged as that step had it, so that a run killed and resumed anywhere
-writes the same numbers; what the clock says is averaged over the steps since the record before. Values are those of the
-whole run, the global batch and all processes, before they come here; only times and memory are rank 0's own."""
+Computed values (loss, gradient, counts) are those of the logged step, so that a run killed and resumed anywhere writes
+the same numbers; times are averaged over the steps since the last record. Values arrive here as those of the whole run,
+the global batch and all processes; only times and memory are rank 0's own."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -66,6 +66,6 @@ _ALL = (
 )
 
 EVALUATION_PREFIX = "evaluation/"
-"""Names behind it are those that the evaluation command gave its numbers (training/evaluation.py)."""
+"""It begins the names that the evaluation command gave its numbers (training/evaluation.py)."""
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}

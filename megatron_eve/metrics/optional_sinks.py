@@ -4,10 +4,10 @@
 Both continue one run over restarts. TensorBoard purges the steps that a resumed run repeats. W&B keeps the first record
 of a repeated step; its run id lies in the run folder (`wandb_run_id.txt`).
 
-W&B decides by its own settings (WANDB_MODE, its settings files) and its own look-up of a login (WANDB_API_KEY, netrc,
-settings). Without a login, and where its server does not answer, a start is offline, and one line says so and how to
-send the records later. Neither may end or hold up a run: see background.py. Console output is not sent to W&B, because
-every line would wait for it."""
+W&B follows its own settings (WANDB_MODE, its settings files) and finds a login itself (WANDB_API_KEY, netrc, settings).
+Without a login, or if its server does not answer, a start is offline, and one line says so and how to send the records
+later. Neither service may end or delay a run: see background.py. Console output is not sent to W&B, because every line
+would wait for it."""
 
 import importlib
 import logging
@@ -24,12 +24,12 @@ from megatron_eve.metrics.background import BackgroundSink, told
 
 RUN_ID_FILE = "wandb_run_id.txt"
 REACH_S = 20  # for W&B's server to answer at the start of a run
-FINISH_S = 30  # for what is not sent yet at its end; it stays on the disk
+FINISH_S = 30  # for unsent records at its end; they stay on the disk
 _LOG = logging.getLogger(__name__)
 
 
 def optional_sinks(config: RunConfig, *, run_dir: Path, start_step: int) -> list[BackgroundSink]:
-    """Those that the configuration asks for. Raises: ConfigError if a package is not installed."""
+    """The sinks that the configuration asks for. Raises: ConfigError if a package is not installed."""
     found = []
     if config.logging.tensorboard:
         module = _import(
@@ -66,7 +66,7 @@ class WandbSink:
 
     def __init__(self, wandb: Any, config: RunConfig, *, run_dir: Path) -> None:
         self._wandb = wandb
-        wandb.setup(wandb.Settings(silent=True))  # what it has to say is said below
+        wandb.setup(wandb.Settings(silent=True))  # our own line comes below
         self._settings = wandb.Settings(
             silent=True,
             console="off",
@@ -87,7 +87,7 @@ class WandbSink:
         _LOG.info("W&B: %s", where)
 
     def _start(self) -> tuple[Any, str]:
-        """The run, and where its records go in words."""
+        """The run, and in words where its records go."""
         wanted = self._wandb.setup().settings.mode or "online"
         if wanted != "online":
             return self._offline(f"{wanted}, as WANDB_MODE or wandb's settings say", mode=wanted)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak FLOP/s of devices, for utilisation. A device that is not listed has none: no figure is shown, none is guessed.
+"""Peak FLOP/s of devices, for utilisation. A device that is not listed gets no figure; none is guessed.
 
-Names are those of torch.cuda.get_device_name(), whole: a MIG slice, a PCIe or an NVL card of the same chip has another
-peak under a longer name. Source: NVIDIA's data sheets, dense bf16 (half of the figure with sparsity)."""
+Names are those of torch.cuda.get_device_name(), whole: a MIG slice, a PCIe or an NVL card of the same chip has
+another peak under a longer name. Source: NVIDIA's data sheets, dense bf16 (half of the figure with sparsity)."""
 
 _BF16_PEAK = {
     "NVIDIA A100-SXM4-40GB": 312e12,
@@ -16,6 +16,6 @@ _BF16_PEAK = {
 
 
 def peak_flops(device_name: str | None, *, dtype: str) -> float | None:
-    """FLOP/s of one device at dense matrix products, or None where not known: on a CPU (no name), for a device that is
-    not listed, and for any dtype but bf16."""
+    """FLOP/s of one device at dense matrix products. None on a CPU (no name), for a device that is not listed, and for
+    any dtype but bf16."""
     return _BF16_PEAK.get(device_name or "") if dtype == "bf16" else None

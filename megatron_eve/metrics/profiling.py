@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records some steps of some ranks, as `profile.*` of the configuration says, into RUN_DIR/profile:
+"""Records the steps and ranks that `profile.*` names, into RUN_DIR/profile:
 
     rank0000.kineto.json    torch.profiler's trace (profile.tool=kineto)
     rank0000.nsys-rep       Nsight Systems' report, written by the nsys that started this process (profile.tool=nsys)
-    rank0000.steps.json     what the trace cannot know: tokens, FLOPs and times of the captured steps, layout, device
+    rank0000.steps.json     not in the trace: tokens, FLOPs and times of the captured steps, layout, device
 
 A process that records nothing pays three flag checks a step. `tools.profile` starts captures and reads them."""
 
@@ -47,7 +47,7 @@ def no_range(name: str) -> AbstractContextManager[None]:
 
 
 class Capture:
-    """The capture of one process; does nothing on a rank or in a step that is not asked for."""
+    """The capture of one process; does nothing on a rank or in a step that is not captured."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Capture:
             )
 
     def step(self, number: int) -> AbstractContextManager[None]:
-        """Around step `number`, counted as the log does: begins the capture before its first step."""
+        """Around step `number`, counted as in the log: begins the capture before its first step."""
         if not self._wanted or number < self._profile.first_step:
             return _NOTHING
         if self._recorder is None:
@@ -87,7 +87,7 @@ class Capture:
         return _NOTHING if self._recorder is None else self._recorder.range(name)
 
     def done(self, number: int, values: Mapping[str, float]) -> None:
-        """After step `number` with the values of metrics/definitions.py: ends the capture behind its last step."""
+        """Ends the capture after its last step; after step `number`, with its values by metrics/definitions.py."""
         if self._recorder is None:
             return
         self._steps.append({"step": number, **{name: values[name] for name in STEP_VALUES}})
@@ -95,7 +95,7 @@ class Capture:
             self.close()
 
     def close(self) -> None:
-        """Write what was captured, also of a run that ends within its window. Nothing is captured from here on."""
+        """Write the capture, even if the run ends within its window. Nothing is captured from here on."""
         self._wanted = False
         if self._recorder is None:
             return

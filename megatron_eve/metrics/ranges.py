@@ -5,10 +5,10 @@
     eve/forward=0, eve/backward=0   of the step's n-th micro-batch  eve/optimizer    gradient norm, update, schedule
     eve/layer=3                     one decoder layer               eve/module=NAME  a part of it, or of the model
     eve/module=linear_qkv.vision    one modality of it              eve/permutation  between modality and sequence order
-    eve/mcore=NAME                  what megatron-core times itself: schedule, collectives behind it, optimizer parts
+    eve/mcore=NAME                  megatron-core's own timers: schedule, collectives behind it, optimizer parts
 
-A range that autograd runs ends in `/backward`. Nothing here is on the path of a step that is not captured: modules get
-hooks, and megatron-core's configurations their `timers`, when a capture begins, and lose them when it ends.
+A range that autograd runs ends in `/backward`. A step that is not captured runs none of this: modules get hooks, and
+megatron-core's configurations their `timers`, when a capture begins, and lose them when it ends.
 
 The range of a module's backward reaches from the gradient of its output to that of its input: two hooks on tensors,
 which leave the graph as it is; torch's full backward hooks make views, which megatron-core's pipeline refuses. A module
@@ -44,7 +44,7 @@ _MICRO_BATCH = {"forward-compute": "forward", "backward-compute": "backward"}
 
 
 class Emitter(Protocol):
-    """Where ranges go. `push` and `pop` nest on one thread; `start` and `end` may lie on two."""
+    """Where ranges go. `push` and `pop` nest on one thread; `start` and `end` may be on two."""
 
     def push(self, name: str) -> None: ...
     def pop(self) -> None: ...
@@ -90,9 +90,8 @@ class TorchEmitter:
 
 
 class RangeTimers:
-    """What megatron-core takes for its timers: its own marks of forward, backward, collectives and optimizer parts.
-
-    Without the barriers that it asks of timers: they would change what is measured."""
+    """Takes the place of megatron-core's timers: its own marks of forward, backward, collectives and optimizer parts.
+    Leaves out the barriers that it asks of timers: they would change the measurement."""
 
     def __init__(self, emitter: Emitter, *, after_backward: Callable[[], None]) -> None:
         self._emitter, self._after_backward = emitter, after_backward

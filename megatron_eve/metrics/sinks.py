@@ -49,11 +49,10 @@ class Sinks:
         total_steps: int,
         is_writer: bool,
     ) -> Self:
-        """The sinks that the configuration asks for; none unless `is_writer`.
+        """The sinks that the configuration asks for; none unless `is_writer`. `start_step`: steps already done; records
+        of later steps are dropped, because they come again.
 
-        `start_step`: steps already done; records of later steps are dropped, they will be written again.
-        Raises: ConfigError if a sink's package is not installed.
-        """
+        Raises: ConfigError if a sink's package is not installed."""
         if not is_writer:
             return cls([])
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -111,7 +110,7 @@ class JsonlSink:
         self._write()
 
     def _write(self) -> None:
-        """All that waits, or nothing: a disk that is full does not end a run before its checkpoint does."""
+        """Write all waiting records, or none: a full disk must not end a run before its checkpoint does."""
         text = "".join(self._waiting).encode()
         size = os.fstat(self._file.fileno()).st_size
         try:
@@ -126,14 +125,14 @@ class JsonlSink:
             self._waiting = []
 
     def close(self) -> None:
-        """Records that could not be written so far are tried once more."""
+        """Try once more to write waiting records."""
         if self._waiting:
             self._write()
         self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """The records of a metrics.jsonl in its order, without a line that a crash cut short."""
+    """The records of a metrics.jsonl in its order, without a line that a crash cut off."""
     records = [
         _parse(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
     ]

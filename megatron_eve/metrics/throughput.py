@@ -4,7 +4,7 @@
     meter.add({"loss": ..., "vision_tokens": ..., "step_time_s": ..., ...})            every step
     sinks.log(step, meter.take(world_size=..., steps_left=..., peak_flops=...))          every logged step
 
-How steps become one value stands in definitions.py. Plain arithmetic on the host: no device, no collective."""
+definitions.py decides how steps become one value. Plain arithmetic on the host: no device, no collective."""
 
 from collections.abc import Mapping
 
@@ -19,7 +19,7 @@ NEEDED = (
     "step_time_s",
     "data_wait_s",
 )
-"""What every step must give, because the rates are made from it; `step_time_s` includes `data_wait_s`."""
+"""Values of every step, from which the rates are made; `step_time_s` includes `data_wait_s`."""
 
 
 class StepMeter:
@@ -36,10 +36,8 @@ class StepMeter:
     def take(
         self, *, world_size: int, steps_left: int, peak_flops: float | None
     ) -> dict[str, float]:
-        """One record of the steps since the last call, by the reduction of each metric; starts anew.
-
-        `peak_flops`: FLOP/s of one process' device; None, where it is not known, leaves the utilisations out.
-        """
+        """One record of the steps since the last call, by the reduction of each metric; starts anew. `peak_flops`:
+        FLOP/s of one process' device; None, if unknown, leaves the utilisations out."""
         assert self._steps, "no step was added since the last record"
         steps, self._steps = self._steps, []
         record = {name: _reduce(name, [step[name] for step in steps]) for name in steps[0]}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optional packages with faster kernels: which of them are here, and one line that says what a run uses.
+"""Optional packages with faster kernels: which are installed, and one line that says which a run uses.
 
 None is required. NVIDIA Apex is not what PyPI calls `apex` (an unrelated web toolkit); docs/gpu.md says how to get it.
-Looks for modules without importing them, except where importing is the only way to know."""
+Looks for modules without importing them, unless only an import can tell."""
 
 import importlib
 import importlib.metadata
@@ -46,7 +46,7 @@ def fused_adam_source() -> str:
 
 
 def refuse_missing_accelerators(config: RunConfig) -> None:
-    """Raises: MissingHereError for a choice whose package is not here; nothing slower takes its place silently."""
+    """Raises: MissingHereError for a choice whose package is missing; nothing slower silently takes its place."""
     gpu = config.gpu
     by_apex = gpu.fused_weight_gradients and config.train.backend == "local"
     if by_apex and not has_fused_weight_gradient():
@@ -62,7 +62,7 @@ def refuse_missing_accelerators(config: RunConfig) -> None:
 
 
 def accelerators_line(config: RunConfig) -> str:
-    """What the run computes with, for the start-up log."""
+    """The kernels of a run, for the start-up log."""
     gpu, backend = config.gpu, config.train.backend
     linears = "megatron-core's linears"
     if backend == "te":

@@ -3,7 +3,7 @@
 
 Construction, checkpoints and pipeline placement are the parent's. The forward is Qwen2.5's pre-norm layer (EVEv2
 modeling_qwen2.py:839-884), which has no dropout and no bias after the row-parallel linears, so that the parent's
-bias-dropout-add is a plain addition. The last layer goes on with the labelled rows only behind its attention."""
+bias-dropout-add is a plain addition. After its attention the last layer goes on with the labelled rows only."""
 
 from typing import Any
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which class stands where in a decoder layer: the one seam between the model and a backend.
+"""Which classes make up a decoder layer: the one seam between the model and a backend.
 
-`local` is built from megatron-core's own layers and runs on any device; `te` from Transformer Engine's modules and is
-built only where Transformer Engine imports. A checkpoint made with one loads with the other: where a Transformer Engine
-module holds a norm and the linear behind it, its norm weight is stored under the name that it has in `local`. The only
-file that imports megatron-core's layer classes."""
+`local` is built from megatron-core's own layers and runs on any device; `te` from Transformer Engine's modules, if
+Transformer Engine imports. A checkpoint made with one loads with the other: if a Transformer Engine module holds a norm
+and the linear behind it, its norm weight is stored under its name in `local`. Only this file imports megatron-core's
+layer classes."""
 
 from dataclasses import dataclass
 
@@ -131,7 +131,7 @@ class _NormAndLinear:
             self.norm = ModuleSpec(module=ModalityPartitionedNorm, params={"branch": backend.norm})
 
     def stored_as(self, linear: str, norm: str) -> dict[str, str]:
-        """Beginnings of the layer's parameter names -> of their names in a checkpoint."""
+        """Beginnings of the layer's parameter names -> the same in a checkpoint."""
         if not self._fused:
             return {}
         branches = [f".{modality}" for modality in MODALITIES] if self._split else [""]

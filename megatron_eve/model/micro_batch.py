@@ -33,7 +33,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankPlace:
-    """Where in its model-parallel group the rank is whose part is wanted."""
+    """The place of a rank in its model-parallel group."""
 
     tp_rank: int = 0
     tp_size: int = 1
@@ -109,7 +109,7 @@ class ExecutedRows:
 
 
 def executed_rows(pack: Pack, *, cp_size: int, shards: int, align: int) -> list[ExecutedRows]:
-    """One entry for each context-parallel rank; what micro_batch gives to `shards` parts of the residual stream."""
+    """One entry for each context-parallel rank: the rows of micro_batch with `shards` parts of the residual stream."""
     ranks = []
     for cp_rank in range(cp_size):
         place = RankPlace(cp_rank=cp_rank, cp_size=cp_size)
@@ -137,7 +137,7 @@ def executed_rows(pack: Pack, *, cp_size: int, shards: int, align: int) -> list[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _LocalTokens:
-    """What one context-parallel rank holds of a pack; modality order as in Pack, over its own rows."""
+    """A context-parallel rank's share of a pack; modality order as in Pack, over its own rows."""
 
     lengths: tuple[int, ...]  # of the pack's samples
     positions: Tensor  # [S] position in the pack of each token

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the tokens of a micro-batch are: the routing that travels with it through every layer.
+"""The places of a micro-batch's tokens: the routing that travels with it through every layer.
 
 Legend: T tokens of a pack, S = T/cp of them on this context-parallel rank, R rows of its residual stream (T without
 context parallelism; with it a few more that hold no token, model/zigzag.py), V of them vision, h hidden size.
@@ -10,8 +10,8 @@ Three orders:
                    which rank r holds V/tp vision rows and (R-V)/tp text rows: [v_0 t_0 v_1 t_1 ...]. With tp = 1 it is
                    modality order.
 
-The last layer feeds nothing but the labelled rows of the output layer. It computes keys and values of all tokens, and
-everything behind its attention for the labelled rows only (`KeptRows`): the same function and gradients, less work.
+The last layer feeds only the labelled rows of the output layer. It computes keys and values of all tokens, and after
+its attention only the labelled rows (`KeptRows`): the same function and gradients, less work.
 
 The routing extends megatron-core's PackedSeqParams because that is the one per-micro-batch argument which
 TransformerBlock hands to every layer and captures for recomputation; nothing of it lives in a module.
@@ -39,8 +39,7 @@ class KeptRows:
 @dataclass
 class ModalityPackedSeqParams(PackedSeqParams):
     """PackedSeqParams in `thd` format plus the modality routing. All index tensors are int64 on the model's device.
-
-    cu_seqlens and sequence_lengths are those of the whole pack, also under context parallelism."""
+    cu_seqlens and sequence_lengths are those of the whole pack, with context parallelism too."""
 
     num_vision: int = 0  # V: vision rows of this context-parallel rank
     num_local_vision: int = (

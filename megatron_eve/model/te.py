@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transformer Engine 2.11 behind megatron-core's wrappers: which classes, and which of them compute in FP8.
 
-Never run on a GPU yet (docs/gpu.md). What a CPU can check is checked: every call against the signatures of the release
+Never run on a GPU yet (docs/gpu.md). Tests on a CPU check every call against the signatures of the release
 (tests/model/test_te_signatures.py), and the whole backend, checkpoints and precision policy included, with modules
 that have Transformer Engine's interfaces and compute in PyTorch (tests/model/test_te_backend.py).
 
 FP8 facts. megatron-core opens the FP8 context around each layer (transformer_block.py), from its configuration's
 `fp8`, `fp8_recipe` and first and last BF16 layers, and tells modules of a step's first micro-batch, on which weights
 are quantized anew. Each module owns its scales, so that vision and text, whose ranges differ, share none. A delayed
-scale is state (`_extra_state`), which checkpoints leave out: a resumed run starts its history anew. Not used:
-GroupedLinear, which takes the first group's word for whether any weight needs a gradient."""
+scale is state (`_extra_state`), which checkpoints leave out: a resumed run starts its history anew. We do not use
+GroupedLinear: it asks only the first group whether any weight needs a gradient."""
 
 import functools
 import re
