@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers of a released model to many questions about images, in batches, greedily.
 
-Works on a released Hugging Face folder through transformers alone. What is the same for all is done once: an image is
-prepared once however many questions there are about it, and the text that all prompts begin with is run through the
-model once and its keys and values are shared (exact up to rounding: attention is causal). Questions are sorted by
-length, so that little is padded. Refuses what is no released folder, and images that cannot be read.
+Works on a released Hugging Face folder through transformers alone. Shared work is done once: an image is prepared once
+for all questions about it, and the text that all prompts begin with runs through the model once and its keys and values
+are shared (exact up to rounding: attention is causal). Questions are sorted by length, so that little is padded.
+Refuses a folder that is no release, and images that cannot be read.
 
-Why this stands beside the engine (engine.py): what an evaluation scores is then the folder as people load it, its own
-modelling and processing files, and no mistake of the engine can better or worsen a release's figures; and the engine
-shares no beginnings between prompts, which with short questions is most of the work. The two are held against each
-other: tests/inference/test_engine.py::test_transformers_answers_the_same.
+Why not the engine (engine.py): this way an evaluation scores the folder as people load it, with its own modelling and
+processing files, and no mistake of the engine can change a release's figures; and the engine shares no beginnings
+between prompts, which with short questions are most of the work. A test compares the two:
+tests/inference/test_engine.py::test_transformers_answers_the_same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ _RELEASE_FILES = ("config.json", "preprocessor_config.json", "modeling_eve.py", 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """One prompt: a question about images (none, one or several). Template `plain` wants an empty text."""
+    """One prompt: a question about images (none, one or several). Template `plain` needs an empty text."""
 
     text: str
     images: tuple[Path, ...]
@@ -50,7 +50,7 @@ class ReleasedModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerOptions:
-    """How questions are put and answered."""
+    """How to put and answer questions."""
 
     template: TemplateName
     resize_rule: ResizeRule
@@ -59,9 +59,8 @@ class AnswerOptions:
 
 
 def load_released(folder: Path, *, device: str | None = None) -> ReleasedModel:
-    """Load a released folder with the dtype of its weights; onto a GPU if there is one, unless `device` says else.
-
-    Runs the Python files in the folder, as any loading with `trust_remote_code` does."""
+    """Load a released folder with the dtype of its weights, onto a GPU if there is one, unless `device` names another
+    device. Runs the Python files in the folder, like any loading with `trust_remote_code`."""
     missing = [name for name in _RELEASE_FILES if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -133,7 +132,7 @@ def shared_prefix(prompts: Sequence[tuple[np.ndarray, np.ndarray]]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Prefix:
-    """The beginning of all prompts and what the model's layers remember of it."""
+    """The beginning of all prompts, and its keys and values in the model's layers."""
 
     ids: Tensor  # [n]
     keys_values: list[tuple[Tensor, Tensor]]  # of each layer, [1, heads, n, head dim]

@@ -2,7 +2,7 @@
 """Keys and values of the tokens so far: one buffer per layer, allocated once, one row for each request in flight.
 
 Row r holds its request's tokens at 0 .. length - 1, no padding in front: an index is a position. The rows in use are
-always 0 .. n - 1: whoever finishes gives its row to the last one (`move`).
+always 0 .. n - 1: a finished request gives its row to the last one (`move`).
 
 Legend: R rows, G key/value heads, C tokens that a row can hold, D head dim.
 """
@@ -26,9 +26,8 @@ class KeyValueCache:
     def empty(
         cls, model: ModelConfig, *, rows: int, tokens: int, dtype: torch.dtype, device: torch.device
     ) -> "KeyValueCache":
-        """Memory for `rows` requests of `tokens` tokens each, prompt and answer together.
-
-        Zeros, not whatever was there: attention weighs a place that it must not see by zero, and 0 * NaN is NaN."""
+        """Memory for `rows` requests of `tokens` tokens each, prompt and answer together. Zeros: attention weighs a
+        hidden place by zero, and 0 * NaN is NaN."""
         shape = (rows, model.num_kv_heads, tokens, model.head_dim)
 
         def buffers() -> tuple[Tensor, ...]:
@@ -52,13 +51,13 @@ class KeyValueCache:
         return self.keys[0].shape[2]
 
     def store_prompt(self, layer: int, *, row: int, keys: Tensor, values: Tensor) -> None:
-        """[G, n, D] of a whole prompt to the beginning of a row."""
+        """Write [G, n, D] of a whole prompt to the beginning of a row."""
         length = keys.shape[1]
         self.keys[layer][row, :, :length] = keys
         self.values[layer][row, :, :length] = values
 
     def append(self, layer: int, *, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """[n, G, D] of one token for each of the rows 0 .. n - 1, each at its own position [n]."""
+        """Write [n, G, D] of one token for each of the rows 0 .. n - 1, each at its own position [n]."""
         rows = torch.arange(len(positions), device=positions.device)
         self.keys[layer][rows, :, positions] = keys
         self.values[layer][rows, :, positions] = values
@@ -70,6 +69,6 @@ class KeyValueCache:
 
 
 def cache_bytes(model: ModelConfig, *, rows: int, tokens: int, dtype: torch.dtype) -> int:
-    """What `empty` would take."""
+    """The memory that `empty` takes."""
     per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
     return rows * tokens * per_token

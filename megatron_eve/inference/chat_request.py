@@ -2,7 +2,7 @@
 """The body of an OpenAI chat completion request, checked field by field.
 
 What this model cannot do (tools, log probabilities, several choices) is refused, not ignored, unless the value asks for
-nothing; so is a field that nobody knows. Errors have OpenAI's shape and name the parameter.
+nothing; so is an unknown field. Errors have OpenAI's shape and name the parameter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ _READ = (
 _OF_A_MESSAGE = ("role", "content", "name")
 """Fields of a message; `name` concerns nothing."""
 _OF_AN_IMAGE = ("url", "detail")
-"""Fields of an image_url; `detail` concerns nothing, `resize_rule` says how large an image is read."""
+"""Fields of an image_url; `detail` concerns nothing, `resize_rule` decides how large an image is read."""
 
 
 class ApiError(Exception):
@@ -64,7 +64,7 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatRequest:
-    """What is asked. None: the server's default."""
+    """The request. None: the server's default."""
 
     model: str | None
     messages: tuple[Message, ...]  # system first if there is one, then user and assistant in turn
@@ -168,7 +168,7 @@ def _message(entry: Any, place: str) -> Message:
 def _refuse_unknown(
     found: Mapping[str, Any], known: Sequence[str], place: str, *, param: str = "messages"
 ) -> None:
-    """Tool calls in a turn, say. What is null or empty asks for nothing: clients send answers back as they got them."""
+    """Refuse unknown fields (tool calls). Null and empty ones pass: clients send answers back as they got them."""
     for name, value in found.items():
         if name not in known and value not in (None, [], {}):
             raise ApiError(
@@ -249,7 +249,7 @@ def _object(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is, for messages."""
+    """The kind of a JSON value, for messages."""
     if value is None:
         return "missing"
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}

@@ -2,9 +2,9 @@
 """EVEv2 for inference: a prefill in which every token runs through its own branch, and a decode step that reads the
 text branch's weights only.
 
-No blend, no mask over modalities, no branch on tokens that are not its own. In the last layer the prefill goes on with
-each prompt's last token behind the attention, since nothing else is read. Parameter names are the official ones, so
-weights need no table. Numerics as in the official code: norms in float32 that cast back before they multiply by the
+No blend, no mask over modalities, no branch on tokens that are not its own. After the last layer's attention the
+prefill goes on with each prompt's last token alone, since nothing else is read. Parameter names are the official ones,
+so weights need no table. Numerics as in the official code: norms in float32 that cast back before they multiply by the
 weight; RoPE's table in float32, then cast; logits in float32. Held against tests/support/reference_eve.py.
 
 Legend: T rows in modality order, V vision rows (first), R prompts or requests, H hidden, N query heads, G key/value
@@ -258,7 +258,7 @@ class PatchEmbedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What the official names call `model`: patch embedding, token embedding, layers, final norm."""
+    """The official names' `model`: patch embedding, token embedding, layers, final norm."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()

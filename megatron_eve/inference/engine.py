@@ -3,7 +3,7 @@
 
 `Engine` holds weights and tokenizer. `Flight` is the batch: requests join it when a row of the cache is free and leave
 it when they are done, at any step, so that a short answer does not wait for a long one. `Engine.answer` and
-`Engine.stream` are the short ways. Not for use by two threads at once.
+`Engine.stream` are shortcuts. Not for use by two threads at once.
 """
 
 import random
@@ -35,7 +35,7 @@ MAX_PREFILL_TOKENS = 16_384
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked and how it is to be answered."""
+    """A prompt and how to answer it."""
 
     prompt: Prompt
     options: SamplingOptions
@@ -66,7 +66,7 @@ class Update:
 
 
 class Engine:
-    """Weights, tokenizer and what the released folder says."""
+    """Weights, tokenizer and the facts of the released folder."""
 
     def __init__(self, info: ReleaseInfo, tokenizer: Tokenizer, model: EveForInference) -> None:
         self.info = info
@@ -178,7 +178,7 @@ class Flight:
     """Requests in flight, one row of a cache each. Rows in use are the first ones."""
 
     def __init__(self, engine: Engine, *, rows: int, tokens: int) -> None:
-        """`tokens`: what a row can hold. Raises ConfigError if the model has fewer positions."""
+        """`tokens`: the room of a row. Raises ConfigError if the model has fewer positions."""
         if tokens > engine.context_tokens:
             raise ConfigError(
                 f"prompt and answer may take {tokens} tokens, the model has {engine.context_tokens} positions; "
@@ -212,7 +212,7 @@ class Flight:
         return number
 
     def cancel(self, number: int) -> None:
-        """Give a request's row back; unknown numbers (already done) are nothing to do."""
+        """Give a request's row back; unknown numbers (requests that are done) are ignored."""
         self._joined = [one for one in self._joined if one.number != number]
         for row, one in enumerate(self._active):
             if one.number == number:
@@ -220,7 +220,7 @@ class Flight:
                 return
 
     def clear(self) -> None:
-        """Forget all requests, wherever a step failed. The cache's memory stays: there may be none for another."""
+        """Forget all requests after a failed step. The cache's memory stays: there may be none for another."""
         self._active, self._joined = [], []
         self._cache.clear()
 

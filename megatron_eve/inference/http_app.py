@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The HTTP face of a served model: OpenAI's chat completions, models, health, and a page to chat with an image.
 
-Nothing is fetched or read for a client unless the server was started so. Every error is JSON in OpenAI's shape. A
-client that goes away frees its place. As many requests may be on their way in as the worker has places, so that the
-memory for bodies is bounded too. Needs the optional packages of `serve` (setup.py).
+Nothing is fetched or read for a client unless the server was started to. Every error is JSON in OpenAI's shape. A
+client that goes away frees its place. Only as many requests as the worker has places may be coming in at a time, so
+that the memory for bodies is bounded too. Needs the optional packages of `serve` (setup.py).
 """
 
 import asyncio
@@ -37,7 +37,7 @@ _PAGE_POLICY = (
 
 
 class ClientGoneError(Exception):
-    """Nobody is left to answer to."""
+    """The client has gone; there is no one to answer."""
 
 
 def create_app(service: Service) -> FastAPI:
@@ -114,7 +114,7 @@ async def _json_body(request: Request, *, limit: int) -> Any:
         raise ApiError(
             f"the body did not come within {_BODY_TIMEOUT_S:g} s.", status=408, code="timeout"
         ) from None
-    except Exception:  # the framework's own, of a package below it
+    except Exception:  # the framework's own, from a package below it
         if await request.is_disconnected():
             raise ClientGoneError from None
         raise
@@ -127,7 +127,7 @@ async def _json_body(request: Request, *, limit: int) -> Any:
 async def _updates(
     service: Service, asked: EngineRequest, request: Request
 ) -> AsyncIterator[Update]:
-    """What the worker delivers, up to the last; gives the place back however this ends."""
+    """The worker's updates up to the last; gives the place back however this ends."""
     loop = asyncio.get_running_loop()
     inbox: asyncio.Queue[Update | Exception] = asyncio.Queue()
 

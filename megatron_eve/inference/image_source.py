@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a request's images may come from: its own data: URIs, and only if the server was started so, files below one
+"""Where a request's images may come from: its own data: URIs and, only if the server was started to, files below one
 folder or addresses on the network.
 
-Fetching what a client names gives the client the server's eyes: both ways are off unless asked for.
+A fetch lets a client see with the server's eyes: both ways are off unless asked for.
 """
 
 import base64
@@ -22,7 +22,7 @@ _SHOWN = 60
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageSource:
-    """What is allowed, and how many bytes an image may have."""
+    """The allowed sources, and how many bytes an image may have."""
 
     max_bytes: int
     allow_url: bool = False
@@ -55,7 +55,7 @@ class ImageSource:
                 raise FileNotFoundError
             with resolved.open("rb") as file:
                 data = file.read(self.max_bytes + 1)
-        except (OSError, ValueError) as error:  # which of them is not the client's business
+        except (OSError, ValueError) as error:  # the client need not know which
             raise DataError(
                 f"{_short(url)} is no file below the folder that this server may read."
             ) from error
@@ -74,7 +74,7 @@ def _decode_data_uri(url: str, *, max_bytes: int) -> bytes:
     if not comma or not header.lower().endswith(";base64"):
         raise DataError(f"{_short(url)} is not data:image/TYPE;base64,DATA.")
     if len(payload) > max_bytes * 4 // 3 + 4:
-        return bytes(max_bytes + 1)  # too long whatever it holds: not worth decoding
+        return bytes(max_bytes + 1)  # too long in any case: not worth decoding
     try:
         return base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError) as error:

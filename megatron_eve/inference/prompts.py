@@ -30,8 +30,8 @@ from megatron_eve.inference.ragged import Prompt
 from megatron_eve.inference.release import ImageRules, ResizeRule
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")
-"""What is decoded. Not all that Pillow opens: it runs Ghostscript on EPS, and an icon file's header says nothing of the
-size of the image inside."""
+"""Formats that are decoded. Pillow opens more, but it runs Ghostscript on EPS, and an icon file's header does not give
+the size of the image inside."""
 
 STOPS: dict[TemplateName, tuple[str, ...]] = {"qwen2": (), "plain": ("\n",)}
 """Texts that end an answer beside the release's end tokens: a caption ends with its line."""
@@ -53,7 +53,7 @@ class PreparedImage:
 
 @dataclass(frozen=True, slots=True)
 class ChatTurn:
-    """What one side said. Images of a user's turn come in front of its text, as in training."""
+    """One side's turn. Images of a user's turn come in front of its text, as in training."""
 
     role: Literal["user", "assistant"]
     text: str

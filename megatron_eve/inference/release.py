@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a released folder says about its model: shape, split, image preparation, template, where an answer ends.
+"""The facts of a released folder's model: shape, split, image preparation, template, where an answer ends.
 
 Reads its JSON files, never its Python files. Refuses a folder that is no release, whose decoder computes something else
 than ours, or whose files contradict each other: transformers would follow one of them, and the engine another.
@@ -31,7 +31,7 @@ class ImageRules:
     edge: (
         int  # M of the resize rules: the area is capped at (train) or scaled to (eval) M * M pixels
     )
-    resize_rule: ResizeRule  # what the release was made for; a request may say otherwise
+    resize_rule: ResizeRule  # the release's own; a request may choose another
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     exif_rotation: bool  # whether the orientation in metadata is obeyed, as in training
@@ -44,7 +44,7 @@ class ReleaseInfo:
     folder: Path
     model: ModelConfig
     images: ImageRules
-    template: TemplateName  # how it is asked; plain: it was trained on captions alone
+    template: TemplateName  # of prompts; plain: it was trained on captions alone
     stop_ids: tuple[int, ...]  # tokens that end an answer
     pad_id: int | None
     repetition_penalty: float  # generation_config.json's; 1.0 in our releases
@@ -118,13 +118,13 @@ def _image_rules(path: Path) -> ImageRules:
         resize_rule=rule,
         mean=statistics[0],
         std=statistics[1],
-        # releases of before the field existed turned every picture
+        # older releases turned every picture
         exif_rotation=_field({"exif_rotation": True} | content, "exif_rotation", bool, path=path),
     )
 
 
 def _refuse_other_patches(content: dict[str, Any], path: Path) -> None:
-    """The processor of transformers reads the geometry there, the model in config.json."""
+    """transformers' processor reads the geometry there, the model in config.json."""
     processor = _read_json(path)
     for name in ("patch_stride", "dense_stride"):
         if processor.get(name, content.get(name)) != content.get(name):
@@ -147,8 +147,8 @@ def _field(content: dict[str, Any], name: str, kind: type, *, path: Path) -> Any
 
 
 def check_tokenizer(info: ReleaseInfo, tokenizer: Tokenizer) -> None:
-    """Raises: CheckpointError for a tokenizer with ids that the model has no rows for, whose end of an answer ends none
-    here, or that pads with another token than the model's."""
+    """Raises: CheckpointError for a tokenizer that has ids without a row, whose end of an answer ends none here, or
+    that pads with another token than the model."""
     folder, model = info.folder, info.model
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
@@ -179,7 +179,7 @@ def _template(folder: Path) -> TemplateName:
 
 
 def _refuse_other_ends(content: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
-    """generation_config.json and config.json: who reads the second alone must not answer on and on."""
+    """generation_config.json and config.json must agree: a reader of the second alone must not answer on and on."""
     if settings.get("eos_token_id") is not None and content.get("eos_token_id") is not None:
         ends = _stop_ids(settings["eos_token_id"], path)
         others = _stop_ids(content["eos_token_id"], path.with_name("config.json"))
@@ -206,7 +206,7 @@ _GREEDY: dict[str, Any] = {
 
 
 def _refuse_other_decoding(settings: dict[str, Any], path: Path) -> None:
-    """What transformers would do by default and the engine does not."""
+    """Refuse decoding that transformers would do by default and the engine does not."""
     for name, neutral in _GREEDY.items():
         if settings.get(name) not in (None, neutral):
             raise CheckpointError(

@@ -2,7 +2,7 @@
 """How the next token is chosen: greedily, or by temperature and top-p, with a repetition penalty; each request its own.
 
 A sampled request draws one number per token from a generator of its own and looks it up in the cumulative
-distribution, so what it answers does not depend on who else is in the batch. The penalty is the one of CTRL
+distribution, so its answer does not depend on the rest of the batch. The penalty is the one of CTRL
 (arXiv 1909.05858) as transformers applies it: a token that occurred in the prompt's text or in the answer has its logit
 divided (or, below zero, multiplied) by it, once, however often it occurred.
 
@@ -20,12 +20,12 @@ from torch import Tensor
 from megatron_eve.errors import ConfigError
 
 SMALLEST_TEMPERATURE = 1e-6
-"""Below it nothing changes any more, but logits divided by it overflow."""
+"""A lower one changes nothing, but logits divided by it overflow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingOptions:
-    """How one request is answered. Raises ConfigError for a value that makes no sense, with the field's name."""
+    """How to answer one request. Raises ConfigError for a senseless value, with the field's name."""
 
     max_new_tokens: int
     temperature: float = 0.0  # 0: greedy

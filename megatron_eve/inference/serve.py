@@ -3,7 +3,7 @@
 
 OpenAI's API under /v1 (chat completions with images, streaming or not), /health, and a page at / to drop an image in
 and chat. Listens on this machine only unless --host says otherwise; there is no authentication. Images come as data:
-URIs; --allow-url and --allow-path open the network and a folder to whoever can reach the server. Exit codes: 0 stopped
+URIs; --allow-url and --allow-path open the network and a folder to all who can reach the server. Exit codes: 0 stopped
 by Ctrl-C or SIGTERM, 1 cannot serve, 2 wrong usage, 130 Ctrl-C before it serves.
 """
 
@@ -56,9 +56,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     )
     service.worker.start()
     try:
-        with suppress(
-            KeyboardInterrupt
-        ):  # raised again by uvicorn, when it has ended as it was asked to
+        with suppress(KeyboardInterrupt):  # uvicorn raises it again after it has ended as asked
             uvicorn.Server(config).run(sockets=[listener])
     finally:
         service.worker.stop()
@@ -112,7 +110,7 @@ def _import_server() -> tuple[Any, Any]:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Bind before the weights are loaded: a port that is taken is known at once."""
+    """Bind before the weights are loaded: a taken port is known at once."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)

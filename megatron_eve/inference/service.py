@@ -15,7 +15,7 @@ from megatron_eve.inference.sampling import SamplingOptions
 from megatron_eve.inference.worker import Worker
 
 DEFAULT_NEW_TOKENS = 512
-"""What a request that names no number gets, if the context has room."""
+"""For a request that names no number, if the context has room."""
 
 _CHARACTERS_PER_TOKEN = 64
 """More than any text has on average."""
@@ -23,7 +23,7 @@ _CHARACTERS_PER_TOKEN = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What one request may bring."""
+    """What one request may hold."""
 
     body_bytes: int
     image_pixels: int

@@ -9,7 +9,7 @@ as `EVEProcessor.answers` gives it.
 from megatron_eve.data.read.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
-"""What bytes that are no character decode to, such as the first bytes of one whose last has not come yet."""
+"""Bytes that are no character decode to this, such as the first bytes of an unfinished one."""
 _WINDOW = 48
 """With each new token the last ones are decoded again: at most twice as many, then the window moves on."""
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a released folder's safetensors files to the model, tensor by tensor, straight onto the device.
 
-The host never holds more than the tensor that is on its way (safetensors maps the file). Refused, by name, before
-anything is read: a tensor that is missing, one that the model has no place for, one of another shape. Refused
-when it is read: one with values that are NaN or infinite.
+The host never holds more than the tensor that is on its way (safetensors maps the file). Refused by name, before
+anything is read: a missing tensor, a surplus one, one of another shape. Refused when it is read: one with values that
+are NaN or infinite.
 """
 
 import json

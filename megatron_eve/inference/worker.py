@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one thread that runs the model, and the queue in front of it.
 
-Requests come from any thread and join the batch in flight as soon as a row is free; at most `max_waiting` wait, the
-next one is told so. A request that nobody waits for any more is cancelled and gives its row back. If a step fails (a
-device out of memory), those in flight are told, and the next ones are served by the same memory, cleared.
+Requests come from any thread and join the batch in flight as soon as a row is free; at most `max_waiting` wait, and the
+next is refused. An abandoned request is cancelled and gives its row back. If a step fails (a device out of memory),
+requests in flight get the error, and later ones are served by the same memory, cleared.
 """
 
 import logging
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 class BusyError(EveError):
-    """As many requests wait as may."""
+    """No further request may wait."""
 
 
 class Ticket:
@@ -50,7 +50,7 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the current step; those in flight hear nothing more."""
+        """End after the current step; requests in flight get nothing more."""
         self._inbox.put(("stop", None))
         self._thread.join()
 
@@ -73,7 +73,7 @@ class Worker:
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """Nothing more is delivered soon after; nothing to do for a ticket that is done."""
+        """Soon nothing more is delivered; a ticket that is done is ignored."""
         self._inbox.put(("cancel", ticket))
 
     def _run(self) -> None:
@@ -90,7 +90,7 @@ class Worker:
                 self._give_up(error)
 
     def _read_inbox(self) -> bool:
-        """Take in what came; wait for something if there is nothing to compute. False: stop."""
+        """Take in what came; wait if there is nothing to compute. False: stop."""
         while True:
             is_idle = not self._numbers and not self._waiting
             try:
