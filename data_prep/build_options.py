@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a build of shards is asked to do, what identifies it, and its plan as arithmetic."""
+"""The options of a build of shards, what identifies it, and its plan as arithmetic."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ MAX_SHARD_BYTES = (1 << 32) - (1 << 20)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
-    """What to build from what. Everything but `workers` decides about the bytes that come out."""
+    """What to build from what. Everything but `workers` decides the resulting bytes."""
 
     data: Path
     image_folder: Path
@@ -53,7 +53,7 @@ class BuildOptions:
 
     @property
     def context(self) -> SampleContext:
-        """What the checks of single samples need."""
+        """The context for the checks of single samples."""
         return SampleContext(
             image_folder=self.image_folder,
             json_folder=self.data.parent,
@@ -66,7 +66,7 @@ class BuildOptions:
         return -(-summary.num_entries // self.samples_per_part)
 
     def identity(self, summary: InputSummary) -> dict[str, object]:
-        """What must be equal for two runs to work on the same shard folder."""
+        """Must be equal for two runs to work on the same shard folder."""
         return {
             "builder_version": BUILDER_VERSION,
             "input": {

@@ -6,10 +6,10 @@
     OUT/quarantine.jsonl    one line per entry that did not become a row
     OUT/part-00000/         shard.*.mds, index.json, part.json, quarantine.jsonl
 
-Every entry of the input ends in exactly one of shards and quarantine. A build that was killed goes on where it was: run
-the same command again; finished parts are kept, and the result has the same bytes as an uninterrupted build. Refused: a
-folder that holds something else, or parts of another input or other options; two builds in one folder at a time. With
-`overwrite` a finished folder stays until the new one is whole: that is built beside it, restartable in the same way.
+Every entry of the input ends either in the shards or in quarantine. To go on with a killed build run the same command
+again: finished parts are kept, and the result has the same bytes as an uninterrupted build. Refused: a folder that
+holds something else, or parts of another input or other options; two builds in one folder at a time. With `overwrite` a
+finished folder stays until the new one is whole: that is built beside it, restartable in the same way.
 """
 
 import itertools
@@ -51,7 +51,7 @@ DRY_RUN_SAMPLES = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildReport:
-    """What a finished build consists of."""
+    """The contents of a finished build."""
 
     counts: Counts
     num_parts: int
@@ -101,7 +101,7 @@ def build_shards(options: BuildOptions, *, overwrite: bool = False) -> BuildRepo
 
 
 def _build(options: BuildOptions, *, summary: InputSummary) -> BuildReport:
-    """Build in a folder that is this build's already."""
+    """Build in a folder that this build owns."""
     num_kept = _build_parts(options, summary=summary)
     return _finish(options, summary=summary, num_kept=num_kept)
 
@@ -243,7 +243,7 @@ def _reasons(counts: Counts) -> str:
 
 
 def report_lines(report: BuildReport, *, out: Path) -> list[str]:
-    """What the user reads at the end; the last line says what was written where."""
+    """The lines for the user at the end; the last one says what was written where."""
     counts = report.counts
     lines = [
         f"{counts.entries:,} samples = {counts.samples:,} in shards + {counts.num_quarantined:,} "

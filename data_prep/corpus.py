@@ -37,7 +37,7 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 def _rendered(texts: list[str]) -> str:
-    """Questions and answers in turn, as in training but for the stop mark, which is no text."""
+    """Questions and answers in turn, as in training but without the stop mark, which is no text."""
     words = [SYSTEM_TEXT]
     for number, text in enumerate(texts):
         words += ["USER:" if number % 2 == 0 else "ASSISTANT:", text]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts the tokens of shards ahead of a run, in several processes: `python -m data_prep count`.
 
-What is counted is kept part by part where the trainer looks for it (megatron_eve/data/plan/counting.py), so a counting
-that was killed goes on where it was, and it may run beside another one or a trainer that counts the same.
+Counts are kept part by part where the trainer looks for them (megatron_eve/data/plan/counting.py), so a killed count
+goes on where it stopped, and may run beside another one or a trainer that counts the same.
 """
 
 import functools

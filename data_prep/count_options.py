@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a counting of tokens is asked to do, and its place on the command line. Needs no torch."""
+"""The options of a count of tokens, and their place on the command line. Needs no torch."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ from megatron_eve.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CountOptions:
-    """What to count. Everything but `max_unreadable`, `workers` and `again` decides about the numbers."""
+    """What to count. Everything but `max_unreadable`, `workers` and `again` decides the numbers."""
 
     shards: tuple[Path, ...]
     tokenizer: Path
@@ -21,7 +21,7 @@ class CountOptions:
     max_text_tokens: int
     max_unreadable: float = 0.01  # as data.max_unreadable
     workers: int = 1
-    again: bool = False  # read the rows again that could not be read before
+    again: bool = False  # read unreadable rows again
 
     def __post_init__(self) -> None:
         for flag, value in (
@@ -40,7 +40,7 @@ _TEXT_DEFAULTS = {"template": "qwen2", "max_text_tokens": 4096}
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
-    """What decides about a sample's text beside the tokenizer; as in the run's configuration."""
+    """The options that decide a sample's text, as in the run's configuration; the tokenizer is not among them."""
     parser.add_argument(
         "--template",
         choices=get_args(TemplateName),
@@ -56,7 +56,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_idle_text_options(arguments: argparse.Namespace) -> None:
-    """Of a build that counts nothing: they would change nothing. Raises: ConfigError."""
+    """In a build that counts nothing they would change nothing. Raises: ConfigError."""
     for name, default in _TEXT_DEFAULTS.items():
         value = getattr(arguments, name)
         if arguments.tokenizer is None and value != default:

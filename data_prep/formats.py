@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an input is that the build does not read, by its bytes or its files, and what to do with it.
+"""Names the format of an input that the build does not read, by its bytes or its files, and says what to do with it.
 
-In: the path of a file, of a folder, or an address. Out: the DataError to raise, which names the format that was found:
-a Parquet file is no text in another encoding. Only the first bytes of a file and the first names of a folder are looked
-at.
+In: the path of a file, of a folder, or an address. Out: the DataError to raise, which names the format: a Parquet file
+is no text in another encoding. Only the first bytes of a file and the first names of a folder are read.
 """
 
 import contextlib
@@ -85,7 +84,7 @@ _BINARY_SUFFIXES = {
     ".mdb": "an LMDB file",
     ".msgpack": "a MessagePack file",
 }
-"""What has no signature of its own."""
+"""Formats without a signature of their own."""
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(.*)", re.DOTALL)
 
 
@@ -96,7 +95,7 @@ def address_of(path: Path) -> str | None:
 
 
 def refusal_of_path(path: Path) -> DataError:
-    """Why something that is no file cannot be read: a folder of a certain kind, an address, nothing at all."""
+    """Why a path that is no file cannot be read: it is a folder of some kind, an address, or nothing at all."""
     address = address_of(path)
     if address is not None and not path.exists():
         return DataError(
@@ -122,7 +121,7 @@ def refusal_of_file(path: Path, *, problem: str) -> DataError:
 
 
 def describe_image_folder(path: Path) -> str:
-    """What stands where a folder of images should, and what to do."""
+    """What stands in place of a folder of images, and what to do."""
     address = address_of(path)
     if address is not None and not path.exists():
         return f"{address} is not a folder but an address; copy the images to a disk and give the folder there"

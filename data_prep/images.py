@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checking encoded images and, only where a file is no plain picture of 8 bits, re-encoding them.
+"""Checks encoded images, and re-encodes those that are no plain picture of 8 bits.
 
-In: the bytes of a file. Out: the bytes to store (the very same ones unless `change` says otherwise) and the size that
-the trainer will find: its own code (megatron_eve/data/read/pixels.py) says which way up a picture is, what its colours
-are and what has none. Refused with a reason of quarantine.REASONS: everything that would not decode in training. A JPEG
-with a damaged middle is read as garbage without an error by the trainer's decoder, so such damage must be found here.
+In: the bytes of a file. Out: the bytes to store (the very same unless `change` is set) and the size that the trainer
+will find: its own code (megatron_eve/data/read/pixels.py) decides which way up a picture is, what its colours are and
+which has none. Refused with a reason of quarantine.REASONS: everything that would not decode in training. The trainer's
+decoder reads a JPEG with a damaged middle as garbage without an error, so such damage must be found here.
 """
 
 import io
@@ -43,7 +43,7 @@ PIL_PIXEL_LIMIT = 178_956_970
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageLimits:
-    """What an image may be, and how closely it is looked at."""
+    """What an image may be, and how thoroughly it is checked."""
 
     validate: Validation
     max_pixels: int
@@ -70,7 +70,7 @@ class CheckedImage:
 
 
 def check_image(data: bytes, *, limits: ImageLimits) -> CheckedImage:
-    """Look at one encoded image. Raises: Rejected with the reason and what was found."""
+    """Check one encoded image. Raises: Rejected with the reason and what was found."""
     if not data:
         raise Rejected("empty_image", "the file has 0 bytes")
     with warnings.catch_warnings():
@@ -144,7 +144,7 @@ def _num_frames(image: Image.Image) -> int:
 
 
 def _decode(image: Image.Image, *, draft: bool) -> None:
-    """Every pixel, so that damage is found; those of a full decode can become RGB as well."""
+    """Decode every pixel, so that damage is found; after a full decode it can become RGB as well."""
     if draft and image.format in ("JPEG", "MPO"):
         image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
     with _decoding():
@@ -153,7 +153,7 @@ def _decode(image: Image.Image, *, draft: bool) -> None:
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """What Pillow raises on the way to pixels, as the reason for quarantine."""
+    """Turn what Pillow raises on the way to pixels into the reason for quarantine."""
     try:
         yield
     except DecompressionBombError as error:

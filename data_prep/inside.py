@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a path that a sample names lies in the folder that it may name files of.
+"""Whether a sample's path lies in the folder whose files it may name.
 
-A relative path starts in the folder, an absolute one may lead into it. Links inside the folder may point anywhere: who
-made the folder wanted them. `..` is followed as the file system does, through links, so that no spelling leads out.
+A relative path starts in the folder, an absolute one may lead into it. Links inside the folder may point anywhere: its
+owner wanted them. `..` is followed as the file system does, through links, so that no spelling leads out.
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def file_inside(path: str, *, folder: Path) -> Path | None:
-    """The file that `path` names, None if it lies outside `folder`. Raises ValueError for what is no path."""
+    """The file that `path` names, None if it lies outside `folder`. Raises ValueError if it is no path."""
     root = os.path.abspath(folder)
     target = os.path.join(root, path)  # an absolute path replaces the root
     parts = target.split("/")

@@ -23,7 +23,7 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
 
 
 def _refuse_foreign_files(final: Path, *, new: Path) -> None:
-    """Replacing a folder must not delete what it holds beside results of the same kind."""
+    """Replacing a folder must not delete files other than results of the same kind."""
     if final.is_dir():
         foreign = sorted(set(os.listdir(final)) - set(os.listdir(new)))
         if foreign:

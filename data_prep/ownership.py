@@ -28,8 +28,7 @@ _OURS = re.compile(
 def claim(out: Path, *, identity: Identity, overwrite: bool) -> None:
     """Make sure that `out` is empty or belongs to this very build, and clear what a killed run left half done.
 
-    Raises: ConfigError if the folder holds something else, or belongs to another build and `overwrite` is false.
-    """
+    Raises: ConfigError if the folder holds something else, or belongs to another build and `overwrite` is false."""
     refuse_foreign(out)
     found = _read_identity(out, fields=tuple(identity))
     if found is not None and overwrite:
@@ -46,9 +45,9 @@ def claim(out: Path, *, identity: Identity, overwrite: bool) -> None:
 
 
 def is_whole(out: Path, *, identity: Identity) -> bool:
-    """Whether `out` holds a finished build, of whatever input.
+    """Whether `out` holds a finished build, of any input.
 
-    Raises: ConfigError if it also holds what is no build's, which would be deleted with it."""
+    Raises: ConfigError if it also holds foreign files, which would be deleted with it."""
     if _read_identity(out, fields=tuple(identity)) is None or not (out / INDEX_FILE).exists():
         return False
     foreign = [name for name in sorted(os.listdir(out)) if not _OURS.fullmatch(name)]
@@ -61,7 +60,7 @@ def is_whole(out: Path, *, identity: Identity) -> bool:
 
 
 def staging_folder(out: Path, *, identity: Identity) -> Path:
-    """Where a build is made that shall replace the finished one in `out`: beside it, with the parts of an earlier start
+    """Where to make a build that is to replace the finished one in `out`: beside it, with the parts of an earlier start
     of the same build, and of no other."""
     staging = temporary_name(out.resolve())
     staging.mkdir(exist_ok=True)
@@ -93,8 +92,8 @@ def refuse_unfinished(folder: Path) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Remove a shard folder's content: the index first, so that nobody takes the rest for complete; dataset.json last,
-    so that a clearing that is killed can go on."""
+    """Remove a shard folder's content: the index first, so that the rest never looks complete; dataset.json last, so
+    that a killed clearing can go on."""
     for name in (INDEX_FILE, QUARANTINE_FILE):
         (out / name).unlink(missing_ok=True)
     for folder in out.glob("part-*"):
@@ -103,7 +102,7 @@ def _clear(out: Path) -> None:
 
 
 def _read_identity(out: Path, *, fields: tuple[str, ...]) -> Identity | None:
-    """The identity of the build that owns the folder; None if nobody does."""
+    """The identity of the build that owns the folder; None if it has no owner."""
     path = out / DATASET_FILE
     if not path.exists():
         return None

@@ -55,7 +55,7 @@ class Counts:
     turns: int = 0
     quarantined: dict[str, int] = field(default_factory=dict)  # reason -> entries
     changed: dict[str, int] = field(default_factory=dict)  # change -> images
-    unknown_keys: dict[str, int] = field(default_factory=dict)  # key that nobody reads -> rows
+    unknown_keys: dict[str, int] = field(default_factory=dict)  # unread key -> rows
     plain_only: int = 0  # rows that template qwen2 refuses: an image without a mark, or no question
 
     def add(self, other: "Counts") -> None:

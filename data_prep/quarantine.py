@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a sample does not become a row, as data: `Rejected` is raised where the fault is seen, and turned into one line
-of quarantine.jsonl. Every reason has its meaning here; docs and dataset.json use the same words, and faults that
-the trainer can find as well have the same name there (megatron_eve/data/read/quarantine.py)."""
+"""Why a sample does not become a row, as data: `Rejected` is raised where the fault is found, and becomes one line of
+quarantine.jsonl. Every reason has its meaning here; docs and dataset.json use the same words, and faults that the
+trainer can find as well have the same name there (megatron_eve/data/read/quarantine.py)."""
 
 from dataclasses import asdict, dataclass
 

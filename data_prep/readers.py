@@ -2,7 +2,7 @@
 """Reading EVE/LLaVA annotation files one entry at a time, so that a file of any size needs little memory.
 
 Three forms come in, each also packed by gzip: a JSON list of samples; a JSON list of strings, each the path of a JSON
-file with one sample (the official code's index); JSON lines. What the file holds decides which it is, not its name.
+file with one sample (the official code's index); JSON lines. The content decides which it is, not the name.
 Entries come out as `RawEntry` in the order of the file. A list that is not JSON is refused as a whole (DataError with
 the position), and so is every other format, by its name (formats.py); a bad line of JSON lines is one bad entry, and so
 is an object that has a key twice, of which json would take the last.
@@ -27,7 +27,7 @@ from .formats import GZIP_MAGIC, refusal_of_file, refusal_of_path
 
 CHUNK_CHARACTERS = 1 << 20
 MAX_ENTRY_CHARACTERS = 1 << 26
-"""An entry that is not complete after this many characters is taken for broken JSON."""
+"""An entry that is not complete after this many characters counts as broken JSON."""
 
 
 @dataclass(frozen=True, slots=True)

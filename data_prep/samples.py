@@ -3,11 +3,11 @@
 
 In: a `RawEntry` and the folders its paths are relative to. Out: the sample and what was changed on the way (counted,
 never silent). Everything that training could not use raises Rejected with its reason; a fault of the file system
-(permission, I/O error) is nobody's sample and stops the build instead.
+(permission, I/O error) is no sample's fault and stops the build.
 
 Sources: the sample format is EVE's and LLaVA's. A conversation may start with a system turn (or the sample has a key
-`system`) and with an answer, which the trainer leaves out as EVE's preprocess_eve does (train.py:196-198). Which
-conversations can be trained on, megatron_eve/data/read/text_rules.py says, to this build and to the training alike.
+`system`) and with an answer, which the trainer leaves out as EVE's preprocess_eve does (train.py:196-198). For build
+and training alike megatron_eve/data/read/text_rules.py decides which conversations can be trained on.
 """
 
 import errno
@@ -48,11 +48,11 @@ class SampleContext:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckedSample:
-    """A sample ready to be stored, and what is to be counted about it."""
+    """A sample ready to be stored, and the facts to count about it."""
 
     sample: Sample
     changes: tuple[str, ...]  # what was changed in its images
-    unknown_keys: tuple[str, ...]  # keys that nobody reads
+    unknown_keys: tuple[str, ...]  # unread keys
     templates: tuple[TemplateName, ...]  # those that can train it
 
 
@@ -173,7 +173,7 @@ def _turns(raw: Mapping[str, object]) -> tuple[Turn, ...]:
 
 
 def _found_instead(raw: Mapping[str, object]) -> str:
-    """What stands where a conversation should."""
+    """What stands in place of a conversation."""
     value = raw.get("conversations")
     if "conversations" in raw:
         return f"`conversations` is {str(value)[:80]!r}, expected a list of turns"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which keys of a sample are read, and what the others would lose.
+"""Which keys of a sample are read, and what would be lost with the others.
 
 In: a sample as JSON gave it, and the paths of its images. Out: the names of unknown keys that cost nothing, to be
 counted (a key of a turn as `conversations.KEY`). Refused as Rejected:
@@ -96,7 +96,7 @@ def _is_prompt(key: str) -> bool:
 
 
 def _medium(key: str, value: Any, *, paths: Sequence[str], depth: int = 0) -> str | None:
-    """What medium stands under a key, in words; None if there is none."""
+    """The medium under a key, in words; None if there is none."""
     if depth > MAX_DEPTH:
         return "is nested too deeply to be looked through"
     if value in (None, "", [], {}, False):
@@ -122,7 +122,7 @@ def _medium(key: str, value: Any, *, paths: Sequence[str], depth: int = 0) -> st
 
 
 def _holds(words: Sequence[str], value: Any) -> bool:
-    """`video_path` under which a text stands that no suffix gives away."""
+    """Whether a key such as `video_path` holds a text that no suffix gives away."""
     return any(word in HOLDS for word in words) and not isinstance(value, int | float)
 
 
@@ -142,8 +142,8 @@ def _medium_in_text(key: str, text: str, *, paths: Sequence[str]) -> str | None:
 
 
 def _is_origin(key: str, text: str, *, paths: Sequence[str]) -> bool:
-    """Whether a name of a file loses nothing: the archive of any sample; where the sample has images, the address that
-    they came from, and words that were made of a file's name. A key that names a medium is none of these."""
+    """Whether a file's name may be ignored: the archive of any sample; where the sample has images, the address that
+    they came from, and words made from a file's name. A key that names a medium is none of these."""
     if media_kind(key) is not None:
         return False
     if text.lower().endswith(ARCHIVE_SUFFIXES):
@@ -154,7 +154,7 @@ def _is_origin(key: str, text: str, *, paths: Sequence[str]) -> bool:
 
 
 def embedded_file(text: str) -> str | None:
-    """What a text is that holds a file's bytes: a data URL, or base64 that begins as media files do."""
+    """The kind of a text that holds a file's bytes: a data URL, or base64 that begins as media files do."""
     if text.startswith("data:") and ";base64," in text[:200]:
         return f"a file ({text[5 : text.index(';')]})"
     if len(text) < MIN_BASE64:
@@ -163,8 +163,8 @@ def embedded_file(text: str) -> str | None:
 
 
 def _repeats(key: str, value: Any, *, paths: Sequence[str]) -> bool:
-    """Whether a value only says again what `image` holds: the same paths, absolute ones or addresses that end in
-    them, or, under a key such as `file_name`, their last parts."""
+    """Whether a value only repeats what `image` holds: the same paths, absolute ones or addresses that end in them, or,
+    under a key such as `file_name`, their last parts."""
     if isinstance(value, list):
         return bool(value) and all(_repeats(key, entry, paths=paths) for entry in value)
     if not isinstance(value, str) or not value:

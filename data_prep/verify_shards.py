@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is a shard folder what its builder wrote? Hashes every shard, decodes every row, compares counts and file lists, and
-each image with the size that its row says, as the trainer reads it (a build of before may have read it otherwise).
+each image with the size in its row, as the trainer reads it (an older build may have read it otherwise).
 
 In: a folder made by build-shards. Out: the list of problems, empty if there are none. The trainer only compares file
 sizes when it starts; this is the thorough check, after a copy or when a disk is in doubt.
@@ -30,7 +30,7 @@ READ_BYTES = 1 << 22
 
 @dataclass(kw_only=True, slots=True)
 class Verification:
-    """What was looked at, and what is wrong with it. Filled shard by shard."""
+    """What was checked, and what is wrong with it. Filled shard by shard."""
 
     num_shards: int = 0
     num_samples: int = 0

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that share work. They die with the process that started them, however it ends: an orphan that goes on
-writing would disturb the same command when it is started again."""
+"""Processes that share work. They die with the process that started them, however it ends: an orphan that still writes
+would disturb the same command when it is started again."""
 
 import multiprocessing
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slurm's commands, asked until they answer: a controller that restarts, fails over or is overloaded is away for
+"""Slurm's commands, tried until they answer: a controller that restarts, fails over or is overloaded is away for
 minutes, and no job may end because of it.
 
 In: the words of a command. Out: what it prints. A command that fails is tried again with growing pauses for
@@ -66,12 +66,12 @@ log = logging.getLogger("slurm.commands")
 
 
 class SlurmError(Exception):
-    """A command of Slurm did not do what was asked; the text is Slurm's own, with the tries and the time spent."""
+    """A command of Slurm did not do its work; the text is Slurm's own, with the tries and the time spent."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What one call of a command gave."""
+    """The answer of one call of a command."""
 
     code: int
     out: str
@@ -98,7 +98,7 @@ def is_away(text: str) -> bool:
 
 
 def took_none(text: str) -> bool:
-    """Whether a submission that failed certainly left no job behind."""
+    """Whether a failed submission certainly left no job behind."""
     return any(words in text for words in TOOK_NONE)
 
 
@@ -118,7 +118,7 @@ def pauses(
 
 
 def call(argv: Sequence[str], *, env: dict[str, str] | None = None) -> Answer:
-    """One call, without a second try. Raises: SlurmError where the command is not installed."""
+    """One call, without a second try. Raises: SlurmError if the command is not installed."""
     try:
         result = subprocess.run(
             list(argv),
@@ -140,7 +140,7 @@ def call(argv: Sequence[str], *, env: dict[str, str] | None = None) -> Answer:
 
 
 def ask(*argv: str, limit_s: float | None = None) -> str:
-    """What the command prints, tried again until it answers. Raises: SlurmError."""
+    """The command's output, tried again until it answers. Raises: SlurmError."""
     limit = patience_s() if limit_s is None else limit_s
     started, tries, waits = time.monotonic(), 0, pauses(limit)
     while True:
@@ -158,7 +158,7 @@ def ask(*argv: str, limit_s: float | None = None) -> str:
 
 
 def job_fields(job_id: str, *, limit_s: float | None = None) -> dict[str, str]:
-    """What Slurm knows of a job; empty for one that it no longer knows. Raises: SlurmError."""
+    """What Slurm knows of a job; empty if it no longer knows it. Raises: SlurmError."""
     try:
         text = ask("scontrol", "show", "job", "--oneliner", job_id, limit_s=limit_s)
     except SlurmError as error:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the trainer says of recipe and overrides before anything is started: a mistake there costs no node a minute.
+"""Asks the trainer about recipe and overrides before anything is started: a mistake there costs no node a minute.
 
 In: the trainer's command line. Out: how many steps it asks for, or its refusal. Asks only commands that have --dry-run
-(megatron_eve.train, slurm.rehearse); of any other one it knows nothing but a `train.steps=` among the overrides.
+(megatron_eve.train, slurm.rehearse); of any other it knows only a `train.steps=` among the overrides.
 """
 
 import logging
@@ -36,7 +36,7 @@ def trainer_of(command: Sequence[str]) -> list[str]:
 
 
 def look_at(trainer: Sequence[str]) -> Configuration:
-    """Ask the trainer by --dry-run. What is no refusal of the configuration is left to the ranks to meet."""
+    """Ask the trainer by --dry-run. Any failure but a refused configuration is left to the ranks to meet."""
     if not _has_dry_run(trainer):
         return Configuration(steps=_asked_for(trainer))
     try:

@@ -6,8 +6,8 @@
   STOP         all ranks stop after the same step; the launcher's own holds `requeue JOB`, a person's any other text
   launcher/    starts.jsonl: a line as a start begins, and one as it ends, with the cause
 
-A crash or a full disk leaves files empty or half-written. What cannot be read counts as not written; what is written
-here is there as a whole or not at all; and no start ends because a note of it could not be kept.
+A crash or a full disk leaves files empty or half-written. A file that cannot be read counts as not written; files are
+written here whole or not at all; and no start ends because a note of it could not be kept.
 """
 
 import json
@@ -33,7 +33,7 @@ log = logging.getLogger("slurm.launcher")
 
 
 def read_text(path: Path) -> str:
-    """The file's text; empty where there is none."""
+    """The file's text; empty if there is none."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
@@ -41,18 +41,18 @@ def read_text(path: Path) -> str:
 
 
 def read_step(path: Path) -> int | None:
-    """The number that a file holds; None where it is missing or half-written."""
+    """The number that a file holds; None if it is missing or half-written."""
     text = read_text(path).strip()
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One start of a job, as starts.jsonl tells it."""
+    """One start of a job, from starts.jsonl."""
 
     restart: int
     first_step: int
-    end: str | None  # None: it was ended from outside, with nobody left to tell
+    end: str | None  # None: it was ended from outside, and nothing was left to write it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +79,7 @@ class RunFolder:
         return stop.exists() and not (first and LAUNCHER_STOP.startswith(first))
 
     def write_stop(self, job: Job) -> None:
-        """Ask the ranks to stop; a person's STOP stays as it is, and where none can be written the signal must do."""
+        """Ask the ranks to stop; a person's STOP stays as it is, and if none can be written the signal must do."""
         if (self.path / STOP_FILE).exists():
             return
         try:
@@ -112,7 +112,7 @@ class RunFolder:
             log.error("cannot write %s (%s): this start will not be counted", file, error)
 
     def attempts(self, job: Job) -> list[Attempt]:
-        """The starts of this job, this one included; what a file of another job, cluster or format says is left out."""
+        """The starts of this job, this one included; lines of another job, cluster or format are left out."""
         found: dict[int, Attempt] = {}
         for line in read_text(self.path / STARTS_FILE).splitlines():
             values = _object(line)
@@ -138,7 +138,7 @@ class RunFolder:
         return sum(a.end in ends and a.first_step >= step for a in self.attempts(job))
 
     def requeues_by_trouble(self, job: Job) -> int:
-        """Requeues of this job that were no stop at its time limit, no preemption and nobody's wish."""
+        """Requeues of this job other than for a time limit, a preemption or a user's wish."""
         calm = {None, End.STOPPED.value, End.OUTSIDE.value}
         before = [a for a in self.attempts(job) if a.restart < job.restart]
         return job.restart - sum(a.end in calm for a in before)

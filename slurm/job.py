@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Slurm and the site say of the job that this process belongs to, from the environment of its batch script.
+"""Facts of this process's job from Slurm and the site, in the environment of its batch script.
 
-Refuses with exit code 2 and the variable's name: one that is missing, or that is no number where one is needed.
+Refuses a variable that is missing, or no number where one is needed, with exit code 2 and its name.
 """
 
 import logging

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The batch script's process: checks the nodes, starts the ranks, hands signals on, and decides how the job ends.
+"""The batch script's process: checks the nodes, starts the ranks, passes signals on, and decides how the job ends.
 
     python -m slurm.launcher RUN_DIR -- srun ... slurm/rank.sh python -m megatron_eve.train RECIPE run_dir=RUN_DIR
 
 Protocol with the trainer, all in files of RUN_DIR because exit codes and signals get lost on the way: slurm/folder.py.
 STOP is written on SIGUSR2 (time limit) and SIGTERM. Ends with 0 only when DONE exists, with 2 on a configuration error,
 which is final. Otherwise the job is requeued under the same id, so a chain of `afterok` holds, unless it was cancelled,
-stopped by a person, has too few good nodes left, or used up EVE_MAX_RESTARTS or EVE_MAX_NO_PROGRESS. Only what the
-ranks did by themselves counts as a failure without progress (slurm/outcome.py).
+stopped by a person, has too few good nodes left, or used up EVE_MAX_RESTARTS or EVE_MAX_NO_PROGRESS. Only the ranks'
+own failures count as failures without progress (slurm/outcome.py).
 Source of the rules: each is a case seen on Slurm 22.05, docs/slurm.md has the table; tests/slurm runs them.
 """
 
@@ -55,7 +55,7 @@ def rendezvous(job: Job, hosts: Sequence[str]) -> dict[str, str]:
 
 
 def may_start(job: Job, *, folder: RunFolder, trainer: Sequence[str]) -> int | None:
-    """What is known before any node is asked: the exit code, or None to go on."""
+    """Checks before any node is asked: the exit code, or None to go on."""
     if folder.stopped_by_person:
         log.error("found %s/STOP written by a person; remove it to train on", folder.path)
         return 1
@@ -83,7 +83,7 @@ def may_start(job: Job, *, folder: RunFolder, trainer: Sequence[str]) -> int | N
 
 
 def warn_of_no_requeue(job: Job) -> None:
-    """SBATCH_NO_REQUEUE in somebody's environment wins over the file's --requeue without a word."""
+    """SBATCH_NO_REQUEUE in the user's environment silently wins over the file's --requeue."""
     try:
         if commands.job_fields(job.job_id, limit_s=0).get("Requeue") == "0":
             log.warning("submitted with --no-requeue: what does not end the run ends the job")
@@ -115,7 +115,7 @@ def finish(
     code: int = 1,
     exclude: Sequence[str] = (),
 ) -> int:
-    """Note how this start ended, and requeue or say why not. Returns the exit code of this process."""
+    """Record how this start ended, and requeue or say why not. Returns the exit code of this process."""
     folder.record_end(job, end=found.end, code=code, why=found.why)
     folder.clear_own_stop()
     if found.end is End.DONE:

@@ -3,8 +3,8 @@
 
 In: srun's exit code and its own messages, which name each task that did not end well, and whether this process had
 asked the ranks to stop. Out: the cause, which decides what is counted (slurm/launcher.py): only a rank's own failure
-counts towards giving up. srun's exit code alone says little: after the first failure it ends the other ranks, and the
-code becomes that of their signal.
+counts towards giving up. srun's exit code alone means little: after the first failure it ends the other ranks, and
+the code becomes that of their signal.
 """
 
 import re
@@ -15,7 +15,7 @@ from enum import Enum
 from .commands import is_away
 
 CONFIG_EXIT_CODE = 2
-"""Wrong usage or configuration; the next start would find the same."""
+"""Wrong usage or configuration; the next start would fail alike."""
 
 TASK = re.compile(r"^srun: error: (\S+): tasks? ([0-9,\-]+): (.+?)\s*$", re.M)
 NODE = re.compile(r"Node failure on (\S+)")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's folder belongs to one job at a time: RUN_DIR/launcher/job.json names it.
 
-The first start of a job takes the folder; its requeued starts find it theirs. A second job in the folder refuses and
+The first start of a job takes the folder; its requeued starts own it already. A second job in the folder refuses and
 names the first, before it writes anything there: its STOP would stop the first one's ranks, and its starts would be
 counted as theirs. A job that has ended leaves its folder to the next; Slurm is asked whether it has.
 Raises FolderTakenError, SlurmError.
@@ -64,7 +64,7 @@ def claim(run_dir: Path, job: Job) -> None:
 
 
 def read_owner(run_dir: Path) -> dict[str, str]:
-    """The note of the job that has the folder; empty where there is none that can be read."""
+    """The note of the job that has the folder; empty if none can be read."""
     try:
         values = json.loads(read_text(run_dir / "launcher" / OWNER))
     except ValueError:
@@ -75,7 +75,7 @@ def read_owner(run_dir: Path) -> dict[str, str]:
 
 
 def _refuse_unless_ended(owner: dict[str, str], *, run_dir: Path, job: Job) -> None:
-    """Slurm says whether the other job has ended; one that is about to is waited for."""
+    """Slurm knows whether the other job has ended; wait for one that is about to."""
     other = owner["job"]
     about = f"job {other} ({owner.get('name', '?')} of {owner.get('user', '?')}, since {owner.get('since', '?')})"
     way_out = (

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of a node before 128 ranks depend on it. Standard library only, so that it also says when the environment is
-what is broken.
+"""Checks of a node before 128 ranks depend on it. Standard library only, so that it can report a broken
+environment.
 
     python -m slurm.preflight RUN_DIR          check this node
     python -m slurm.launcher ...               checks every node of the job with it
@@ -32,7 +32,7 @@ from .outcome import NOT_STARTED
 MIN_FREE_GIB = 100.0
 """A 7B checkpoint with optimizer state is 14 GiB of bf16 weights and 84 GiB of fp32 states."""
 MAX_CLOCK_SPREAD_S = 60.0
-"""Includes what the starts of the check differ by; enough to find a node without NTP."""
+"""Includes the spread of the check's starts; enough to find a node without NTP."""
 PACKAGES = ("torch", "megatron-core", "mosaicml-streaming", "nvidia-dali-cuda130", "megatron-eve")
 TIMEOUT_S = 180
 
@@ -59,7 +59,7 @@ def gpu_problems(env: Mapping[str, str]) -> list[str]:
 
 
 def memlock_problems() -> list[str]:
-    """InfiniBand registers memory with the card; a small limit shows as a crash inside NCCL. Only where a card is."""
+    """InfiniBand registers memory with the card; a small limit shows as a crash inside NCCL. Only with a card."""
     soft, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY or not Path("/sys/class/infiniband").is_dir():
         return []
@@ -84,7 +84,7 @@ def run_dir_problems(run_dir: Path, *, min_free_gib: float) -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """What this node would train with."""
+    """The versions with which this node would train."""
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in PACKAGES:
         try:
@@ -136,7 +136,7 @@ def parse_reports(text: str) -> dict[str, dict[str, object]]:
         try:
             report, _end = json.JSONDecoder().raw_decode(text, match.start())
         except json.JSONDecodeError:
-            continue  # torn; the node counts as one that gave no answer
+            continue  # torn; the node counts as silent
         reports[str(report["node"])] = report
     return reports
 
@@ -185,7 +185,7 @@ def _output(command: Sequence[str]) -> tuple[str, str]:
 
 
 def _text(value: str | bytes | None) -> str:
-    """subprocess hands back bytes after a timeout, also where text was asked for."""
+    """subprocess returns bytes after a timeout, even if text was asked for."""
     return value.decode(errors="replace") if isinstance(value, bytes) else (value or "")
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The running `srun`: its messages, which tell why ranks ended, and the signals that reach this process meanwhile.
+"""The running `srun`: its messages, which show why ranks ended, and the signals that reach this process meanwhile.
 
-What srun says goes to the batch log as it comes and is kept for slurm/outcome.py. A signal (time limit, scancel,
+srun's messages go to the batch log as they come and are kept for slurm/outcome.py. A signal (time limit, scancel,
 preemption) makes the ranks save and stop; those that have not stopped after EVE_STOP_GRACE_S are killed.
 """
 
@@ -23,7 +23,7 @@ from .folder import RunFolder
 from .job import Job
 
 KEPT_LINES = 1000
-"""Of srun's messages: the first ones tell the cause, and 128 ranks give no more than that."""
+"""Of srun's messages: the first ones show the cause, and 128 ranks give no more than that."""
 KILL_PATIENCE_S = 30.0
 
 log = logging.getLogger("slurm.launcher")
@@ -47,7 +47,7 @@ class Ranks:
 
     @property
     def have_logs(self) -> bool:
-        """Whether a rank of this start got as far as having a log."""
+        """Whether a rank of this start lived long enough to have a log."""
         folder = os.environ.get("RANK_LOGS")
         return folder is not None and any(Path(folder).glob("*.log"))
 
@@ -60,7 +60,7 @@ class Ranks:
             self._process.send_signal(signal.SIGUSR2)
 
     def run(self, command: Sequence[str], *, env: Mapping[str, str]) -> tuple[int, str]:
-        """Run to the end; the exit code and what srun said. Does not start when a signal came before."""
+        """Run to the end; the exit code and srun's messages. Does not start if a signal came before."""
         if self.stopping:
             return 0, ""
         self._process = subprocess.Popen(
@@ -81,7 +81,7 @@ class Ranks:
 
     def _kill_hanging(self) -> None:
         """Ranks that do not stop when asked (a collective that hangs) must not take the job to its time limit, where
-        nobody is left to requeue it."""
+        nothing is left to requeue it."""
         if self._asked_at is None or time.monotonic() - self._asked_at < self._job.stop_grace_s:
             return
         log.error(
