@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """generation_config.json of a release: where an answer ends, and what is kept of the source's settings.
 
-An answer ends with what training ends it with (<|im_end|>), with the tokenizer's own end, with <|endoftext|>, and with
-every other special token that the source's generation_config.json names: official checkpoints have both of Qwen2.5's.
-The ids are the tokenizer's own. Decoding is greedy without a penalty, whatever the source did by default; what of it is
-not applied is told by the import and on the model card.
+An answer ends as in training (<|im_end|>), with the tokenizer's own end, with <|endoftext|>, and with every other
+special token that the source's generation_config.json names: official checkpoints have both of Qwen2.5's. The ids are
+the tokenizer's own. Decoding is greedy without a penalty, whatever the source's defaults; the import and the model card
+name those that are not applied.
 
-A conversion notes the source's settings in its config.txt, as lines `generation.NAME: JSON`; a release finds them
+A conversion records the source's settings in its config.txt, as lines `generation.NAME: JSON`; a release finds them
 through the runs that trained the weights since (`checkpoint.load_weights_from`). Refused: a file that is no JSON
 object, ends that are no ids.
 """
@@ -44,12 +44,12 @@ def read_generation(folder: Path) -> dict[str, Any]:
 
 
 def generation_lines(settings: Mapping[str, Any]) -> dict[str, str]:
-    """For config.txt: key -> value."""
+    """Key -> value, for config.txt."""
     return {f"{_PREFIX}{name}": json.dumps(value) for name, value in settings.items()}
 
 
 def source_generation(checkpoint: Path) -> dict[str, Any]:
-    """Settings that the conversion behind a checkpoint noted; {} if none is behind it, or not here any more."""
+    """Settings that the conversion behind a checkpoint recorded; {} if there was none, or its folder is gone."""
     followed: set[Path] = set()
     while checkpoint.resolve() not in followed:
         followed.add(checkpoint.resolve())

@@ -39,8 +39,8 @@ _LLAMA_DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
 }
-"""What a field that a Llama config.json leaves out means (transformers' LlamaConfig); older ones lack rope_theta. Sizes
-have no default here: what is left out there is a mistake."""
+"""Defaults of fields that a Llama config.json may leave out (transformers' LlamaConfig); older ones lack rope_theta.
+Sizes have no default here: to leave one out is a mistake."""
 
 _REASONS = {
     "eve-llama3": "the official Llama-3 code of EVEv2, which its authors published for reference and does not run",
@@ -51,7 +51,7 @@ _REASONS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HfModel:
-    """What config.json says."""
+    """The model in config.json."""
 
     kind: Literal["qwen2", "llama", "eve-qwen2"]
     model: ModelConfig
@@ -161,7 +161,7 @@ def model_json(
 def preprocessor_json(
     model: ModelConfig, *, image_edge: int, exif_rotation: bool
 ) -> dict[str, Any]:
-    """Official fields and values, and what lets AutoProcessor and AutoImageProcessor find our classes.
+    """Official fields and values, and the entries by which AutoProcessor and AutoImageProcessor find our classes.
 
     Without `image_processor_type` on purpose: with it, transformers 4.57 warns that a faster class may exist."""
     return {
@@ -197,7 +197,7 @@ def _read(content: dict[str, Any], name: str, *, kind: type, path: Path) -> Any:
 
 
 def _read_or(content: dict[str, Any], name: str, default: Any, *, path: Path) -> Any:
-    """A whole number, where the file says it."""
+    """A whole number, if the file has it."""
     return default if content.get(name) is None else _read(content, name, kind=int, path=path)
 
 
@@ -216,7 +216,7 @@ def _read_split(content: dict[str, Any], path: Path) -> SplitConfig:
 
 
 def _completed_llama(content: dict[str, Any]) -> dict[str, Any]:
-    """With the fields that a Llama config.json may leave out."""
+    """Fills in the fields that a Llama config.json may leave out."""
     given = {name: value for name, value in content.items() if value is not None}
     made = _LLAMA_DEFAULTS | {"num_key_value_heads": content.get("num_attention_heads")}
     if "rope_theta" in with_rope_theta(given):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an EVE folder says about its images beside config.json, read and compared with it.
+"""An EVE folder's facts about its images beside config.json, read and compared with it.
 
 The patch geometry may stand in config.json (ours), in preprocessor_config.json at the top (ours) or in the folder that
-`mm_vision_tower` names (official), and the label of that folder ends in the patch size. Where two of them say it, they
-must say the same. The statistics of the normalisation must be those that training computes with."""
+`mm_vision_tower` names (official), and the label of that folder ends in the patch size. Where two of them have it, they
+must agree. The statistics of the normalisation must be those of training."""
 
 import json
 import re
@@ -21,7 +21,7 @@ _FILE = "preprocessor_config.json"
 
 
 def with_processor(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """config.json's fields, with the strides that a file beside it says.
+    """config.json's fields, with the strides from a file beside it.
 
     Raises: CheckpointError where two files disagree, or pixels are normalised in another way than here."""
     content = dict(content)

@@ -36,7 +36,7 @@ _SPECIAL_TOKENS = ("class_embedding", "split_embedding")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportOptions:
-    """How a Hugging Face folder is converted."""
+    """How to convert a Hugging Face folder."""
 
     dtype: Dtype | None  # None: as stored
     split: SplitConfig | None  # None: as config.json says (a plain language model: dense)
@@ -101,7 +101,7 @@ class ImportPlan:
 def plan_import(source: Path, options: ImportOptions) -> ImportPlan:
     """Run the whole conversion on shapes alone.
 
-    Raises: CheckpointError as the conversion would: what does not fit is named."""
+    Raises: CheckpointError as the conversion would, naming what does not fit."""
     found = read_hf_config(source, patch_embed_dim=options.patch_embed_dim)
     model = target_model(found.model, options)
     weights = SafetensorsFolder(source)
@@ -126,7 +126,7 @@ def plan_import(source: Path, options: ImportOptions) -> ImportPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Imported:
-    """What was written."""
+    """The result of an import."""
 
     model: ModelConfig
     dtype: Dtype

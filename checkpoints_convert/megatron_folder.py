@@ -45,7 +45,7 @@ TIMEOUT_S = 600
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MegatronWeights:
-    """What a checkpoint folder holds. No tensor is read before it is asked for."""
+    """The weights in a checkpoint folder. No tensor is read before it is asked for."""
 
     folder: Path
     model: ModelConfig
@@ -89,7 +89,7 @@ def write_megatron(
 
 
 def _complete(folder: Path, *, config_text: str, facts: Mapping[str, Any]) -> None:
-    """Bytes are hashed, tensors are not: what a converter writes is compared with its source by `verify`."""
+    """Bytes are hashed, tensors are not: `verify` compares a converter's result with its source."""
     write_text(folder / CONFIG, config_text)
     with WriteBack() as disk:
         paths = sorted(folder.iterdir())
@@ -167,7 +167,7 @@ def refuse_damaged(weights: MegatronWeights) -> None:
     """Compare the weights with what the run had in memory when it saved them: their canonical hashes, computed from the
     tensors as they are put together here. A converter's folder has no such hashes: its files' are compared.
 
-    Raises: CheckpointError naming the file or tensor that is not what was written."""
+    Raises: CheckpointError naming the damaged file or tensor."""
     folder, manifest = weights.folder, read_manifest(weights.folder)
     if not manifest.tensors:
         check_bytes(folder, manifest.files, manifest)
@@ -185,7 +185,7 @@ def refuse_damaged(weights: MegatronWeights) -> None:
 
 
 def canonical_hash(tensors: StoredTensors, name: str, shape: tuple[int, ...]) -> TensorHash | None:
-    """Of a canonical tensor, whose layers are stacked; None if a part of it is not there or has another shape."""
+    """The hash of a canonical tensor, whose layers are stacked; None if a part is missing or has another shape."""
     parts = tensors.parts_of(name)
     headers = [tensors.headers.get(part) for part in parts]
     is_stacked = parts != [name]

@@ -49,7 +49,7 @@ def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
 
     Raises: CheckpointError if the weights are not what was saved, or `dest` cannot be written."""
     weights = read_megatron(source)
-    folder = weights.folder.resolve()  # not `source`: a run that goes on has a newer one by now
+    folder = weights.folder.resolve()  # not `source`: a run that goes on may have a newer one
     release = Release(
         model=weights.model,
         dtype=_TORCH_NAMES[weights.dtype],
@@ -115,7 +115,7 @@ def _origin(folder: Path) -> str:
 
 
 def _tokenizer(weights: MegatronWeights, options: ExportOptions) -> Path:
-    """The one that is given, or the run's. Raises: ConfigError if it is not the one of the weights."""
+    """The given tokenizer, or the run's. Raises: ConfigError if it is not the weights' own."""
     folder = _tokenizer_folder(weights.run, options)
     recorded = read_manifest(weights.folder).facts.get(FACT)
     backend = load_tokenizer(folder).backend
@@ -153,7 +153,7 @@ def _image_edge(run: RunConfig | None, options: ExportOptions) -> int:
 
 
 def _exif_rotation(run: RunConfig | None, options: ExportOptions) -> bool:
-    """The run's. Weights of no run: turned, unless it is told otherwise."""
+    """The run's choice. For weights of no run: turned, unless the caller decides."""
     if run is None:
         return options.exif_rotation is not False
     trained = run.data.exif_rotation

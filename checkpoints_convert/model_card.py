@@ -2,7 +2,7 @@
 """README.md of a released folder: what the model is, what it was trained on, what was measured, how it is used.
 
 Every number comes from the model's configuration, from the records of its runs (run_record.py) or from a results file
-(evaluation_results.py). What was not recorded is said to be missing; nothing is filled in."""
+(evaluation_results.py). The card says what was not recorded; nothing is filled in."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ _SOURCE_HEADS = ("run", "data", "samples", "proportion", "template")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CardFacts:
-    """What a model card says."""
+    """The facts of a model card."""
 
     model: ModelConfig
     dtype: Literal["bfloat16", "float32"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint's config.txt says about its model and, if a run wrote it, about the run.
+"""The model in a checkpoint's config.txt and, if a run wrote it, the run.
 
 A run writes its whole configuration there, the converter only the model's lines (config/model_lines.py).
 """
@@ -19,7 +19,7 @@ __all__ = ["model_from_text", "model_text", "run_from_text"]
 def model_text(
     model: ModelConfig, *, origin: str, generation: Mapping[str, Any] | None = None
 ) -> str:
-    """Sorted lines of every field of the model, where its weights came from, and how that source generates text."""
+    """Sorted lines of every field of the model, the source of its weights, and how that source generates text."""
     lines = {"converted_from": origin, **flat_model(model), **generation_lines(generation or {})}
     return "".join(f"{key}: {value}\n" for key, value in sorted(lines.items()))
 

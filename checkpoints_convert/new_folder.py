@@ -22,8 +22,8 @@ class NotWrittenError(CheckpointError):
 def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """An empty folder to write to in the block; at its end it replaces `folder`.
 
-    Raises: CheckpointError if `folder` exists and not `overwrite`, if it is a file, or with what the file system
-    refused; then whatever `folder` held is as it was."""
+    Raises: CheckpointError if `folder` exists and not `overwrite`, if it is a file, or with the file system's error;
+    then `folder` is as it was."""
     refuse_taken(folder, overwrite=overwrite)
     try:
         with whole_folder(folder) as temporary:

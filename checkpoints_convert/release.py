@@ -56,7 +56,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Release:
-    """What a released folder is made of, apart from the weights."""
+    """The contents of a released folder, apart from the weights."""
 
     model: ModelConfig
     dtype: Literal["bfloat16", "float32"]
@@ -97,7 +97,7 @@ def write_release(
 
 
 def _json_files(release: Release, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
-    """By name."""
+    """JSON files by name."""
     return {
         "config.json": config_json(release, tokenizer),
         GENERATION_FILE: generation_json(tokenizer, release.source_generation),
@@ -132,8 +132,8 @@ def _facts(release: Release, tokenizer: Tokenizer) -> CardFacts:
 
 
 def fitting_tokenizer(folder: Path, model: ModelConfig, *, run: RunConfig | None) -> Tokenizer:
-    """Raises: CheckpointError if it has ids that the model has no rows for, or lacks the token with which the run's
-    conversations end an answer; ConfigError if there is none."""
+    """Raises: CheckpointError if it has ids without a row in the model, or lacks the token that ends an answer of the
+    run's conversations; ConfigError if there is none."""
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
@@ -149,7 +149,7 @@ def fitting_tokenizer(folder: Path, model: ModelConfig, *, run: RunConfig | None
 
 
 def chat_template_of(run: RunConfig | None) -> str | None:
-    """What `apply_chat_template` writes: the conversation that the model was trained on; None if it was on captions."""
+    """The template of `apply_chat_template`: the conversation that the model was trained on; None after captions."""
     if last_template(run) == "plain":
         return None
     file = resources.files("checkpoints_convert.hf").joinpath("chat_template.jinja")

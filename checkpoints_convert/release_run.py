@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's checkpoint -> a release that people can use: weights, code, a card with the run's own facts, checksums.
 
-`megatron-to-hf` converts; this adds what a reader of the model wants to know (run_record.py, evaluation_results.py) and
+`megatron-to-hf` converts; this adds the facts that a reader needs (run_record.py, evaluation_results.py) and
 SHA256SUMS, then loads the folder as a user would, offline, and answers a prompt that is an image and nothing else.
 Only a folder that passed all of it gets its name.
 """
@@ -35,7 +35,7 @@ _CHUNK_BYTES = 1 << 24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReleaseOptions:
-    """How a run is released, beyond its conversion."""
+    """How to release a run, beyond its conversion."""
 
     export: ExportOptions
     results: tuple[Path, ...] = ()  # of evaluations, for the card
@@ -48,7 +48,7 @@ def release_run(source: Path, dest: Path, options: ReleaseOptions) -> int:
 
     Raises: CheckpointError if `dest` exists and is not to be replaced, or if the written folder does not load;
     DataError if a results file cannot be read."""
-    # Once: a run that goes on publishes newer ones. Whole: the card tells names in the path.
+    # Once: a run that goes on publishes newer ones. Whole: the card has names from the path.
     checkpoint = weights_folder(source).resolve()
     figures = tuple(figure for path in options.results for figure in read_results(path))
     export = dataclasses.replace(options.export, overwrite=True)

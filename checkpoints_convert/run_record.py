@@ -2,8 +2,8 @@
 """What the training runs behind a checkpoint recorded about themselves: the facts of a model card.
 
 In: a run directory (config.txt, metrics.jsonl) and, through `checkpoint.load_weights_from`, the runs before it. Out:
-one record a run, oldest first. Nothing is computed anew and nothing is guessed: what a file does not say, or what is
-not there any more, is None. Lines are read by their key, so runs of older and newer versions can be read too."""
+one record a run, oldest first. Nothing is computed anew and nothing is guessed: a fact that is missing, or whose file
+is gone, is None. Lines are read by their key, so runs of older and newer versions can be read too."""
 
 import json
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class SourceRecord:
     """One source of a run's samples."""
 
     name: str  # the folder's name, without the path on the training machine
-    num_samples: int | None  # None: the shards are not here any more
+    num_samples: int | None  # None: the shards are gone
     proportion: float
     template: str
 
@@ -45,10 +45,8 @@ class History:
 
 
 def read_history(folder: Path) -> History:
-    """Follow a checkpoint's run back to the first one.
-
-    `folder`: a run directory, or a checkpoint of a run: metrics of later steps are not its own and are left out. What
-    is neither gives an empty history."""
+    """Follow a checkpoint's run back to the first one. `folder`: a run directory, or a checkpoint of a run; then
+    metrics of later steps are left out. Any other folder gives an empty history."""
     runs: list[RunRecord] = []
     followed: set[Path] = set()
     step = step_of(folder)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One safetensors file, read and written tensor by tensor.
 
-Read: each tensor is a memory map of its own bytes, so that what is read costs no memory of the process and leaves it
-with the tensor. Written: sizes and order are known before the first value, so the header goes first and every tensor
+Read: each tensor is a memory map of its own bytes, so that it costs the process no memory of its own and goes with the
+tensor. Written: sizes and order are known before the first value, so the header goes first and every tensor
 straight to its place; the file has the bytes that safetensors' own `save_file` would give it.
 Format: https://huggingface.co/docs/safetensors (8 bytes length of the header, JSON header, data).
 """

@@ -2,8 +2,8 @@
 """Unsharded state dicts in either form, and the pure functions that turn one into the other.
 
 Every function moves rows; none computes. So both directions are exact inverses, byte for byte, in any dtype. Views are
-lazy: over tensors that are read on demand they stream. What does not fit the table of names.py is refused with a
-CheckpointError that names the tensor: a missing, left over or mis-shaped one, or two names for the same weight.
+lazy: over tensors that are read on demand they stream. A tensor that does not fit the table of names.py is refused with
+a CheckpointError that names it: a missing, left over or mis-shaped one, or two names for the same weight.
 """
 
 import re

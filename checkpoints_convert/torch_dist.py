@@ -47,7 +47,7 @@ from .safetensors_file import mapped_bytes
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _STACK = "decoder.layers."
 _NOT_WEIGHTS = ("optimizer.",)
-"""What keys of a training checkpoint start with that hold no weights of the model."""
+"""Beginnings of keys in a training checkpoint that hold no weights of the model."""
 
 SHARD_SUFFIX = ".distcp"
 _FILE = f"__0_0{SHARD_SUFFIX}"

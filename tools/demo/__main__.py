@@ -2,7 +2,7 @@
 """Run a demonstration: python -m tools.demo eve-tiny|smollm2 --out FOLDER
 
 From raw data to the answers of a released model about images that it has never seen, and the control: the same model
-and questions with the wrong image. Interrupt it as you like; the same command goes on where it was, and costs nothing
+and questions with the wrong image. You may interrupt it; the same command goes on where it stopped, and does nothing
 when all is done. Exit codes: 0 done and the model sees, 1 a step failed or the model does not see, 2 wrong usage.
 """
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _conclude(demo: Demo, *, out: Path) -> int:
-    """Show what was measured; whether the model sees decides the exit code."""
+    """Show the results; whether the model sees decides the exit code."""
     lines = summarise(step_seconds(demo.steps, out=out), demo.stages, out=out)
     print("\n" + "\n".join(lines))
     for name in demo.reports:

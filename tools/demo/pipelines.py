@@ -30,7 +30,7 @@ SET_BY_DEMO = ("run_dir", "data.sources", "data.tokenizer", "checkpoint.load_wei
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoOptions:
-    """What a user chooses."""
+    """The user's choices."""
 
     out: Path
     overrides: tuple[str, ...] = ()

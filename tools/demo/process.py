@@ -131,7 +131,7 @@ def _stop(child: "subprocess.Popen[bytes]", log: IO[bytes], *, number: signal.Si
 
 
 def _ask_to_stop(pid: int, *, number: signal.Signals) -> None:
-    """A launcher's workers are asked themselves: they save and end well, and then so does the launcher."""
+    """Ask a launcher's workers themselves: they save and end well, and then so does the launcher."""
     try:
         child = psutil.Process(pid)
         workers = child.children() if number == signal.SIGTERM else []

@@ -22,7 +22,7 @@ COLUMNS = 4
 
 
 def read_answers(folder: Path) -> list[Answered]:
-    """What evaluate.py wrote."""
+    """The answers that evaluate.py wrote."""
     path = folder / ANSWERS_FILE
     if not path.is_file():
         raise DataError(f"{path} is missing; make it with `python -m tools.demo.evaluate`.")

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Right answers counted, and what they are compared with: the same model given the wrong image, and the best that can
-be said without any image.
+"""Counts right answers, and compares them with the same model's for the wrong image and with the best guess without
+any image.
 
 In: questions with their types, expected answers and the model's answers. Out: a table by type, and whether the model
 sees: the types of question that it `must_see` are right in 80% of cases, and with a wrong image no better than the best

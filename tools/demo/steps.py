@@ -74,10 +74,9 @@ class Progress:
 
 
 def run_steps(steps: Sequence[Step], *, out: Path, stop_after: str | None = None) -> bool:
-    """Do what is not done, up to `stop_after`; whether all steps are done.
+    """Do the steps that are not done, up to `stop_after`; whether all are done.
 
-    Raises: ConfigError if the folder does not fit; CommandFailed naming the step that failed.
-    """
+    Raises: ConfigError if the folder does not fit; CommandFailed naming the step that failed."""
     progress = Progress(out)
     _claim(out)
     with only_one(out, what="demo") as lock:  # a child has it too, and may still save
@@ -94,7 +93,7 @@ def run_steps(steps: Sequence[Step], *, out: Path, stop_after: str | None = None
 
 
 def plan_lines(steps: Sequence[Step], *, out: Path) -> list[str]:
-    """What run_steps would do."""
+    """The plan of run_steps, in lines."""
     progress = Progress(out)
     lines: list[str] = []
     for step in steps:

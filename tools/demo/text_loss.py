@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training on images did to the language model's text: its loss on passages that no stage has seen.
+"""How training on images changed the language model's text: its loss on passages that no stage has seen.
 
     python -m tools.demo.text_loss runs/demo-smollm2 --llm LLM --imported A --stage2-1 B --stage3 C
 
@@ -55,7 +55,7 @@ def passage_losses(folder: Path, passages: Sequence[str]) -> list[float]:
 
 
 def problems(losses: Mapping[str, Sequence[float]]) -> list[str]:
-    """What is not as it must be. Keys: llm, imported, stage2_1, stage3."""
+    """What is not as expected. Keys: llm, imported, stage2_1, stage3."""
     found = []
     gap = max(abs(a - b) for a, b in zip(losses["llm"], losses["imported"], strict=True))
     if gap > MAX_IMPORT_GAP:

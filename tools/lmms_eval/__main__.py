@@ -3,8 +3,8 @@
 
     python -m tools.lmms_eval releases/eve-7b --tasks pope,gqa --out runs/eval --batch-size 8
 
-Names the plugin, its tasks and its options to lmms-eval, and is strict where lmms-eval is not: lmms-eval exits 0 after
-an error, this exits 1 unless results were written. What stands behind `--` goes to lmms-eval as it is. Exit codes:
+Gives lmms-eval the plugin, its tasks and its options, and is stricter: lmms-eval exits 0 after an error, this exits 1
+unless results were written. Arguments after `--` go to lmms-eval as they are. Exit codes:
 0 results are written, 1 they are not, 2 wrong usage."""
 
 import argparse

@@ -25,7 +25,7 @@ from megatron_eve.inference.release import check_tokenizer, read_release
 ResizeRule = Literal["train", "eval"]
 IMAGE_MARK = "<image>"
 OFFICIAL_PENALTY = 1.05
-"""What the official evaluation scripts inherit from the chat model's generation_config.json."""
+"""The official evaluation scripts inherit it from the chat model's generation_config.json."""
 OFFICIAL_IMAGE_ID = 0
 """What the official code puts into the prompt's ids at an image; a penalty counts it (eve_arch.py:104-105)."""
 _LOG = logging.getLogger(__name__)

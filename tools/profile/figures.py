@@ -6,7 +6,7 @@ The window is the captured steps, without what lies between them. Its time is di
     step time = compute + exposed communication + exposed copies + idle
 
 where compute is the union of all work that is neither communication nor copy, exposed communication the part of
-communication during which nothing is computed, exposed copies what of the copies is left then, and idle the rest. Time
+communication during which nothing is computed, exposed copies the copies outside both, and idle the rest. Time
 by kind, by module and by kernel is summed over streams instead, so work that overlaps counts twice there."""
 
 from collections import defaultdict
@@ -44,7 +44,7 @@ class PlacedWork:
 
 
 class RankFigures:
-    """What one rank's trace says."""
+    """The figures of one rank's trace."""
 
     def __init__(self, trace: Trace) -> None:
         """Raises: ProfileError if the trace holds no step."""
@@ -169,7 +169,7 @@ def mean_of(dicts: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def skew(values: dict[int, float]) -> dict[str, float]:
-    """How far ranks lie apart: the slowest rank, its value over the mean, and the fastest."""
+    """How far ranks are apart: the slowest rank, its value over the mean, and the fastest."""
     mean = sum(values.values()) / len(values)
     slowest = max(values, key=lambda rank: values[rank])
     fastest = min(values, key=lambda rank: values[rank])

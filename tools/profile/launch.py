@@ -81,7 +81,7 @@ def run_dir_of(command: Sequence[str]) -> Path:
 
 
 def rank_command(command: Sequence[str], *, window: Window, rank: int, nsys: bool) -> list[str]:
-    """What this rank executes: every rank gets profile.*, a captured one nsys around it."""
+    """The command of this rank: every rank gets profile.*, a captured one nsys around it."""
     run_dir = run_dir_of(command)
     full = [*command, *window.overrides(tool="nsys" if nsys else "kineto")]
     if not nsys or rank not in window.ranks:

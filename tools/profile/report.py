@@ -77,7 +77,7 @@ def _trace(folder: Path, *, rank: int) -> Trace:
 
 
 def export_command(report: Path, sqlite: Path) -> list[str]:
-    """What turns Nsight's report into the SQLite file that the reader takes."""
+    """The command that turns Nsight's report into the SQLite file that the reader takes."""
     return ["nsys", "export", "--type", "sqlite", "--output", str(sqlite), str(report)]
 
 

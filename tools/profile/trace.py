@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both readers give: one rank's ranges and work, and the arithmetic of intervals that every figure is made of.
+"""The result of both readers: one rank's ranges and work; and the arithmetic of intervals behind every figure.
 
 `Work` is what the device did: kernels and copies on a GPU; on a CPU the innermost operators of the training thread and
 gloo's collectives. `Range` is what the host was doing (megatron_eve/metrics/ranges.py). Work belongs to the ranges that
