@@ -160,15 +160,9 @@ def parts_of(commit: str, *, work: Path, steps: int, until: str, layouts: Sequen
     folder.mkdir(exist_ok=True)
     todo: dict[str, Callable[[], Facts]] = {"recipes": partial(_recipe_facts, code, folder)}
     for layout in layouts:
+        run = partial(_run_facts, code, folder / layout, fields=LAYOUTS[layout], steps=steps)
         for recipe in RECIPES[: RECIPES.index(until) + 1]:
-            todo[f"{layout} {recipe}"] = partial(
-                _run_facts,
-                code,
-                folder / layout,
-                recipe=recipe,
-                fields=LAYOUTS[layout],
-                steps=steps,
-            )
+            todo[f"{layout} {recipe}"] = partial(run, recipe=recipe)
     todo[f"release of {layouts[0]} {until}"] = partial(
         _release_facts, code, folder / layouts[0], recipe=until
     )
@@ -189,12 +183,8 @@ def make_data(work: Path, *, base: str) -> None:
     if data.exists():
         return
     code = _checkout(base, work=work)
-    _python(
-        *("tools.demo", "eve-tiny", "--out", out, "--train-images", 200),
-        *("--stop-after", "shards"),
-        code=code,
-        folder=work,
-    )
+    demo = ("eve-tiny", "--out", out, "--train-images", 200, "--stop-after", "shards")
+    _python("tools.demo", *demo, code=code, folder=work)
     half = work / ".data"
     shutil.rmtree(half, ignore_errors=True)
     for name in ("text", "captions", "questions"):
@@ -254,13 +244,10 @@ def _run_facts(
     folder.mkdir(exist_ok=True)
     if not (folder / "data").exists():
         (folder / "data").symlink_to("../../data")
-    _python(
-        *("torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
-        *("--nproc-per-node", 1 if ONE_PROCESS in fields else 2, "-m", "megatron_eve.train"),
-        *(run.name, *fields, f"train.steps={steps}", "logging.every_steps=1"),
-        code=code,
-        folder=folder,
-    )
+    processes = ("--nproc-per-node", 1 if ONE_PROCESS in fields else 2)
+    launch = ("--standalone", "--local-addr", "127.0.0.1", *processes, "-m", "megatron_eve.train")
+    train = (run.name, *fields, f"train.steps={steps}", "logging.every_steps=1")
+    _python("torch.distributed.run", *launch, *train, code=code, folder=folder)
     facts = _field_facts((run / CONFIG).read_text())
     records = read_metrics(run / METRICS_FILE)
     for key in sorted(set().union(*records) - TIMES):
@@ -272,12 +259,12 @@ def _run_facts(
 
 def _release_facts(code: Path, folder: Path, *, recipe: str) -> Facts:
     """Every file of a release, and of the checkpoint that is made from it."""
-    for command in (
-        ("release", f"runs/eve_tiny_{recipe}", "release", "--tokenizer", "data/demo/tokenizer"),
-        ("hf-to-megatron", "release", "imported"),
-    ):
-        skip = ("--skip-check",) if command[0] == "release" else ()
-        _python("checkpoints_convert", *command, *skip, "--overwrite", code=code, folder=folder)
+    convert = partial(_python, "checkpoints_convert", code=code, folder=folder)
+    tokenizer = ("--tokenizer", "data/demo/tokenizer")
+    convert(
+        "release", f"runs/eve_tiny_{recipe}", "release", *tokenizer, "--skip-check", "--overwrite"
+    )
+    convert("hf-to-megatron", "release", "imported", "--overwrite")
     return _file_facts(folder, "release/**/*") | _file_facts(folder, "imported/**/*")
 
 
