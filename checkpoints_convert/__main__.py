@@ -269,7 +269,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _check_folders(arguments: argparse.Namespace, *, holds: str = "", expected: str = "") -> None:
-    """What can be refused before torch is imported.
+    """Refuses what it can before torch is imported.
 
     Raises: CheckpointError if the source is not there or the destination is taken; ConfigError if --overwrite would
     delete what is converted."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training runs behind a checkpoint recorded about themselves: the facts of a model card.
+"""Records of the training runs behind a checkpoint: the facts of a model card.
 
 In: a run directory (config.txt, metrics.jsonl) and, through `checkpoint.load_weights_from`, the runs before it. Out:
 one record a run, oldest first. Nothing is computed anew and nothing is guessed: a fact that is missing, or whose file

@@ -194,7 +194,7 @@ def _load(folder: Path) -> tuple[Any, Mapping[str, Any]]:
 
 
 def _field(folder: Path, name: str) -> Any:
-    """Of config.json; None if there is none, or no such file."""
+    """From config.json; None if it is not there, or there is no file."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

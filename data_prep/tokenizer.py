@@ -61,7 +61,7 @@ NUM_BYTES = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerSummary:
-    """What was written: the folder, the number of tokens, and the ids that training needs."""
+    """The result: the folder, the number of tokens, and the ids that training needs."""
 
     folder: Path
     vocab_size: int

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What starts runs on a Slurm cluster: sbatch files, launcher, checks of the nodes, chains of stages."""
+"""Starts runs on a Slurm cluster: sbatch files, launcher, checks of the nodes, chains of stages."""

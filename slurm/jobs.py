@@ -31,7 +31,7 @@ PACKAGES = ("data_prep", "checkpoints_convert", "tools")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModuleJob:
-    """What submitit pickles, sends to the node and calls there."""
+    """The object that submitit pickles, sends to the node and calls there."""
 
     module: str
     args: tuple[str, ...]

@@ -169,7 +169,7 @@ def ask_nodes(hosts: Sequence[str], *, run_dir: Path) -> dict[str, dict[str, obj
 
 
 def _output(command: Sequence[str]) -> tuple[str, str]:
-    """What the command prints on stdout and stderr until it ends or its time is up; stderr goes to the log, too."""
+    """The command's stdout and stderr until it ends or its time is up; stderr goes to the log, too."""
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S

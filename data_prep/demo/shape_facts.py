@@ -55,7 +55,7 @@ class Question:
 
     @property
     def type(self) -> str:
-        """What the answer is: "shape", "color" or "yes/no"."""
+        """The kind of answer: "shape", "color" or "yes/no"."""
         if self.answer in YES_NO:
             return "yes/no"
         return "shape" if self.answer in SHAPES else "color"
@@ -63,7 +63,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What an image shows; None where its questions do not tell."""
+    """What an image shows; None where its questions do not say."""
 
     shape: str | None
     color: str | None

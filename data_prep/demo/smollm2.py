@@ -32,7 +32,7 @@ MAX_LOGIT_DIFFERENCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SmolLm2Report:
-    """What was written, and how far the Qwen2 model's logits are from the Llama model's."""
+    """The result, and how far the Qwen2 model's logits are from the Llama model's."""
 
     num_parameters: int
     vocab_size: int

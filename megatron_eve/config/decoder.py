@@ -34,7 +34,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One module of a layer. `name` is EveModel's; behind it stands `.vision` or `.text` where each has its own."""
+    """One module of a layer. `name` is EveModel's, followed by `.vision` or `.text` where each has its own."""
 
     name: str
     owner: Owner
@@ -60,7 +60,7 @@ class Norm(Row):
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name of a tensor -> its dims behind the first."""
+        """Name of a tensor -> its dims after the first."""
         return {"weight": ()}
 
     @property
@@ -111,7 +111,7 @@ class DecoderLayer:
 
     @property
     def rows(self) -> tuple[Norm | Linear, ...]:
-        """In the order of the forward pass, which is the order of checkpoints and releases."""
+        """Rows in the order of the forward pass, which is that of checkpoints and releases."""
         return (self.input_norm, self.qkv, self.proj, self.ffn_norm, self.fc1, self.fc2)
 
     @property
@@ -207,7 +207,7 @@ class Convolution:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of its weight."""
+        """Shape of its weight."""
         return (self.outputs, *self.inputs)
 
     @property

@@ -60,7 +60,7 @@ _INERT = {
     *("rope_parameters", "head_dim", "add_moe", "moe_part"),
 }  # fmt: skip
 _INERT_PREFIXES = ("_", "mm_", "tune_", "image_", "tokenizer_", "freeze_")
-"""Of transformers' own notes, and of the official EVE training's."""
+"""Notes of transformers itself, and of the official EVE training."""
 
 
 def unsupported(content: Mapping[str, Any]) -> Iterator[str]:

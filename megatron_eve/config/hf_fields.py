@@ -14,7 +14,7 @@ HF_FIELDS: dict[str, tuple[str, type]] = {
     "tie_word_embeddings": ("tie_word_embeddings", bool),
     "init_std": ("initializer_range", float),
 }
-"""Of every decoder: ModelConfig's field -> name and type in config.json."""
+"""Fields of every decoder: ModelConfig's -> name and type in config.json."""
 
 HF_EVE_FIELDS: dict[str, tuple[str, type]] = {
     "patch_embed_dim": ("mm_hidden_size", int),

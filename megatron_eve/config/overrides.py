@@ -110,7 +110,7 @@ def _fill_from_weights(flat: dict[str, str]) -> None:
 
 
 def _model_of_start(flat: dict[str, str], *, asked_by: str) -> ModelConfig:
-    """Of the run's own checkpoints, from which it resumes, else of the weights that it loads."""
+    """The model of the run's own checkpoints, from which it resumes, else of the weights that it loads."""
     run_dir = str(parse_value(flat["run_dir"], annotation=str, key="run_dir"))
     start = parse_value(flat.get(_START, NONE), annotation=str | None, key=_START)
     path = run_dir if checkpoints_of(Path(run_dir)) else start

@@ -206,7 +206,7 @@ class GpuConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """What is read at start and written on the way. A run that finds its own checkpoints resumes from the newest."""
+    """Checkpoints and weights, read and written. A run that finds its own checkpoints resumes from the newest."""
 
     load_weights_from: (
         str | None

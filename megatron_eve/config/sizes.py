@@ -122,7 +122,7 @@ def largest_sample_tokens(config: RunConfig) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EpochSize:
-    """What all sources hold together, known once the shards are read."""
+    """The size of all sources together, known once the shards are read."""
 
     samples: int  # fit for training
     tokens: int  # theirs, with what pads each sample

@@ -14,7 +14,7 @@ from megatron_eve.config.schema import RunConfig, TrainableGroup
 from megatron_eve.config.sizes import largest_sample_tokens
 
 EVALUATION_MARKS = {"checkpoint", "out", "step"}
-"""What training/evaluation.py puts into evaluation.command."""
+"""Placeholders that training/evaluation.py fills in evaluation.command."""
 
 _FP8_ROWS = 16
 """Rows of a matrix that Transformer Engine's FP8 kernels need in multiples."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One configuration value as text and back: what stands right of `=` in an override and right of `: ` in config.txt.
+"""One configuration value as text and back: the right side of `=` in an override and of `: ` in config.txt.
 
 Written forms: `true`/`false`, `none`, integers, floats (shortest text that reads back to the same bits), names of a
 Literal, tuples of names joined by commas (`()` when empty), strings as they are. A string that would read back as

@@ -43,7 +43,7 @@ class Rotary:
 
 
 def rotary_table(model: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Rotary:
-    """Of all positions up to `max_position_embeddings`; float32 angles, then cast."""
+    """The table of all positions up to `max_position_embeddings`; float32 angles, then cast."""
     exponent = torch.arange(0, model.head_dim, 2, dtype=torch.int64, device=device).float()
     positions = torch.arange(model.max_position_embeddings, device=device).float()
     angles = torch.outer(positions, 1.0 / model.rope_theta ** (exponent / model.head_dim))
@@ -232,7 +232,7 @@ class Layer(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Two convolutions on non-overlapping windows: two matrix products. CLS in front, SPL behind each row."""
+    """Two convolutions on non-overlapping windows: two matrix products. CLS first, SPL after each row."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()

@@ -123,7 +123,7 @@ def _patch_embedding(tally: _Tally, model: ModelConfig, *, patches: int, trained
 
 
 class _Layer:
-    """One decoder layer. In the last one a row whose output nobody needs has k and v only."""
+    """One decoder layer. In the last one a row whose output is not needed has k and v only."""
 
     def __init__(
         self, model: ModelConfig, work: Work, *, trainable: tuple[TrainableGroup, ...], last: bool

@@ -42,7 +42,7 @@ _NOTHING = nullcontext()
 
 
 def no_range(name: str) -> AbstractContextManager[None]:
-    """The `ranges` of a step that nobody captures."""
+    """The `ranges` of a step that is not captured."""
     return _NOTHING
 
 

@@ -38,7 +38,7 @@ class Backend:
     row_linear: type
     norm: type
     core_attention: type
-    norm_column_linear: type | None = None  # a norm and the column-parallel linear behind it
+    norm_column_linear: type | None = None  # a norm and the column-parallel linear after it
     attention: type = EveSelfAttention
     partitioned_linear: type = ModalityPartitionedLinear
     partitioned_mlp: type = ModalityPartitionedMLP
@@ -117,7 +117,7 @@ def _linear(backend: Backend, branch: type, partitioned: bool) -> ModuleSpec:
 
 
 class _NormAndLinear:
-    """A norm and the column-parallel linear behind it: one module where the backend has one and both are split, or
+    """A norm and the column-parallel linear after it: one module where the backend has one and both are split, or
     neither is, so that every linear has exactly one norm before it."""
 
     def __init__(self, backend: Backend, *, split_norm: bool, split_linear: bool) -> None:

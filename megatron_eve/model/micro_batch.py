@@ -103,7 +103,7 @@ class ExecutedRows:
 
     vision: int
     text: int
-    kept_vision: int  # behind the last layer's attention
+    kept_vision: int  # after the last layer's attention
     kept_text: int
     labels: int  # of the output layer
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class KeptRows:
-    """The rows that the last layer goes on with behind its attention: the labelled ones, each modality padded to the
+    """The rows that the last layer goes on with after its attention: the labelled ones, each modality padded to the
     same number on every tensor-parallel rank. Padding rows come from nowhere (index = number of rows) and feed nothing.
     """
 

@@ -30,7 +30,7 @@ def build_optimizer(
         ParamKey(name="*patch_embedding*"): ParamGroupOverride(
             max_lr=config.optim.patch_embedding_lr,
             min_lr=config.optim.min_lr,
-            is_decoupled_lr=True,  # tells the groups apart in a checkpoint
+            is_decoupled_lr=True,  # separates the groups in a checkpoint
         )
     }
     return get_megatron_optimizer(

@@ -204,7 +204,7 @@ def _non_finite_gradient(norm: float) -> str | None:
 
 
 def _learning_rates(optimizer: MegatronOptimizer) -> dict[str, float]:
-    """Of the decoder and of the patch embedding, whichever are trained."""
+    """Learning rates of the decoder and of the patch embedding, whichever are trained."""
     groups = optimizer.param_groups
     decoder = [g["lr"] for g in groups if g["default_config"]]
     patch = [g["lr"] for g in groups if not g["default_config"]]

@@ -62,7 +62,7 @@ def recipe_of_text(path: Path) -> RunConfig:
 
 @contextmanager
 def _on_path(folder: Path) -> Iterator[None]:
-    """As for a script, the file's own folder is searched for what it imports."""
+    """The file's own folder is searched for its imports, as for a script."""
     entry = str(folder.resolve())
     sys.path.insert(0, entry)
     try:
@@ -72,7 +72,7 @@ def _on_path(folder: Path) -> Iterator[None]:
 
 
 def _run(path: Path, function: Callable[[], T]) -> T:
-    """What a user's code returns; of what it raises, the kind, the text and the last line of that file."""
+    """Calls a user's code; if it raises, the message has the kind, the text and the last line of that file."""
     try:
         return function()
     except (Exception, SystemExit) as error:

@@ -102,7 +102,7 @@ class CountedSource:
         return min(PART_SAMPLES, self.num_samples - part * PART_SAMPLES)
 
     def load(self, *, share: float = 0.0, alive: Alive = lambda: None) -> SourceCounts:
-        """All counts of the source; what is missing is counted first, together with whoever does the same.
+        """All counts of the source; missing ones are counted first, together with other processes that do so.
 
         `share`: in [0, 1), where among the missing parts to begin, so that processes take different ones.
         Raises: DataError if more rows than `max_unreadable` cannot be read, or the counts cannot be kept."""
@@ -182,7 +182,7 @@ class CountedSource:
         return concatenate(pieces)
 
     def _count_range(self, begin: int, end: int) -> SourceCounts:
-        """Of the samples with these global indices."""
+        """Count the samples with these global indices."""
         unfit: dict[int, Quarantined] = {}
         headers: dict[int, Sample] = {}
         for i in range(begin, end):

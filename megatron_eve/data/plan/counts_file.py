@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was counted of consecutive samples (`SourceCounts`), and the file that keeps it.
+"""Counts of consecutive samples (`SourceCounts`), and the file that keeps them.
 
 The file is an uncompressed .npz with a hash over its arrays. It is whole or absent, and any damage is noticed:
 `load_counts` raises DamagedCounts and never gives other numbers.
@@ -28,7 +28,7 @@ class DamagedCounts(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceCounts:
-    """What was counted of consecutive samples, numbered from the first of them."""
+    """Counts of consecutive samples, numbered from the first of them."""
 
     num_text: NDArray[np.int32]  # [num_samples] without padding; 0 where unfit
     num_labels: NDArray[np.int32]  # [num_samples] of these, tokens to predict

@@ -65,7 +65,7 @@ class LengthSettings:
         return TextSettings(template=self.template, max_text_tokens=self.max_text_tokens)
 
     def padding(self, num_tokens: int) -> int:
-        """Padding tokens behind a sample of `num_tokens`."""
+        """Padding tokens after a sample of `num_tokens`."""
         return -num_tokens % self.sample_align
 
 

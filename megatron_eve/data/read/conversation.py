@@ -213,7 +213,7 @@ def _questions(turns: Sequence[Turn], *, strip_lone_mark: bool) -> list[str]:
 
 
 def _behind_marks(question: str, system: str) -> str:
-    """The question with a system text in front of its words, behind the marks that it starts with."""
+    """The question with a system text in front of its words, after the marks that it starts with."""
     if not system:
         return question
     words, marks = question, ""

@@ -26,7 +26,7 @@ AUDIO_SUFFIXES = (
 )  # fmt: skip
 OTHER_SUFFIXES = (".pdf", ".djvu", ".ply", ".obj", ".glb", ".gltf", ".stl", ".pcd", ".las")
 ARCHIVE_SUFFIXES = (".tar", ".zip", ".parquet", ".mds")
-"""Of files that hold whole samples: a key that names one says where a sample came from."""
+"""Suffixes of files that hold whole samples: a key that names one says where a sample came from."""
 DATA_SUFFIXES = (
     *(".npy", ".npz", ".h5", ".hdf5", ".pt", ".pth", ".pkl", *ARCHIVE_SUFFIXES),
 )  # fmt: skip
@@ -73,12 +73,12 @@ DESCRIPTIVE = _words(
 )
 """With one of these, a name says something about a medium (`image_width`) rather than holding it."""
 HOLDS = _words("path file filename url uri link src")
-"""Of these, those under which a medium itself may stand (`video_path`)."""
+"""Those of them that may hold a medium itself (`video_path`)."""
 _COMPANIONS = _words(
     "here pad placeholder place holder token start end begin bos eos of the patch context content feature embed "
     "embedding soft newline row sep mark input slot fake around history query global local latent"
 )
-"""Words that stand beside a medium in marks written in capitals of the middle, as `<ImageHere>`."""
+"""Words beside a medium in marks in camel case, such as `<ImageHere>`."""
 _SPELLED = frozenset(("im_patch", "boi", "eoi", "bov", "eov"))
 """Marks whose words say nothing: begin and end of an image, of a video."""
 _GLUED = re.compile("image|video|audio|vision|speech", re.IGNORECASE)
@@ -99,7 +99,7 @@ _APART = re.compile(
 )
 """A tag at the very start or end of a text, or on a line of its own."""
 _DATA_URL = re.compile(r"data:(?:image|video|audio)/[\w.+-]+;base64,[A-Za-z0-9+/]{4}")
-"""With bytes behind it: code writes `base64,{encoded}`."""
+"""Followed by bytes: code writes `base64,{encoded}`."""
 _MARKDOWN = re.compile(r"!\[[^\]\n]{0,200}\]\(\s*[^)\s]{1,400}")
 _CONTAINERS = re.compile(
     r"\b(?:vector|list|array|set|map|deque|span|optional|unique_ptr|shared_ptr|dict|tuple|type)\Z"
@@ -186,7 +186,7 @@ def _is_type(name: str, *, before: str) -> bool:
 
 
 def _is_subscript(text: str, match: re.Match[str], *, in_question: bool) -> bool:
-    """`list[Image]`, and in answers `data[image]` and `f([image])`: a word in brackets behind a name or sign."""
+    """`list[Image]`, and in answers `data[image]` and `f([image])`: a word in brackets after a name or sign."""
     word, before = match.group()[1:-1], text[: match.start()][-80:]
     if not word.isalpha() or word.isupper():
         return False
@@ -197,7 +197,7 @@ def _is_subscript(text: str, match: re.Match[str], *, in_question: bool) -> bool
 
 @functools.lru_cache(maxsize=4096)
 def _is_mark(bar: str, name: str) -> bool:
-    """Whether what stands between angle brackets (and bars) is a mark of media."""
+    """Whether the words between angle brackets (and bars) are a mark of media."""
     if suffix_kind(name) is not None:  # <leaf.png>, <image:leaf.png>
         return True
     words = words_of(name)

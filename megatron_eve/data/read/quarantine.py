@@ -25,7 +25,7 @@ Reason = Literal[
     "more_marks_than_images",
     "mark_in_answer",  # <image> in a turn of the model
     "mark_in_system",  # <image> in the system text
-    "unread_mark",  # a text holds a mark of media that nobody reads: <video>, <image_1>
+    "unread_mark",  # a text holds a mark of unread media: <video>, <image_1>
     "unknown_role",  # neither human nor gpt, nor system
     "turns_not_alternating",
     "unanswered_turn",  # the conversation ends with a human turn
@@ -114,7 +114,7 @@ class QuarantineReport:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            with suppress(OSError):  # file systems without locks: at worst a row stands there twice
+            with suppress(OSError):  # file systems without locks: at worst a row is there twice
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             is_torn = self._read(descriptor)
             new = [entry for key, entry in self._waiting.items() if key not in self._known]
@@ -130,7 +130,7 @@ class QuarantineReport:
     def _read(self, descriptor: int) -> bool:
         """Note the lines that other processes or earlier starts wrote; returns whether the last is torn."""
         size = os.fstat(descriptor).st_size
-        if size < self._read_until:  # somebody has emptied it
+        if size < self._read_until:  # it was emptied
             self._known, self._read_until = set(), 0
         data = b""
         while more := os.pread(descriptor, 1 << 20, self._read_until + len(data)):

@@ -234,7 +234,7 @@ def _check_format(reader: Any) -> None:
 
 
 def _file_problem(reader: Any) -> str | None:
-    """What is wrong with a shard file, as far as the folder tells."""
+    """What is wrong with a shard file, as far as the folder shows."""
     path = _file_of(reader)
     try:
         found, expected = path.stat().st_size, reader.raw_data.bytes

@@ -85,7 +85,7 @@ def system_turns(turns: Sequence[Turn]) -> tuple[Turn, ...]:
 
 
 def spoken_turns(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """What is said after the system text and a leading answer, which the official code leaves out, too."""
+    """The turns after the system text and a leading answer, which the official code leaves out, too."""
     rest = tuple(turns[len(system_turns(turns)) :])
     return rest[1:] if rest and rest[0].role == GPT else rest
 
