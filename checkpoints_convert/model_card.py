@@ -2,7 +2,7 @@
 """README.md of a released folder: what the model is, what it was trained on, what was measured, how it is used.
 
 Every number comes from the model's configuration, from the records of its runs (run_record.py) or from a results file
-(evaluation_results.py). The card says what was not recorded; nothing is filled in."""
+(megatron_eve/evaluation/results.py). The card says what was not recorded; nothing is filled in."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from typing import Literal
 from megatron_eve.config.schema import ModelConfig, RunConfig
 from megatron_eve.config.sizes import parameter_counts
 from megatron_eve.config.variants import moe_part_from_split
+from megatron_eve.evaluation.results import Figure
 
-from .evaluation_results import Figure
 from .run_record import History, RunRecord, SourceRecord
 
 _RUN_HEADS = (

@@ -87,7 +87,7 @@ def write_release(
         copy_tokenizer(release.tokenizer, partial, release)
         for path in partial.glob("*.safetensors"):  # safetensors writes for the owner alone
             path.chmod((partial / "config.json").stat().st_mode)
-        code = resources.files("checkpoints_convert.hf")
+        code = resources.files(f"{__package__}.hf")
         for name in CODE_FILES:
             (partial / name).write_text(code.joinpath(name).read_text(encoding="utf-8"))
         check_tokenizer(read_release(partial), load_tokenizer(partial))
@@ -152,7 +152,7 @@ def chat_template_of(run: RunConfig | None) -> str | None:
     """The template of `apply_chat_template`: the conversation that the model was trained on; None after captions."""
     if last_template(run) == "plain":
         return None
-    file = resources.files("checkpoints_convert.hf").joinpath("chat_template.jinja")
+    file = resources.files(f"{__package__}.hf").joinpath("chat_template.jinja")
     return file.read_text(encoding="utf-8")
 
 

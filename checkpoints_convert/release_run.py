@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's checkpoint -> a release that people can use: weights, code, a card with the run's own facts, checksums.
 
-`megatron-to-hf` converts; this adds the facts that a reader needs (run_record.py, evaluation_results.py) and
+`megatron-to-hf` converts; this adds the facts that a reader needs (run_record.py, evaluation/results.py) and
 SHA256SUMS, then loads the folder as a user would, offline, and answers a prompt that is an image and nothing else.
 Only a folder that passed all of it gets its name.
 """
@@ -18,9 +18,9 @@ from megatron_eve.checkpoint.manifest import CONFIG
 from megatron_eve.checkpoint.weights import read_config_text, weights_folder
 from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.errors import CheckpointError
+from megatron_eve.evaluation.results import Figure, read_results
 from megatron_eve.run_files import step_of
 
-from .evaluation_results import Figure, read_results
 from .generation import not_applied, source_generation
 from .megatron_to_hf import ExportOptions, export_hf
 from .model_card import CardFacts, last_template, model_card

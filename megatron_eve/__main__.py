@@ -13,17 +13,23 @@ from collections.abc import Sequence
 from megatron_eve.command import end_with
 
 COMMANDS = {
-    "data": ("data_prep", "shards from annotations and images, tokenizers, checks of both"),
-    "convert": ("checkpoints_convert", "weights from and to Hugging Face, a release, its check"),
+    "data": (
+        "megatron_eve.data_prep",
+        "shards from annotations and images, tokenizers, checks of both",
+    ),
+    "convert": (
+        "megatron_eve.checkpoints_convert",
+        "weights from and to Hugging Face, a release, its check",
+    ),
     "train": ("megatron_eve.train", "one stage, as a recipe says"),
     "generate": ("megatron_eve.generate", "an answer of a checkpoint or release"),
     "serve": ("megatron_eve.inference.serve", "an OpenAI-compatible server with a chat page"),
-    "evaluate": ("tools.evaluate_checkpoint", "easy-VQA on a checkpoint beside its run"),
-    "lmms-eval": ("tools.lmms_eval", "benchmarks by lmms-eval"),
-    "plan": ("tools.plan", "layouts of a recipe that fit a cluster"),
-    "profile": ("tools.profile", "where the time of some steps goes"),
-    "plot": ("tools.plot", "curves of runs"),
-    "submit": ("slurm.submit", "stages as a chain of Slurm jobs"),
+    "evaluate": ("megatron_eve.evaluation.checkpoint", "easy-VQA on a checkpoint beside its run"),
+    "lmms-eval": ("megatron_eve.evaluation.lmms_eval", "benchmarks by lmms-eval"),
+    "plan": ("megatron_eve.tools.plan", "layouts of a recipe that fit a cluster"),
+    "profile": ("megatron_eve.tools.profile", "where the time of some steps goes"),
+    "plot": ("megatron_eve.tools.plot", "curves of runs"),
+    "submit": ("megatron_eve.slurm.submit", "stages as a chain of Slurm jobs"),
 }
 """Name of a command -> its program and what that is for."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .outcome import CONFIG_EXIT_CODE
 
-MODULES = ("megatron_eve.train", "slurm.rehearse")
+MODULES = ("megatron_eve.train", "slurm.rehearse", "megatron_eve.slurm.rehearse")
 TIMEOUT_S = 300.0
 
 log = logging.getLogger("slurm.launcher")

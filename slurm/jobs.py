@@ -38,7 +38,9 @@ class ModuleJob:
 
     def __call__(self) -> int:
         """Run the module and return its exit code."""
-        return subprocess.run([sys.executable, "-m", self.module, *self.args]).returncode
+        return subprocess.run(
+            [sys.executable, "-m", f"megatron_eve.{self.module}", *self.args]
+        ).returncode
 
     def checkpoint(self) -> DelayedSubmission:
         """Called by submitit ahead of the time limit: the same command again, which resumes by itself."""

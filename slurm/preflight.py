@@ -151,7 +151,12 @@ def ask_nodes(hosts: Sequence[str], *, run_dir: Path) -> dict[str, dict[str, obj
         "--ntasks-per-node=1",
         "--kill-on-bad-exit=0",
     ]
-    command += [os.environ.get("PYTHON", sys.executable), "-m", "slurm.preflight", str(run_dir)]
+    command += [
+        os.environ.get("PYTHON", sys.executable),
+        "-m",
+        f"{__package__}.preflight",
+        str(run_dir),
+    ]
     started, waits = time.monotonic(), commands.pauses(commands.patience_s())
     while True:
         text, errors = _output(command)

@@ -12,6 +12,6 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$local_cache/inductor}
 # One rank that heard it is enough, because the trainer stops on all ranks together.
 trap '' USR2
 if [ -n "${EVE_PROFILE:-}" ]; then # becomes the command, under nsys on the ranks that EVE_PROFILE names
-    exec "$PYTHON" -m tools.profile exec --steps "$EVE_PROFILE" -- "$@"
+    exec "$PYTHON" -m megatron_eve.tools.profile exec --steps "$EVE_PROFILE" -- "$@"
 fi
 exec "$@"

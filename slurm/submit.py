@@ -7,8 +7,8 @@ The sbatch files stay the interface: this prints (--dry-run) or runs one plain `
 all that a job needs to know: recipe, folder, overrides and the variables of docs/slurm.md that are set here. The
 environment does not reach every job (SBATCH_EXPORT). It also makes logs/, without which Slurm fails a job with no log
 at all. Requeues keep the job id, so `afterok` holds through them.
-Refuses with exit code 2, before anything is submitted: a stage that has no sbatch file, a folder that is not the
-repository's root, a recipe or override that the trainer would refuse.
+Refuses with exit code 2, before anything is submitted: a stage that has no sbatch file, a recipe or override that the
+trainer would refuse.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from megatron_eve.command import end_with
 
 from . import commands
 
+HERE = "slurm"
 STAGES = ("stage1", "stage2_1_ld", "stage2_1_hd", "stage2_2", "stage3")
 
 FORWARDED = (
@@ -53,6 +54,7 @@ LEFT_OUT = (
 class Submission:
     """One `sbatch` call, before the id of the job it waits for is known."""
 
+    files: str  # folder of the sbatch file
     stage: str
     recipe: str
     run_dir: str
@@ -65,7 +67,7 @@ class Submission:
     def command(self, *, after: str | None) -> list[str]:
         """The argv; `after` is the id of the job to wait for."""
         chain = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
-        words = [f"slurm/{self.stage}.sbatch", self.recipe, f"run_dir={self.run_dir}"]
+        words = [f"{self.files}/{self.stage}.sbatch", self.recipe, f"run_dir={self.run_dir}"]
         return [
             *("sbatch", "--parsable", *chain, *self.sbatch_args),
             *(*words, *self.settings, *self.overrides),
@@ -79,12 +81,17 @@ class Submission:
 def plan(args: argparse.Namespace) -> list[Submission]:
     """One submission a stage, in the order given; each starts from the weights of the one before it in the chain."""
     submissions: list[Submission] = []
-    settings = tuple(f"{name}={os.environ[name]}" for name in FORWARDED if os.environ.get(name))
+    files = sbatch_files(args.stages)
+    given = {name: os.environ[name] for name in FORWARDED if os.environ.get(name)}
+    if files != HERE:  # those of the package, which its own interpreter finds from any folder
+        given = {"PYTHON": sys.executable} | given | {"EVE_SLURM": files}
+    settings = tuple(f"{name}={value}" for name, value in given.items())
     family = args.model.rpartition(":")[2]  # the functions' prefix, where a file is named before it
     for stage in args.stages:
         weights = [f"checkpoint.load_weights_from={submissions[-1].run_dir}"] if submissions else []
         submissions.append(
             Submission(
+                files=files,
                 stage=stage,
                 recipe=f"{args.model}_{stage}",
                 run_dir=str(args.root / f"{family}_{stage}"),
@@ -95,6 +102,12 @@ def plan(args: argparse.Namespace) -> list[Submission]:
             )
         )
     return submissions
+
+
+def sbatch_files(stages: Sequence[str]) -> str:
+    """Folder of the sbatch files: `slurm` where it has them (a checkout, a site's own copies), else the package's."""
+    own = all(Path(HERE, f"{stage}.sbatch").is_file() for stage in stages)
+    return HERE if own else str(Path(__file__).parent)
 
 
 def refusals(submissions: Sequence[Submission]) -> list[str]:
@@ -202,13 +215,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Entry of `python -m slurm.submit`."""
     args = parse_args(argv)
-    missing = [stage for stage in args.stages if not Path(f"slurm/{stage}.sbatch").is_file()]
-    if missing:
-        print(
-            f"found no slurm/{missing[0]}.sbatch here; call this from the repository's root",
-            file=sys.stderr,
-        )
-        return 2
     if any(text.startswith("run_dir=") for text in args.override):
         print(
             "found --override run_dir=..., expected --root: each stage has a folder",

@@ -11,10 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_eve.errors import DataError
-
-SHAPES = ("circle", "rectangle", "triangle")
-COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-YES_NO = ("yes", "no")
+from megatron_eve.evaluation.scoring import COLORS, SHAPES, YES_NO
 
 CAPTIONS = (  # short, so that both facts are a large part of what a caption's tokens teach
     "A {color} {shape}.",

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from checkpoints_convert.evaluation_results import read_results
 from checkpoints_convert.release_run import check_release
 from checkpoints_convert.run_record import read_history
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.text_form import config_text
 from megatron_eve.errors import CheckpointError, DataError
+from megatron_eve.evaluation.results import read_results
 from tests.checkpoints_convert.test_command_line import run_main
 from tests.checkpoints_convert.test_roundtrip import resave
 from tests.support.reference_eve import ReferenceEve

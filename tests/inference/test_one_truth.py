@@ -13,6 +13,8 @@ from checkpoints_convert.release import Release, write_release
 from megatron_eve import generate
 from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.errors import CheckpointError, ConfigError, DataError
+from megatron_eve.evaluation.checkpoint import main as evaluate_checkpoint
+from megatron_eve.evaluation.lmms_eval.asking import AskSettings, ReleasedFolder
 from megatron_eve.inference import serve
 from megatron_eve.inference.answers import (
     AnswerOptions,
@@ -31,8 +33,6 @@ from tests.checkpoints_convert.test_chat_template import run_with
 from tests.inference.test_released_folder import edit
 from tests.support.reference_eve import build_reference
 from tests.support.tiny import DENSE
-from tools.evaluate_checkpoint import main as evaluate_checkpoint
-from tools.lmms_eval.asking import AskSettings, ReleasedFolder
 
 CPU = torch.device("cpu")
 ASK = [{"role": "user", "content": "What?"}]

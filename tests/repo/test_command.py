@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,12 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_every_command_is_a_program_that_ends_by_the_common_frame() -> None:
     for module, _ in COMMANDS.values():
-        path = REPO / module.replace(".", "/")
-        file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
-        assert "end_with(" in file.read_text(), file
+        found = find_spec(module)
+        if found is not None and found.submodule_search_locations:
+            found = find_spec(f"{module}.__main__")
+        assert found is not None and found.origin is not None, module
+        assert Path(found.origin).is_relative_to(REPO)
+        assert "end_with(" in Path(found.origin).read_text(), module
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

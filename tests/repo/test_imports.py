@@ -33,6 +33,7 @@ ORDER = (
     "metrics",
     "inference",
     "generate",
+    "evaluation",
     "training",
     "start_checks",
     "train",

@@ -38,7 +38,9 @@ def test_every_flag_of_the_official_evaluation_has_a_row() -> None:
     named = first_cells("Flags of the evaluation")
     assert sorted(named) == sorted(OFFICIAL["evaluation_flags"] + OFFICIAL["evaluation_options"])
     assert len(OFFICIAL["evaluation_flags"]) == 34
-    ours = text_of("tools/lmms_eval/__main__.py") + text_of("megatron_eve/generate.py")
+    ours = text_of("megatron_eve/evaluation/lmms_eval/__main__.py") + text_of(
+        "megatron_eve/generate.py"
+    )
     for row in (row for row in rows("Flags of the evaluation") if row[0].startswith("`")):
         assert row[2], row[0]
         for option in re.findall(r"`(?:-- )?(--[\w-]+)`", row[1]):

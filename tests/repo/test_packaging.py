@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.repo.tree import PACKAGES, REPO, files, text_of
 
@@ -27,9 +28,14 @@ def pins() -> dict[str, str | None]:
     return found
 
 
-def setup_lists() -> dict[str, list[str]]:
+def versions() -> dict[str, str]:
+    """Name -> pinned version."""
+    return dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", text_of("constraints.txt"), flags=re.M))
+
+
+def setup_lists() -> dict[str, list[Requirement]]:
     """RUNTIME, CPU, EVAL, GPU and DEV of setup.py, without running it."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[Requirement]] = {}
     for node in ast.parse(text_of("setup.py")).body:
         if (
             isinstance(node, ast.Assign)
@@ -37,7 +43,7 @@ def setup_lists() -> dict[str, list[str]]:
             and isinstance(node.targets[0], ast.Name)
         ):
             elements = [e for e in node.value.elts if isinstance(e, ast.Constant)]
-            found[node.targets[0].id] = [re.split(r"[\[<>=]", str(e.value))[0] for e in elements]
+            found[node.targets[0].id] = [Requirement(str(e.value)) for e in elements]
     return found
 
 
@@ -46,17 +52,22 @@ def test_every_pin_has_its_reason() -> None:
     assert short == {}
 
 
-def test_setup_names_pinned_packages_without_versions() -> None:
+def test_setup_names_pinned_packages_and_bounds_that_hold_the_pins() -> None:
     lists = setup_lists()
     sets = "RUNTIME CPU SERVE TEST EVAL GPU DEV"
     assert set(lists) == set(sets.split())
-    for name in (n for names in lists.values() for n in names):
-        assert name in pins(), f"setup.py names {name}, constraints.txt does not pin it"
-    assert not re.search(r'"[a-z0-9-]+(==|>=|<)', text_of("setup.py").split("python_requires")[0])
+    bounded = 0
+    for requirement in (r for requirements in lists.values() for r in requirements):
+        name, version = requirement.name, versions().get(requirement.name)
+        assert version, f"setup.py names {name}, constraints.txt does not pin it"
+        assert requirement.specifier.contains(version), f"{requirement}: pinned is {version}"
+        bounded += bool(requirement.specifier)
+    assert bounded >= 8
+    assert "==" not in "".join(str(r.specifier) for names in lists.values() for r in names)
 
 
 def test_every_pin_is_installed_by_something() -> None:
-    named = {n for names in setup_lists().values() for n in names} | set(WITHOUT_DEPENDENCIES)
+    named = {r.name for each in setup_lists().values() for r in each} | set(WITHOUT_DEPENDENCIES)
     assert set(pins()) - named == set()
 
 
@@ -73,7 +84,7 @@ def test_packages_without_their_dependencies_are_installed_so() -> None:
     makefile = text_of("Makefile")
     for name in WITHOUT_DEPENDENCIES:
         assert f"install -c constraints.txt --no-deps {name}" in makefile
-        assert name not in {n for names in setup_lists().values() for n in names}
+        assert name not in {r.name for each in setup_lists().values() for r in each}
 
 
 def test_the_test_suite_has_all_that_its_tests_ask_for(tmp_path: Path) -> None:

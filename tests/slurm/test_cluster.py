@@ -138,7 +138,7 @@ def test_node_that_fails_its_check_is_left_out(submission: Submission, tmp_path:
     python = tmp_path / "python"
     python.write_text(
         "#!/bin/bash\n"
-        'if [ "$SLURMD_NODENAME" = node02 ] && [ "$2" = slurm.preflight ]; then set -- -m slurm.preflight /none; fi\n'
+        '[ "$SLURMD_NODENAME$2" = node02megatron_eve.slurm.preflight ] && set -- -m slurm.preflight /none\n'
         'exec python3 "$@"\n'
     )
     python.chmod(0o755)
@@ -157,7 +157,7 @@ def test_a_job_with_too_few_good_nodes_ends(submission: Submission, tmp_path: Pa
     python = tmp_path / "python"
     python.write_text(
         "#!/bin/bash\n"
-        'if [ "$SLURMD_NODENAME" = node02 ] && [ "$2" = slurm.preflight ]; then set -- -m slurm.preflight /none; fi\n'
+        '[ "$SLURMD_NODENAME$2" = node02megatron_eve.slurm.preflight ] && set -- -m slurm.preflight /none\n'
         'exec python3 "$@"\n'
     )
     python.chmod(0o755)

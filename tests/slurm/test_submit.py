@@ -143,12 +143,17 @@ def test_unknown_stage_is_wrong_usage() -> None:
     assert "stage4" in result.stderr
 
 
-def test_wrong_folder_is_said(
+def test_from_another_folder_the_packages_files_are_submitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert submit.main(["stage1"]) == 2
-    assert "call this from the repository's root" in capsys.readouterr().err
+    for name in submit.FORWARDED:
+        monkeypatch.delenv(name, raising=False)
+    assert submit.main(["stage1", "--dry-run"]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    files = REPO / "slurm"
+    assert f"sbatch --parsable {files}/stage1.sbatch eve7b_stage1" in line
+    assert line.endswith(f"PYTHON={sys.executable} EVE_SLURM={files}")
 
 
 def test_job_of_a_foreign_module_is_refused() -> None:

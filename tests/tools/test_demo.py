@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from megatron_eve.config.schema import EvaluationConfig
+from megatron_eve.evaluation.scoring import OPEN
 from megatron_eve.training.evaluation import Evaluations
 from tests.repo.tree import REPO, text_of
 from tools.demo.__main__ import main
 from tools.demo.pipelines import DEMOS, DemoOptions
-from tools.demo.scoring import OPEN
 from tools.demo.steps import plan_lines
 from tools.demo.summary import stage_speed
 

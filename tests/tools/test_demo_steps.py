@@ -14,8 +14,8 @@ import pytest
 
 from megatron_eve.errors import ConfigError
 from tests.repo.tree import REPO
-from tools.demo.process import Command, CommandFailed, run_command, sigterm_interrupts
 from tools.demo.steps import Step, plan_lines, run_steps
+from tools.process import Command, CommandFailed, run_command, sigterm_interrupts
 
 
 def python_step(tmp_path: Path, name: str, code: str, *, proof: Path | None = None) -> Step:
@@ -112,7 +112,7 @@ time.sleep(60)
 """
 ASKING = """
 import pathlib, signal, sys
-from tools.demo.process import Command
+from tools.process import Command
 from tools.demo.steps import Step, run_steps
 folder = pathlib.Path(sys.argv[1])
 command = Command(arguments=("-c", sys.argv[2], str(folder)), log=folder / "out" / "log",

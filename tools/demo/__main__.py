@@ -14,11 +14,11 @@ from pathlib import Path
 
 from megatron_eve.command import end_with
 from megatron_eve.errors import ConfigError, EveError
-from tools.demo.evaluate import RESULTS_FILE
+from megatron_eve.evaluation.easy_vqa import RESULTS_FILE
 from tools.demo.pipelines import DEMOS, Demo, DemoOptions
-from tools.demo.process import sigterm_interrupts
 from tools.demo.steps import plan_lines, run_steps, step_seconds
 from tools.demo.summary import summarise
+from tools.process import sigterm_interrupts
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,8 +18,8 @@ from megatron_eve.config.schema import RunConfig
 from megatron_eve.errors import ConfigError
 from megatron_eve.run_files import DONE_FILE
 from megatron_eve.train import configure
-from tools.demo.process import Command
 from tools.demo.steps import Step
+from tools.process import Command
 
 CAPTION_SHARE = 0.85  # of stage 2.2, in which a small model learns to see
 PHOTO_SHARE = 0.02  # of the caption stages' samples: 23 photographs beside 4,000 drawings
@@ -228,7 +228,7 @@ class _Paths:
     ) -> list[Step]:
         """Release, evaluation, things to look at."""
         number = self.options.test_images
-        evaluate: list[object] = ["tools.demo.evaluate", self.out / "hf", self.easy_vqa, self.out,
+        evaluate: list[object] = ["megatron_eve.evaluation.easy_vqa", self.out / "hf", self.easy_vqa, self.out,
                                   "--batch-size", batch_size]  # fmt: skip
         evaluate += [] if number is None else ["--images", number]
         evaluate += ["--must-see", *must_see] if must_see else []

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from megatron_eve.command import end_with
 from megatron_eve.errors import DataError, EveError
-from tools.demo.evaluate import ANSWERS_FILE
-from tools.demo.scoring import Answered, normalised
+from megatron_eve.evaluation.easy_vqa import ANSWERS_FILE
+from megatron_eve.evaluation.scoring import Answered, normalised
 
 NUM_IMAGES = 12
 COLUMNS = 4
@@ -25,7 +25,9 @@ def read_answers(folder: Path) -> list[Answered]:
     """The answers that evaluate.py wrote."""
     path = folder / ANSWERS_FILE
     if not path.is_file():
-        raise DataError(f"{path} is missing; make it with `python -m tools.demo.evaluate`.")
+        raise DataError(
+            f"{path} is missing; make it with `python -m megatron_eve.evaluation.easy_vqa`."
+        )
     with path.open(encoding="utf-8") as file:
         return [Answered(**json.loads(line)) for line in file]
 

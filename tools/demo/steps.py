@@ -16,7 +16,7 @@ from typing import IO, Any
 from megatron_eve.errors import ConfigError
 from megatron_eve.folder_lock import only_one
 from megatron_eve.whole import write_json
-from tools.demo.process import Command, CommandFailed, run_command
+from tools.process import Command, CommandFailed, run_command
 
 STEPS_FOLDER = "steps"
 

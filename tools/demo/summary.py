@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_eve.errors import DataError
+from megatron_eve.evaluation.scoring import aligned
 from megatron_eve.metrics.sinks import METRICS_FILE, read_metrics
 from megatron_eve.whole import write_json
 from tools.demo.pipelines import Stage
-from tools.demo.scoring import aligned
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,8 +20,8 @@ import torch
 from megatron_eve.command import end_with
 from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.errors import EveError
+from megatron_eve.evaluation.scoring import aligned
 from megatron_eve.whole import write_json
-from tools.demo.scoring import aligned
 
 PASSAGES = (
     "Water boils at a lower temperature on a high mountain because the air pressure there is lower.",

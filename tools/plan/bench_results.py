@@ -30,6 +30,10 @@ def runs_of_benchmark(path: Path) -> list[MeasuredRun]:
         result = json.loads(path.read_text())
         name = result["benchmark"]
         runs = list(readers[name](result)) if name in readers else []
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{path}: results of benchmarks are read in a checkout alone, where the benchmarks are ({error})."
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} is no result of a benchmark ({type(error).__name__}: {error})."
@@ -42,7 +46,7 @@ def runs_of_benchmark(path: Path) -> list[MeasuredRun]:
 
 
 def _of_step(result: dict[str, Any]) -> Iterator[MeasuredRun]:
-    from tools.bench.setting import Scale, scaled_config
+    from ..bench.setting import Scale, scaled_config
 
     settings = result["settings"]
     scale = Scale(
@@ -70,7 +74,7 @@ def _of_step(result: dict[str, Any]) -> Iterator[MeasuredRun]:
 
 
 def _of_gpu(result: dict[str, Any]) -> Iterator[MeasuredRun]:
-    from tools.bench.gpu_setting import SETTINGS
+    from ..bench.gpu_setting import SETTINGS
 
     setting = SETTINGS[result["settings"]["size"]]
     if result["settings"]["backend"]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from megatron_eve.errors import ConfigError
 from megatron_eve.metrics.captured import PROFILE_FOLDER
 from megatron_eve.train import configure
-from tools.demo.process import Command, run_command
 
+from ..process import Command, run_command
 from .launch import Window
 
 _ONE_THREAD = (("OMP_NUM_THREADS", "1"),)  # as in slurm/env.sh
@@ -56,7 +56,7 @@ def _command(
         arguments=(
             *launcher,
             *("--nproc-per-node", str(processes)),
-            *("-m", "tools.profile", "exec", "--steps", steps, "--"),
+            *("-m", "megatron_eve.tools.profile", "exec", "--steps", steps, "--"),
             *(sys.executable, "-m", "megatron_eve.train", recipe, *fields),
         ),
         log=out.with_name(f"{out.name}.log"),

@@ -17,18 +17,18 @@ from PIL import Image
 
 from data_prep.tokenizer import train_bpe
 from megatron_eve.errors import ConfigError
+from megatron_eve.evaluation.easy_vqa import main as evaluate
+from megatron_eve.evaluation.lmms_eval.__main__ import _parse, command_line, main
+from megatron_eve.evaluation.lmms_eval.asking import Asked, AskSettings, Decoding, ReleasedFolder
+from megatron_eve.evaluation.lmms_eval.models import AVAILABLE_MODELS
+from megatron_eve.evaluation.lmms_eval.tasks.easy_vqa import questions
+from megatron_eve.evaluation.scoring import GROUPS
 from tests.checkpoints_convert.conftest import CORPUS, release_model, write_reference_release
 from tests.repo.tree import REPO, text_of
 from tests.support.reference_eve import build_reference
 from tests.support.tiny import ALL
-from tools.demo.evaluate import main as evaluate
-from tools.demo.scoring import GROUPS
-from tools.lmms_eval.__main__ import _parse, command_line, main
-from tools.lmms_eval.asking import Asked, AskSettings, Decoding, ReleasedFolder
-from tools.lmms_eval.models import AVAILABLE_MODELS
-from tools.lmms_eval.tasks.easy_vqa import questions
 
-TASKS = "tools/lmms_eval/tasks"
+TASKS = "megatron_eve/evaluation/lmms_eval/tasks"
 needs_lmms_eval = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None,
     reason="lmms-eval is not installed; `make install-eval` does it",
@@ -114,7 +114,7 @@ def lmms_eval(
         "HF_HOME": str(folder / "hf-home"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [
-        sys.executable, "-W", "ignore", "-m", "tools.lmms_eval", "eve", "--resize-rule", "train",
+        sys.executable, "-W", "ignore", "-m", "megatron_eve.evaluation.lmms_eval", "eve", "--resize-rule", "train",
         "--tasks", tasks, "--out", f"out-{tasks}", *options, "--", *further,
     ]  # fmt: skip
     done = subprocess.run(
@@ -226,7 +226,7 @@ def test_no_results_is_a_failure(tmp_path: Path, capfd: pytest.CaptureFixture[st
 @needs_lmms_eval
 def test_what_a_task_asks_for_and_the_model_does_not_do_is_refused() -> None:
     """Decoding that would be ignored, several rounds, and what is no image."""
-    from tools.lmms_eval.models.eve import Eve, decoding
+    from megatron_eve.evaluation.lmms_eval.models.eve import Eve, decoding
 
     greedy = {
         "max_new_tokens": 9,
@@ -251,9 +251,9 @@ def test_what_a_task_asks_for_and_the_model_does_not_do_is_refused() -> None:
 
 def test_plugin_has_the_layout_that_lmms_eval_reads() -> None:
     for name, class_name in AVAILABLE_MODELS.items():
-        source = text_of(f"tools/lmms_eval/models/{name}.py")
+        source = text_of(f"megatron_eve/evaluation/lmms_eval/models/{name}.py")
         assert f"\nclass {class_name}(lmms):" in source
-    assert "tools.lmms_eval" in text_of("docs/evaluation.md")
+    assert "megatron_eve.evaluation.lmms_eval" in text_of("docs/evaluation.md")
 
 
 def test_task_scores_as_our_evaluator() -> None:

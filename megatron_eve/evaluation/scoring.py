@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 MIN_RIGHT = 0.80
 MAX_ABOVE_GUESS = 0.05
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+YES_NO = ("yes", "no")
 OPEN = "open (shape and color)"
 GROUPS: dict[str, tuple[str, ...]] = {
     "shape": ("shape",),

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions that easy_vqa.yaml names. A record is {id, image, question, answer, type}; right is what
-`python -m tools.demo.evaluate` calls right, and the groups are its groups."""
+`python -m megatron_eve.evaluation.easy_vqa` calls right, and the groups are its groups."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from tools.demo.scoring import GROUPS, normalised
+from megatron_eve.evaluation.scoring import GROUPS, normalised
 
 EASY_VQA = Path("runs/demo/data/easy-vqa")  # as in easy_vqa.yaml
 METRICS = {"shape": "shape", "color": "color", "open (shape and color)": "open", "yes/no": "yes_no"}
-"""Group of tools.demo.scoring -> metric of the yaml file."""
+"""Group of megatron_eve.evaluation.scoring -> metric of the yaml file."""
 
 
 def images(record: Mapping[str, str]) -> list[Image.Image]:

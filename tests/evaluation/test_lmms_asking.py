@@ -11,10 +11,16 @@ from PIL import Image
 
 from data_prep.tokenizer import train_bpe
 from megatron_eve.errors import CheckpointError, ConfigError
+from megatron_eve.evaluation.lmms_eval.asking import (
+    Asked,
+    AskSettings,
+    Decoding,
+    ReleasedFolder,
+    cut,
+)
 from tests.checkpoints_convert.conftest import CORPUS, release_model, write_reference_release
 from tests.support.reference_eve import build_reference
 from tests.support.tiny import ALL
-from tools.lmms_eval.asking import Asked, AskSettings, Decoding, ReleasedFolder, cut
 
 SHORT = Decoding(max_new_tokens=6)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools.demo: right answers, what they are compared with, and what is written about them."""
+"""easy-VQA and the demo: right answers, what they are compared with, and what is written about them."""
 
 import dataclasses
 import json
@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.demo.evaluate import TYPE_OF_ANSWER, write_results
-from tools.demo.first_images import first_images
-from tools.demo.samples import choose, markdown
-from tools.demo.scoring import (
+from megatron_eve.evaluation.easy_vqa import TYPE_OF_ANSWER, write_results
+from megatron_eve.evaluation.scoring import (
     OPEN,
     Answered,
     Guesses,
@@ -21,6 +19,8 @@ from tools.demo.scoring import (
     verdict,
     wrong_images,
 )
+from tools.demo.first_images import first_images
+from tools.demo.samples import choose, markdown
 from tools.demo.text_loss import problems, report
 
 TRAINING = [

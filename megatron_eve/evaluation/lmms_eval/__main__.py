@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run lmms-eval on a released folder with the plugin of this package.
 
-    python -m tools.lmms_eval releases/eve-7b --tasks pope,gqa --out runs/eval --batch-size 8
+    python -m megatron_eve.evaluation.lmms_eval releases/eve-7b --tasks pope,gqa --out runs/eval --batch-size 8
 
 Gives lmms-eval the plugin, its tasks and its options, and is stricter: lmms-eval exits 0 after an error, this exits 1
 unless results were written. Arguments after `--` go to lmms-eval as they are. Exit codes:
@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_eve.command import end_with
 
 TASKS = Path(__file__).parent / "tasks"
-PLUGIN = "tools.lmms_eval"
+PLUGIN = "megatron_eve.evaluation.lmms_eval"
 INSTALL = "`make install-eval`, or pip install -c constraints.txt --no-deps lmms-eval after the `eval` set"
 
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     before = _results(arguments.out)
     command = command_line(arguments, further=given[behind + 1 :])
-    path = os.pathsep.join(filter(None, [str(TASKS.parents[2]), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(TASKS.parents[3]), os.environ.get("PYTHONPATH")]))
     plugin = {"LMMS_EVAL_PLUGINS": PLUGIN, "PYTHONPATH": path}
     code = subprocess.run(command, env=os.environ | plugin).returncode
     written = sorted(_results(arguments.out) - before)
@@ -72,9 +72,9 @@ def _results(out: Path) -> set[Path]:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.lmms_eval",
+        prog="python -m megatron_eve.evaluation.lmms_eval",
         description="Run lmms-eval on a released folder; what stands behind -- goes to it as it is.",
-        epilog="example: python -m tools.lmms_eval releases/eve-7b --tasks pope,gqa --out runs/eval -- --limit 100",
+        epilog="example: python -m megatron_eve.evaluation.lmms_eval releases/eve-7b --tasks pope --out runs/eval",
     )
     parser.add_argument("folder", type=Path, help="released Hugging Face folder")
     parser.add_argument(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measured figures for a model card, out of the files that an evaluation wrote.
 
-Two forms are read: results.json of `python -m tools.demo.evaluate`, and the aggregated JSON of lmms-eval
+Two forms are read: results.json of `python -m megatron_eve.evaluation.easy_vqa`, and the aggregated JSON of lmms-eval
 (`*_results.json`). Every figure keeps the name that its file gives it; nothing is renamed, averaged or rounded to look
 better (four decimals)."""
 
@@ -41,8 +41,8 @@ def read_results(path: Path) -> list[Figure]:
             f"{path} is no results file: {type(error).__name__}: {error}; give one as the evaluation wrote it."
         ) from error
     raise DataError(
-        f"{path} holds neither `rows` (tools.demo.evaluate) nor `results` (lmms-eval); give a results file of one "
-        "of them."
+        f"{path} holds neither `rows` (megatron_eve.evaluation.easy_vqa) nor `results` (lmms-eval); give a file of "
+        "one of them."
     )
 
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools.evaluate_checkpoint: which steps it takes, and what becomes of their results."""
+"""megatron_eve.evaluation.checkpoint: which steps it takes, and what becomes of their results."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from megatron_eve.evaluation import checkpoint
+from megatron_eve.evaluation.checkpoint import RELEASED, _parse, commands, main
 from megatron_eve.training.evaluation import read_result
-from tools import evaluate_checkpoint
-from tools.evaluate_checkpoint import RELEASED, _parse, commands, main
 
 DEMO = {"rows": [{"name": "shape", "num_questions": 4, "right_image": 0.75},
                  {"name": "yes/no", "num_questions": 4, "right_image": 0.5}]}  # fmt: skip
@@ -19,11 +19,14 @@ def test_steps() -> None:
     text = "ckpt out --easy-vqa data --images 5 --tasks pope --tokenizer tok --batch-size 8"
     convert, own, lmms = commands(_parse(text.split()), released=Path("out/hf"))
     assert " ".join(convert) == (
-        "checkpoints_convert megatron-to-hf ckpt out/hf --tokenizer tok --overwrite"
+        "megatron_eve.checkpoints_convert megatron-to-hf ckpt out/hf --tokenizer tok --overwrite"
     )
-    assert " ".join(own) == "tools.demo.evaluate out/hf data out --batch-size 8 --images 5"
+    assert (
+        " ".join(own)
+        == "megatron_eve.evaluation.easy_vqa out/hf data out --batch-size 8 --images 5"
+    )
     assert " ".join(lmms) == (
-        "tools.lmms_eval out/hf --tasks pope --out out --batch-size 8 --resize-rule eval"
+        "megatron_eve.evaluation.lmms_eval out/hf --tasks pope --out out --batch-size 8 --resize-rule eval"
     )
     assert len(commands(_parse(["c", "o", "--tasks", "pope"]), released=Path("r"))) == 2
     with pytest.raises(SystemExit):
@@ -47,16 +50,23 @@ def test_metrics_are_what_a_run_reads(
         (tmp_path / "20261122_results.json").write_text(json.dumps(LMMS))
         return Done()
 
-    monkeypatch.setattr(evaluate_checkpoint.subprocess, "run", run)
+    monkeypatch.setattr(checkpoint.subprocess, "run", run)
     (tmp_path / "hf").mkdir()  # runs/demo is a folder to write to as well, and has this one already
     code = main(["ckpt", str(tmp_path), "--easy-vqa", "data", "--tasks", "pope"])
     assert not (tmp_path / RELEASED).exists()
     assert (tmp_path / "hf").is_dir()
     if fails:
-        assert (code, ran) == (1, ["checkpoints_convert"])
+        assert (code, ran) == (1, ["megatron_eve.checkpoints_convert"])
         assert not (tmp_path / "metrics.json").exists()
         return
-    assert (code, ran) == (0, ["checkpoints_convert", "tools.demo.evaluate", "tools.lmms_eval"])
+    assert (code, ran) == (
+        0,
+        [
+            "megatron_eve.checkpoints_convert",
+            "megatron_eve.evaluation.easy_vqa",
+            "megatron_eve.evaluation.lmms_eval",
+        ],
+    )
     assert read_result(tmp_path / "metrics.json") == {
         "shape": 0.75, "yes/no": 0.5, "pope/pope_accuracy": 0.25,
     }  # fmt: skip

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluate a checkpoint of a running training: convert it, ask it, write a flat metrics.json.
 
-    python -m tools.evaluate_checkpoint runs/mine/checkpoints/step_00000400 OUT --easy-vqa runs/demo/data/easy-vqa
-    python -m tools.evaluate_checkpoint runs/mine/checkpoints/step_00000400 OUT --tasks pope,mme
+    python -m megatron_eve.evaluation.checkpoint runs/mine/checkpoints/step_00000400 OUT --easy-vqa FOLDER
+    python -m megatron_eve.evaluation.checkpoint runs/mine/checkpoints/step_00000400 OUT --tasks pope,mme
 
 Made for `evaluation.command` of a run, with {checkpoint} and {out} in the places of both folders. The released folder
 is removed again; answers and results stay in OUT. Exit codes: 0 metrics.json is written, 1 a step failed, 2 wrong
@@ -15,9 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints_convert.evaluation_results import Figure, read_results
 from megatron_eve.command import end_with
 from megatron_eve.errors import EveError
+from megatron_eve.evaluation.results import Figure, read_results
 from megatron_eve.whole import write_json
 
 METRICS_JSON, RELEASED = "metrics.json", "evaluated_release"
@@ -46,19 +46,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 def commands(arguments: argparse.Namespace, *, released: Path) -> list[list[str]]:
     """Arguments of `python -m`, one list a step."""
     out = arguments.out
-    convert = ["checkpoints_convert", "megatron-to-hf", str(arguments.checkpoint), str(released)]
+    convert = [
+        "megatron_eve.checkpoints_convert",
+        "megatron-to-hf",
+        str(arguments.checkpoint),
+        str(released),
+    ]
     if arguments.tokenizer is not None:
         convert += ["--tokenizer", str(arguments.tokenizer)]
     found = [[*convert, "--overwrite"]]
     batch = ["--batch-size", str(arguments.batch_size)]
     if arguments.easy_vqa is not None:
-        own = ["tools.demo.evaluate", str(released), str(arguments.easy_vqa), str(out), *batch]
+        own = [
+            "megatron_eve.evaluation.easy_vqa",
+            str(released),
+            str(arguments.easy_vqa),
+            str(out),
+            *batch,
+        ]
         found.append(
             own + ([] if arguments.images is None else ["--images", str(arguments.images)])
         )
     if arguments.tasks is not None:
-        found.append(["tools.lmms_eval", str(released), "--tasks", arguments.tasks, "--out", str(out), *batch,
-                      "--resize-rule", arguments.resize_rule or "eval"])  # fmt: skip
+        ask = ["megatron_eve.evaluation.lmms_eval", str(released), "--tasks", arguments.tasks]
+        rule = arguments.resize_rule or "eval"
+        found.append([*ask, "--out", str(out), *batch, "--resize-rule", rule])
     return found
 
 
@@ -80,9 +92,9 @@ def _name(figure: Figure) -> str:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.evaluate_checkpoint",
+        prog="python -m megatron_eve.evaluation.checkpoint",
         description="Evaluate a checkpoint of a running training and write a flat metrics.json.",
-        epilog="example: python -m tools.evaluate_checkpoint runs/mine/checkpoints/step_00000400 eval-400 "
+        epilog="example: python -m megatron_eve.evaluation.checkpoint runs/mine/checkpoints/step_00000400 eval-400 "
         "--easy-vqa runs/demo/data/easy-vqa --images 50",
     )
     parser.add_argument("checkpoint", type=Path, help="checkpoint folder, or run directory")

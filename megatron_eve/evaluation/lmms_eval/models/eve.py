@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from megatron_eve.errors import ConfigError
-from tools.lmms_eval.asking import Asked, AskSettings, Decoding, ReleasedFolder
+from megatron_eve.evaluation.lmms_eval.asking import Asked, AskSettings, Decoding, ReleasedFolder
 
 # What tasks may ask for; anything else in their generation_kwargs is refused rather than ignored.
 KNOWN = {"max_new_tokens", "until", "temperature", "top_p", "num_beams", "do_sample"}

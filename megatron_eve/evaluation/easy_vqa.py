@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ask a released model the questions of easy-VQA's official test split, with the right image and with a wrong one.
 
-    python -m tools.demo.evaluate runs/demo/hf runs/demo/data/easy-vqa runs/demo
+    python -m megatron_eve.evaluation.easy_vqa runs/demo/hf runs/demo/data/easy-vqa runs/demo
 
 Writes answers.jsonl (every question with both answers), results.json and results.md (table and verdict). Exit codes: 0
 evaluated (the verdict is in the results), 1 the model or the data are bad, 2 wrong usage."""
@@ -17,14 +17,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.demo.shape_facts import COLORS, SHAPES, YES_NO
 from megatron_eve.command import end_with
 from megatron_eve.data.read.media_names import IMAGE_MARK
 from megatron_eve.errors import DataError, EveError
-from megatron_eve.whole import write_json
-from tools.demo.scoring import (
+from megatron_eve.evaluation.scoring import (
+    COLORS,
     GROUPS,
     MUST_SEE,
+    SHAPES,
+    YES_NO,
     Answered,
     Guesses,
     score,
@@ -33,6 +34,7 @@ from tools.demo.scoring import (
     verdict,
     wrong_images,
 )
+from megatron_eve.whole import write_json
 
 ANSWERS_FILE, RESULTS_FILE, RESULTS_TEXT_FILE = "answers.jsonl", "results.json", "results.md"
 WRONG_IMAGE_SEED = 42
@@ -181,9 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.demo.evaluate",
+        prog="python -m megatron_eve.evaluation.easy_vqa",
         description="Ask a released model easy-VQA's test questions with the right and with a wrong image.",
-        epilog="example: python -m tools.demo.evaluate runs/demo/hf runs/demo/data/easy-vqa runs/demo",
+        epilog="example: python -m megatron_eve.evaluation.easy_vqa runs/demo/hf runs/demo/data/easy-vqa runs/demo",
     )
     parser.add_argument("model", type=Path, help="released Hugging Face folder")
     parser.add_argument("easy_vqa", type=Path, help="folder of `python -m data_prep demo easy-vqa`")
