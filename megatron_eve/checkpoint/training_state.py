@@ -34,14 +34,14 @@ class TrainingState:
     """The live objects that a checkpoint saves and restores."""
 
     chunks: Sequence[EveModel]
-    model: Sequence[DistributedDataParallel]  # the same chunks, wrapped
+    wrapped: Sequence[DistributedDataParallel]  # the same
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
 
 
 def saved_state(training: TrainingState) -> dict[str, Any]:
     """What a checkpoint holds of these objects: sharded tensors and objects, and the state that all ranks share."""
-    _gather_parameters(training.model)
+    _gather_parameters(training.wrapped)
     _agree_on_step(training.optimizer)
     state = _sharded(training, is_loading=False)
     _leave_out_empty_state(state["optimizer"])

@@ -5,8 +5,8 @@ import logging
 
 from megatron.core.transformer import TransformerConfig
 
-from megatron_eve.config.megatron import PLAIN_GPU, transformer_config
-from megatron_eve.config.schema import GpuConfig, ModelConfig, ParallelConfig
+from megatron_eve.config.megatron import transformer_config
+from megatron_eve.config.schema import RunConfig
 from megatron_eve.model import te
 from megatron_eve.model.eve_model import EveModel
 from megatron_eve.model.layer_specs import backend as backend_named
@@ -14,24 +14,16 @@ from megatron_eve.parallel.groups import ParallelState
 
 
 def build_model(
-    model: ModelConfig,
-    *,
-    parallel: ParallelConfig,
-    state: ParallelState,
-    dtype: str,
-    backend: str = "local",
-    recompute: str = "none",
-    deterministic: bool = False,
-    seed: int = 0,
-    gpu: GpuConfig = PLAIN_GPU,
+    config: RunConfig, *, state: ParallelState
 ) -> tuple[list[EveModel], TransformerConfig]:
     """The chunks of this pipeline stage (one unless interleaved), freshly initialised, and megatron-core's config."""
-    config = transformer_config(
-        model,
+    parallel, train, gpu = config.parallel, config.train, config.gpu
+    core = transformer_config(
+        config.model,
         parallel=parallel,
-        dtype=dtype,
-        recompute=recompute,
-        deterministic=deterministic,
+        dtype=train.dtype,
+        recompute=train.recompute,
+        deterministic=train.deterministic,
         gpu=gpu,
     )
     chunks = []
@@ -41,21 +33,21 @@ def build_model(
         last = state.is_last_stage and chunk == parallel.virtual_pipeline - 1
         chunks.append(
             EveModel(
-                config,
-                model=model,
-                backend=backend_named(backend, gpu=gpu),
+                core,
+                model=config.model,
+                backend=backend_named(train.backend, gpu=gpu),
                 pre_process=first,
                 post_process=last,
                 groups=state.groups,
                 vp_stage=chunk if parallel.virtual_pipeline > 1 else None,
-                seed=seed,
+                seed=train.seed,
             )
         )
     for built in chunks:
         built.to(state.device)
     if gpu.fp8 != "none":
         te.keep_narrow_linears_in_bf16(chunks, min_width=gpu.fp8_min_width)
-    return chunks, config
+    return chunks, core
 
 
 def _silence_unknown_mlp_warning() -> None:

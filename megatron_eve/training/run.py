@@ -12,14 +12,14 @@ RUN_DIR/stacks/         Python stacks of all ranks when one does not answer, see
 import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 
 from megatron_eve import device
 from megatron_eve.checkpoint.manager import CheckpointManager, TrainingState
@@ -37,12 +37,10 @@ from megatron_eve.metrics.profiling import Capture
 from megatron_eve.metrics.sinks import Sinks
 from megatron_eve.metrics.throughput import StepMeter
 from megatron_eve.model.accelerators import accelerators_line, refuse_missing_accelerators
-from megatron_eve.model.build import build_model
-from megatron_eve.model.stages import freeze
-from megatron_eve.optim.build import build_optimizer, build_schedule
 from megatron_eve.parallel.groups import ParallelState, init_distributed, init_model_parallel
 from megatron_eve.run_files import DONE_FILE
 from megatron_eve.stop_signals import StopSignals
+from megatron_eve.training.assemble import build_training
 from megatron_eve.training.data_start import open_on_all
 from megatron_eve.training.evaluation import Evaluations
 from megatron_eve.training.feed import next_step
@@ -53,7 +51,6 @@ from megatron_eve.training.signals import StopFlag
 from megatron_eve.training.step import StepResult, train_step
 from megatron_eve.training.unreadable import UnreadableGuard
 from megatron_eve.training.watchdog import Watch, watch_ranks
-from megatron_eve.training.wrap import wrap_for_training
 from megatron_eve.whole import write_text
 
 _LOG = logging.getLogger(__name__)
@@ -66,7 +63,6 @@ class Run:
     config: RunConfig
     run_dir: Path
     state: ParallelState
-    model: Sequence[DistributedDataParallel]
     training: TrainingState
     loader: PackLoader | None  # on data leaders
     unreadable: UnreadableGuard
@@ -122,31 +118,12 @@ def _assemble(config: RunConfig, *, state: ParallelState, run_dir: Path) -> Run:
         if advice := rounding_advice(config, epoch=epoch):
             _LOG.warning("%s", advice)
         _LOG.info("kernels: %s", accelerators_line(config))
-    chunks, mcore = build_model(
-        config.model,
-        parallel=config.parallel,
-        state=state,
-        dtype=config.train.dtype,
-        backend=config.train.backend,
-        recompute=config.train.recompute,
-        deterministic=config.train.deterministic,
-        seed=config.train.seed,
-        gpu=config.gpu,
-    )
-    newest = checkpoints.newest()
-    if newest is None and config.checkpoint.load_weights_from is not None:
-        load_weights(
-            chunks,
-            config.checkpoint.load_weights_from,
-            copy_text_to_vision=config.checkpoint.copy_text_to_vision,
-        )
-    freeze(chunks, trainable=config.stage.trainable)
-    model = wrap_for_training(chunks, config=mcore, parallel=config.parallel, state=state)
-    optimizer = build_optimizer(model, config=config, state=state)
-    mcore.grad_scale_func = optimizer.scale_loss
-    schedule = build_schedule(optimizer, config=config, steps=steps)
-    training = TrainingState(chunks, model, optimizer, schedule)
-    return Run(config, run_dir, state, model, training, loader, guard, checkpoints, steps)
+    prepare = None
+    if (weights := config.checkpoint.load_weights_from) and checkpoints.newest() is None:
+        copied = config.checkpoint.copy_text_to_vision
+        prepare = partial(load_weights, folder=weights, copy_text_to_vision=copied)
+    training = build_training(config, state=state, steps=steps, prepare=prepare)
+    return Run(config, run_dir, state, training, loader, guard, checkpoints, steps)
 
 
 def _open_checkpoints(
@@ -226,7 +203,7 @@ def _open_capture(run: Run) -> Capture:
         run.config,
         run_dir=run.run_dir,
         state=run.state,
-        model=run.model,
+        model=run.training.wrapped,
         optimizer=run.training.optimizer,
     )
 
@@ -286,7 +263,7 @@ def _step(run: Run, *, number: int, stop: StopFlag, capture: Capture, watch: Wat
     waited = time.perf_counter() - started
     watch.at(f"step {number}")
     result = train_step(
-        run.model,
+        run.training.wrapped,
         packs,
         optimizer=run.training.optimizer,
         schedule=run.training.schedule,

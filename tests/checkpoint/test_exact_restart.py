@@ -9,16 +9,15 @@ from unittest.mock import patch
 import pytest
 
 from megatron_eve.checkpoint.canonical import canonical_hashes
-from megatron_eve.checkpoint.manager import CheckpointManager, TrainingState
+from megatron_eve.checkpoint.manager import CheckpointManager
 from megatron_eve.checkpoint.manifest import read_manifest
 from megatron_eve.config.megatron import ddp_config
 from megatron_eve.config.schema import ModelConfig, ParallelConfig
 from megatron_eve.errors import CheckpointError
-from megatron_eve.optim.build import build_optimizer, build_schedule
 from megatron_eve.training import wrap
 from megatron_eve.training.step import train_step
 from tests.support.tiny import layout, tiny_model
-from tests.support.train_once import build, global_batch, packs_of_rank, run_config
+from tests.support.train_once import build_all, global_batch, packs_of_rank, run_config
 
 # 61 rows of 40 numbers: nothing is a multiple of the 64 and 128 elements to which buffers are padded.
 ODD = replace(tiny_model(tied=True, layers=2), hidden_size=40, ffn_hidden_size=36)
@@ -57,11 +56,9 @@ def train(
         model, parallel, train={"dtype": dtype}, data={"sample_align": sample_align}
     )
     with patch.object(wrap, "ddp_config", _small_buckets):
-        chunks, wrapped, state, mcore = build(config, weights=None)
-    optimizer = build_optimizer(wrapped, config=config, state=state)
-    mcore.grad_scale_func = optimizer.scale_loss
-    schedule = build_schedule(optimizer, config=config, steps=10)
-    training = TrainingState(chunks, wrapped, optimizer, schedule)
+        training, state = build_all(config, weights=None)
+    chunks, wrapped, optimizer = training.chunks, training.wrapped, training.optimizer
+    schedule = training.schedule
     manager = CheckpointManager(run_dir, keep_last=5, config_text="", in_background=True)
     resumed = manager.resume(training)
     first = resumed.step if resumed else 0

@@ -27,10 +27,9 @@ from megatron_eve.checkpoint.weights import load_weights
 from megatron_eve.checkpoint.writer import _ShardWriter
 from megatron_eve.config.schema import ParallelConfig
 from megatron_eve.errors import CheckpointError
-from megatron_eve.optim.build import build_optimizer, build_schedule
 from tests.support.gloo import WorkerError
 from tests.support.tiny import layout, tiny_model
-from tests.support.train_once import build, run_config
+from tests.support.train_once import build, build_all, run_config
 
 MODEL = tiny_model(layers=2)
 DP2 = layout(data=2, distributed_optimizer=True)
@@ -38,12 +37,9 @@ DP2 = layout(data=2, distributed_optimizer=True)
 
 def assemble(parallel: ParallelConfig) -> TrainingState:
     config = run_config(MODEL, parallel)
-    chunks, wrapped, state, _ = build(config, weights=None)
-    optimizer = build_optimizer(wrapped, config=config, state=state)
-    optimizer.step()  # of no gradient; makes the moments
-    return TrainingState(
-        chunks, wrapped, optimizer, build_schedule(optimizer, config=config, steps=10)
-    )
+    training, _ = build_all(config, weights=None)
+    training.optimizer.step()  # of no gradient; makes the moments
+    return training
 
 
 def change(training: TrainingState) -> None:

@@ -11,22 +11,24 @@ import torch
 
 from megatron_eve.checkpoint.manager import CheckpointManager, TrainingState
 from megatron_eve.config.schema import ParallelConfig
-from megatron_eve.optim.build import build_optimizer, build_schedule
 from megatron_eve.training.non_finite import MAX_SKIPS_IN_A_ROW, NonFiniteLossError, SkipGuard
 from megatron_eve.training.step import train_step
 from tests.support.tiny import DENSE, layout, tiny_model
-from tests.support.train_once import build, global_batch, packs_of_rank, read_weights, run_config
+from tests.support.train_once import (
+    build_all,
+    global_batch,
+    packs_of_rank,
+    read_weights,
+    run_config,
+)
 
 
 def assemble(
     parallel: ParallelConfig, *, steps: int, model: Any = None, **changes: Any
 ) -> tuple[Any, TrainingState, Any]:
     config = run_config(model or tiny_model(), parallel, **changes)
-    chunks, wrapped, state, mcore = build(config, weights=None)
-    optimizer = build_optimizer(wrapped, config=config, state=state)
-    mcore.grad_scale_func = optimizer.scale_loss
-    schedule = build_schedule(optimizer, config=config, steps=steps)
-    return config, TrainingState(chunks, wrapped, optimizer, schedule), state
+    training, state = build_all(config, weights=None, steps=steps)
+    return config, training, state
 
 
 def take_steps(config: Any, training: TrainingState, state: Any, *, count: int) -> list[Any]:
@@ -34,7 +36,7 @@ def take_steps(config: Any, training: TrainingState, state: Any, *, count: int) 
     packs = packs_of_rank(global_batch(2), config=config, state=state)
     return [
         train_step(
-            training.model,
+            training.wrapped,
             packs,
             optimizer=training.optimizer,
             schedule=training.schedule,

@@ -15,15 +15,20 @@ from checkpoints_convert.hf_folder import write_safetensors
 from checkpoints_convert.megatron_folder import read_megatron, refuse_damaged
 from checkpoints_convert.megatron_to_hf import hf_stream
 from checkpoints_convert.tensors import eve_to_hf
-from megatron_eve.checkpoint.manager import CheckpointManager, TrainingState
+from megatron_eve.checkpoint.manager import CheckpointManager
 from megatron_eve.config.schema import ModelConfig, ParallelConfig
 from megatron_eve.config.text_form import config_text
-from megatron_eve.optim.build import build_optimizer, build_schedule
 from megatron_eve.training.step import train_step
 from tests.checkpoints_convert.test_roundtrip import run_import
 from tests.support.reference_eve import build_reference
 from tests.support.tiny import layout, tiny_model
-from tests.support.train_once import build, global_batch, packs_of_rank, read_weights, run_config
+from tests.support.train_once import (
+    build_all,
+    global_batch,
+    packs_of_rank,
+    read_weights,
+    run_config,
+)
 
 LAYOUTS = {
     "one": layout(),
@@ -65,10 +70,9 @@ def train_and_save(
     """In workers: start from the weights, train, save everything that a run saves."""
     rates = {"peak_lr": rate, "patch_embedding_lr": rate, "min_lr": 0.0, "warmup_fraction": 0.0}
     config = run_config(start.model, parallel, optim=rates)
-    chunks, wrapped, state, mcore = build(config, weights=str(start.megatron))
-    optimizer = build_optimizer(wrapped, config=config, state=state)
-    mcore.grad_scale_func = optimizer.scale_loss
-    schedule = build_schedule(optimizer, config=config, steps=10)
+    training, state = build_all(config, weights=str(start.megatron))
+    wrapped, optimizer = training.wrapped, training.optimizer
+    schedule = training.schedule
     packs = packs_of_rank(global_batch(2), config=config, state=state)
     for _ in range(steps):
         train_step(
@@ -81,7 +85,7 @@ def train_and_save(
             stop_requested=False,
         )
     manager = CheckpointManager(run_dir, keep_last=1, config_text=config_text(config))
-    manager.save(TrainingState(chunks, wrapped, optimizer, schedule), step=steps, data={})
+    manager.save(training, step=steps, data={})
 
 
 def export_weights(run_dir: Path, dest: Path) -> None:

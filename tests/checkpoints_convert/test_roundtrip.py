@@ -30,6 +30,7 @@ from tests.checkpoints_convert.conftest import release_model, write_reference_re
 from tests.checkpoints_convert.test_modeling import hf_batch
 from tests.support.reference_eve import ReferenceEve, build_reference
 from tests.support.tiny import ALL, layout, naive_pack, random_samples
+from tests.support.train_once import run_config
 
 FullRelease = tuple[Path, ReferenceEve]
 IMPORT = ImportOptions(
@@ -73,7 +74,7 @@ def resave(source: Path, dest: Path, parallel: ParallelConfig, text: str | None)
     """In workers: load a checkpoint in another layout and save it from there, as a run would."""
     dtype, model = read_facts(source)
     state = init_model_parallel(parallel, seed=0)
-    chunks, _ = build_model(model, parallel=parallel, state=state, dtype=dtype)
+    chunks, _ = build_model(run_config(model, parallel, train=dict(dtype=dtype)), state=state)
     load_weights(chunks, source, copy_text_to_vision=False)
     save_weights(chunks, dest, config_text=text or read_config_text(source))
 
@@ -94,7 +95,7 @@ def megatron_logits(folder: Path, seed: int) -> tuple[Tensor, Tensor]:
     _, model = read_facts(folder)
     parallel = layout()
     state = init_model_parallel(parallel, seed=0)
-    chunks, _ = build_model(model, parallel=parallel, state=state, dtype="fp32")
+    chunks, _ = build_model(run_config(model, parallel), state=state)
     load_weights(chunks, folder, copy_text_to_vision=False)
     pack = naive_pack(labelled_samples(seed), model=model, tokens=192, align=8)
     batch = micro_batch(

@@ -22,6 +22,7 @@ from megatron_eve.errors import CheckpointError
 from tests.checkpoints_convert.test_roundtrip import IMPORT, run_export, run_import, whole_hf_state
 from tests.support.official import GOLDEN, initial_weights, write_official_folder
 from tests.support.tiny import ALL
+from tests.support.train_once import run_config
 
 QWEN = {
     "model_type": "qwen2",
@@ -380,7 +381,9 @@ def _drawn_and_built(folder: Path) -> bool:
 
     model = tiny_model()
     state = init_model_parallel(layout(), seed=7)
-    ((chunk,), _) = build_model(model, parallel=layout(), state=state, dtype="bf16", seed=7)
+    ((chunk,), _) = build_model(
+        run_config(model, layout(), train=dict(dtype="bf16", seed=7)), state=state
+    )
     drawn = new_patch_embedding(model, "bf16", dataclasses.replace(IMPORT, seed=7))
     built = chunk.state_dict()
     return len(drawn) == 6 and all(

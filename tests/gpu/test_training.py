@@ -61,13 +61,12 @@ def test_weights_written_by_te_load_into_local(tmp_path: Path) -> None:
     state = init_model_parallel(config.parallel, seed=1)
     models = {
         backend: build_model(
-            config.model,
-            parallel=config.parallel,
+            dataclasses.replace(
+                config,
+                train=dataclasses.replace(config.train, dtype="bf16", backend=backend, seed=seed),
+                gpu=GpuConfig(),
+            ),
             state=state,
-            dtype="bf16",
-            backend=backend,
-            seed=seed,
-            gpu=GpuConfig(),
         )[0]
         for seed, backend in enumerate(("te", "local"))
     }

@@ -15,9 +15,8 @@ from torch.utils.flop_counter import flop_registry
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.data.sample import Pack
-from megatron_eve.optim.build import build_optimizer, build_schedule
 from megatron_eve.training.step import forward_backward, train_step
-from tests.support.train_once import build
+from tests.support.train_once import build_all, run_config
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -74,10 +73,9 @@ class FlopCounter(TorchDispatchMode):
 
 def executed_on_rank(config: RunConfig, packs: list[Pack], *, behind_masks_too: bool = True) -> int:
     """FLOPs of this rank in one forward and backward of all `packs`, the same on every data-parallel rank."""
-    _, wrapped, state, mcore = build(config, weights=None)
-    mcore.grad_scale_func = build_optimizer(wrapped, config=config, state=state).scale_loss
+    training, state = build_all(config, weights=None)
     with FlopCounter() as counter:
-        forward_backward(wrapped, packs, config=config, state=state)
+        forward_backward(training.wrapped, packs, config=config, state=state)
     return counter.flops - (0 if behind_masks_too else counter.masked_flops)
 
 
@@ -90,7 +88,7 @@ def products_of_a_linear(*, trained: bool, input_requires_grad: bool) -> int:
     from tests.support.tiny import layout, tiny_model
 
     state = init_model_parallel(layout(), seed=1)
-    _, mcore = build_model(tiny_model(), parallel=layout(), state=state, dtype="fp32")
+    _, mcore = build_model(run_config(tiny_model(), layout()), state=state)
     linear = ColumnParallelLinear(
         5, 7, config=mcore, init_method=torch.nn.init.ones_, tp_group=state.groups.tp
     )
@@ -103,14 +101,12 @@ def products_of_a_linear(*, trained: bool, input_requires_grad: bool) -> int:
 
 def step_metrics(config: RunConfig, packs: list[list[Pack]]) -> dict[str, float]:
     """Metrics of one training step in which data-parallel rank r has `packs[r]`."""
-    _, wrapped, state, mcore = build(config, weights=None)
-    optimizer = build_optimizer(wrapped, config=config, state=state)
-    mcore.grad_scale_func = optimizer.scale_loss
+    training, state = build_all(config, weights=None)
     return train_step(
-        wrapped,
+        training.wrapped,
         packs[state.dp_rank],
-        optimizer=optimizer,
-        schedule=build_schedule(optimizer, config=config, steps=2),
+        optimizer=training.optimizer,
+        schedule=training.schedule,
         config=config,
         state=state,
         stop_requested=False,

@@ -20,6 +20,7 @@ from tests.support.tiny import (
     random_samples,
     tiny_model,
 )
+from tests.support.train_once import run_config
 
 
 def double(*shape: int) -> Tensor:
@@ -75,7 +76,7 @@ def _kept_against_all(split: SplitConfig, seed: int) -> tuple[dict[str, float], 
 
     config = tiny_model(split)
     state = init_model_parallel(layout(), seed=1)
-    (model,), _ = build_model(config, parallel=layout(), state=state, dtype="fp32")
+    (model,), _ = build_model(run_config(config, layout()), state=state)
     model.double()
     pack = naive_pack(random_samples(5, seed=seed), model=config, tokens=TOKENS, align=ALIGN)
     batch = micro_batch(

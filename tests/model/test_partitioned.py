@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tests.support.tiny import ALL, SplitConfig, layout, naive_pack, random_samples, tiny_model
+from tests.support.train_once import run_config
 
 TOKENS = 48
 
@@ -16,7 +17,7 @@ def _blend_gap(num_vision: int) -> dict[str, float]:
     from megatron_eve.parallel.groups import init_model_parallel
 
     state = init_model_parallel(layout(), seed=1)
-    (model,), _ = build_model(tiny_model(layers=1), parallel=layout(), state=state, dtype="fp32")
+    (model,), _ = build_model(run_config(tiny_model(layers=1), layout()), state=state)
     layer = model.decoder.layers[0].double()
     _randomise(layer)
     x = torch.randn(TOKENS, 1, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -103,7 +104,7 @@ def _whole_model_gap(split: SplitConfig, kind: str) -> tuple[float, float]:
     }[kind]
     reference = build_reference(config, dtype=torch.float64)
     state = init_model_parallel(layout(), seed=1)
-    (model,), _ = build_model(config, parallel=layout(), state=state, dtype="fp32")
+    (model,), _ = build_model(run_config(config, layout()), state=state)
     model.double()
     model.load_state_dict(hf_to_eve(reference.state_dict(), config), strict=False)
     pack = naive_pack(samples, model=config, tokens=160, align=8)

@@ -8,7 +8,7 @@ import torch
 
 from megatron_eve.config.schema import SplitConfig
 from tests.support.tiny import ALL, DENSE, layout, naive_pack, tiny_model
-from tests.support.train_once import ALIGN, TOKENS, build, global_batch, run_config
+from tests.support.train_once import ALIGN, TOKENS, build_all, global_batch, run_config
 
 STAGES = {
     "1": (DENSE, ("patch_embedding",)),
@@ -21,16 +21,14 @@ STAGES = {
 
 def _changed(split: SplitConfig, trainable: Any, parallel: Any) -> dict[str, Any]:
     """Names that changed, names in gradient buffers, and elements of optimizer state, of one real step."""
-    from megatron_eve.optim.build import build_optimizer, build_schedule
     from megatron_eve.training.step import train_step
 
     config = run_config(
         tiny_model(split), parallel, trainable=trainable, optim={"warmup_fraction": 0.0}
     )
-    (chunk,), wrapped, state, mcore = build(config, weights=None)
-    optimizer = build_optimizer(wrapped, config=config, state=state)
-    mcore.grad_scale_func = optimizer.scale_loss
-    schedule = build_schedule(optimizer, config=config, steps=10)
+    training, state = build_all(config, weights=None)
+    (chunk,), wrapped, optimizer = training.chunks, training.wrapped, training.optimizer
+    schedule = training.schedule
     before = {name: p.detach().clone() for name, p in chunk.named_parameters()}
     samples = global_batch(2)[state.dp_rank :: state.dp_size]
     packs = [naive_pack(s, model=config.model, tokens=TOKENS, align=ALIGN) for s in samples]

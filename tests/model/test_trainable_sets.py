@@ -16,6 +16,7 @@ import torch
 from checkpoints_convert.names import tensor_rules
 from megatron_eve.config.recipes import load_recipe
 from tests.support.tiny import layout
+from tests.support.train_once import run_config
 
 OFFICIAL = json.loads((Path(__file__).parents[1] / "golden/official/stages_7b.json").read_text())
 COUNTS = {
@@ -36,7 +37,9 @@ def parameters_on_meta(recipe: str) -> dict[str, tuple[bool, tuple[int, ...]]]:
     config, meta = load_recipe(recipe), torch.device("meta")
     state = dataclasses.replace(init_model_parallel(layout(), seed=0), device=meta)
     with mock.patch.object(torch.cuda, "current_device", return_value=meta), meta:
-        (chunk,), _ = build_model(config.model, parallel=layout(), state=state, dtype="bf16")
+        (chunk,), _ = build_model(
+            run_config(config.model, layout(), train=dict(dtype="bf16")), state=state
+        )
     freeze([chunk], trainable=config.stage.trainable)
     assert all(param.is_meta for param in chunk.parameters())
     return {n: (p.requires_grad, tuple(p.shape)) for n, p in chunk.named_parameters()}

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_eve.config.schema import ModelConfig, SplitConfig
 from tests.support.tiny import ALL, DENSE, layout, naive_pack, tiny_model
-from tests.support.train_once import ALIGN, TOKENS, build, global_batch, run_config
+from tests.support.train_once import ALIGN, TOKENS, build_all, global_batch, run_config
 
 FP32 = 4
 STAGES = {
@@ -35,15 +35,13 @@ def unpadded_model(split: SplitConfig) -> ModelConfig:
 
 def count(split: SplitConfig, trainable: Any, parallel: Any) -> dict[str, Any]:
     """One real step to allocate the moments, one under observation."""
-    from megatron_eve.optim.build import build_optimizer, build_schedule
     from megatron_eve.training.step import train_step
     from tools.bench.counting import CollectiveTraffic, held_bytes
 
     config = run_config(unpadded_model(split), parallel, trainable=trainable)
-    (chunk,), wrapped, state, mcore = build(config, weights=None)
-    optimizer = build_optimizer(wrapped, config=config, state=state)
-    mcore.grad_scale_func = optimizer.scale_loss
-    schedule = build_schedule(optimizer, config=config, steps=10)
+    training, state = build_all(config, weights=None)
+    (chunk,), wrapped, optimizer = training.chunks, training.wrapped, training.optimizer
+    schedule = training.schedule
     samples = global_batch(2)[state.dp_rank :: state.dp_size]
     packs = [naive_pack(s, model=config.model, tokens=TOKENS, align=ALIGN) for s in samples]
     for _ in range(2):

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_eve.parallel.groups import init_model_parallel
 from tests.support.tiny import layout, tiny_model
-from tests.support.train_once import build, run_config
+from tests.support.train_once import build_all, run_config
 
 LIMIT_S = 17
 
@@ -17,12 +17,9 @@ def limits(parallel: Any) -> list[float]:
     import torch
     from torch.distributed import distributed_c10d
 
-    from megatron_eve.optim.build import build_optimizer
-
     state = init_model_parallel(parallel, seed=1, timeout_s=LIMIT_S)
     config = run_config(tiny_model(), parallel)
-    _, wrapped, _, _ = build(config, weights=None, state=state)
-    build_optimizer(wrapped, config=config, state=state)
+    build_all(config, weights=None, state=state)
     world = distributed_c10d._get_default_group()
     groups = [g for g in distributed_c10d._world.pg_map if g is not world and g.size() > 1]
     cpu = torch.device("cpu")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.canonical import Shard, local_shards
 from tests.support.tiny import layout, tiny_model
-from tests.support.train_once import EVERYTHING, build, global_batch, packs_of_rank, run_config
+from tests.support.train_once import EVERYTHING, build_all, global_batch, packs_of_rank, run_config
 
 LAYOUTS = {
     "dp2": dict(data=2),
@@ -29,7 +29,6 @@ SMALL_BUCKET = 1000  # elements; the tiny model has 70,000
 
 def three_steps(config: Any, recompute: str, bucket: int | None) -> dict[str, Any]:
     """Metrics of three steps, the number of gradient buckets, and this rank's weights at the end; in a gloo worker."""
-    from megatron_eve.optim.build import build_optimizer, build_schedule
     from megatron_eve.training import wrap
     from megatron_eve.training.step import train_step
 
@@ -39,12 +38,11 @@ def three_steps(config: Any, recompute: str, bucket: int | None) -> dict[str, An
     of_product = wrap.ddp_config
     wrap.ddp_config = lambda p: dataclasses.replace(of_product(p), bucket_size=bucket)
     try:
-        chunks, wrapped, state, mcore = build(config, weights=None)
+        training, state = build_all(config, weights=None)
     finally:
         wrap.ddp_config = of_product
-    optimizer = build_optimizer(wrapped, config=config, state=state)
-    mcore.grad_scale_func = optimizer.scale_loss
-    schedule = build_schedule(optimizer, config=config, steps=10)
+    chunks, wrapped = training.chunks, training.wrapped
+    optimizer, schedule = training.optimizer, training.schedule
     packs = packs_of_rank(global_batch(4), config=config, state=state)
     metrics = [
         train_step(

@@ -146,22 +146,24 @@ def take_steps(checks: Sequence[Check], *, drop_all_reduce: bool = False) -> lis
 
 
 def _take_step(check: Check, *, state: Any, drop_all_reduce: bool) -> RankStep:
-    from megatron_eve.optim.build import build_optimizer, build_schedule
     from megatron_eve.training.step import train_step
-    from tests.support.train_once import build, packs_of_rank, without_sequence_parallel_all_reduce
+    from tests.support.train_once import (
+        build_all,
+        packs_of_rank,
+        without_sequence_parallel_all_reduce,
+    )
 
     config = check.config
-    chunks, wrapped, state, mcore = build(config, weights=check.weights, state=state)
-    optimizer = build_optimizer(wrapped, config=config, state=state)
-    mcore.grad_scale_func = optimizer.scale_loss
+    training, state = build_all(config, weights=check.weights, state=state)
+    chunks, wrapped, optimizer = training.chunks, training.wrapped, training.optimizer
     if drop_all_reduce:
-        mcore.finalize_model_grads_func = without_sequence_parallel_all_reduce
+        wrapped[0].config.finalize_model_grads_func = without_sequence_parallel_all_reduce
     before = local_shards(chunks, lambda param: param)
     result = train_step(
         wrapped,
         packs_of_rank(check.packs, config=config, state=state),
         optimizer=optimizer,
-        schedule=build_schedule(optimizer, config=config, steps=10),
+        schedule=training.schedule,
         config=config,
         state=state,
         stop_requested=False,

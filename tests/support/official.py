@@ -24,7 +24,7 @@ from megatron_eve.data.read.conversation import EncodedSample
 from megatron_eve.data.read.patches import patchify
 from megatron_eve.data.sample import Pack
 from tests.support.tiny import RawSample
-from tests.support.train_once import EVERYTHING, build, run_config
+from tests.support.train_once import EVERYTHING, build, build_all, run_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "official"
 CASES = ("v2.0", "v2.0-tied", "v1.5", "attention-only", "norm-only", "dense")
@@ -209,11 +209,10 @@ def logits_of_first_batch(config: RunConfig, weights: Path) -> Tensor:
 def gradients_of_first_batch(config: RunConfig, weights: Path, out: Path) -> float:
     """In workers: the loss of micro-batch 0; its gradients go to `out` as a weights folder."""
     from megatron_eve.checkpoint.weights import save_weights
-    from megatron_eve.optim.build import build_optimizer
     from megatron_eve.training.step import forward_backward
 
-    (chunk,), wrapped, state, mcore = build(config, weights=str(weights))
-    mcore.grad_scale_func = build_optimizer(wrapped, config=config, state=state).scale_loss
+    training, state = build_all(config, weights=str(weights))
+    (chunk,), wrapped = training.chunks, training.wrapped
     batch = packs(micro_batches()[:1], config.model)
     (logged,) = forward_backward(wrapped, batch, config=config, state=state)
     for param in chunk.parameters():
@@ -225,13 +224,11 @@ def gradients_of_first_batch(config: RunConfig, weights: Path, out: Path) -> flo
 def train(config: RunConfig, weights: Path, out: Path) -> list[dict[str, float]]:
     """In workers: the metrics of each of the 20 steps; the weights after them go to `out`."""
     from megatron_eve.checkpoint.weights import save_weights
-    from megatron_eve.optim.build import build_optimizer, build_schedule
     from megatron_eve.training.step import train_step
 
-    (chunk,), wrapped, state, mcore = build(config, weights=str(weights))
-    optimizer = build_optimizer(wrapped, config=config, state=state)
-    mcore.grad_scale_func = optimizer.scale_loss
-    schedule = build_schedule(optimizer, config=config, steps=STEPS)
+    training, state = build_all(config, weights=str(weights), steps=STEPS)
+    (chunk,), wrapped, optimizer = training.chunks, training.wrapped, training.optimizer
+    schedule = training.schedule
     metrics = []
     for step in range(STEPS):
         batch = packs(micro_batches_of_step(step), config.model)

@@ -137,15 +137,13 @@ def _take(
     config: RunConfig, weights: str, *, steps: int, state: Any, state_before: dict[str, Any] | None
 ) -> list[RealStep]:
     from megatron_eve.data.loader import PackLoader
-    from megatron_eve.optim.build import build_optimizer, build_schedule
     from megatron_eve.training.feed import next_step
     from megatron_eve.training.step import train_step
-    from tests.support.train_once import build
+    from tests.support.train_once import build_all
 
-    chunks, wrapped, state, mcore = build(config, weights=weights, state=state)
-    optimizer = build_optimizer(wrapped, config=config, state=state)
-    mcore.grad_scale_func = optimizer.scale_loss
-    schedule = build_schedule(optimizer, config=config, steps=10)
+    training, state = build_all(config, weights=weights, state=state)
+    chunks, wrapped, optimizer = training.chunks, training.wrapped, training.optimizer
+    schedule = training.schedule
     loader = None
     if state.is_data_leader:
         loader = PackLoader(

@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_eve.checkpoint.training_state import TrainingState
 from megatron_eve.checkpoint.weights import load_weights, save_weights
 from megatron_eve.config.recipes import RECIPES
 from megatron_eve.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainableGroup
 from megatron_eve.data.sample import Pack
 from megatron_eve.model.build import build_model
-from megatron_eve.model.stages import freeze
+from megatron_eve.model.eve_model import EveModel
 from megatron_eve.parallel.groups import ParallelState, init_model_parallel
-from megatron_eve.training.wrap import wrap_for_training
+from megatron_eve.training.assemble import Prepare, build_training, build_wrapped_model
 from tests.support.tiny import RawSample, layout, naive_pack, random_samples
 
 TOKENS, ALIGN = 160, 8
@@ -80,22 +81,28 @@ def build(
     `state`: of groups that are there already, to use them again. `in_float64`: weights and activations; the gradient
     buffers, in which micro-batches are added up and reduced over ranks, stay float32."""
     state = state or init_model_parallel(config.parallel, seed=1)
-    chunks, mcore = build_model(
-        config.model,
-        parallel=config.parallel,
-        state=state,
-        dtype=config.train.dtype,
-        backend=config.train.backend,
-        recompute=config.train.recompute,
-        gpu=config.gpu,
-    )
-    if weights is not None:
-        load_weights(chunks, weights, copy_text_to_vision=False)
-    if in_float64:
-        chunks = [chunk.double() for chunk in chunks]
-    freeze(chunks, trainable=config.stage.trainable)
-    wrapped = wrap_for_training(chunks, config=mcore, parallel=config.parallel, state=state)
-    return chunks, wrapped, state, mcore
+    prepare = _prepare(weights, in_float64=in_float64)
+    model = build_wrapped_model(config, state=state, prepare=prepare)
+    return model.chunks, model.wrapped, state, model.core
+
+
+def build_all(
+    config: RunConfig, *, weights: str | None, state: ParallelState | None = None, steps: int = 10
+) -> tuple[TrainingState, ParallelState]:
+    """The same with optimizer and schedule, as the trainer assembles them."""
+    state = state or init_model_parallel(config.parallel, seed=1)
+    training = build_training(config, state=state, steps=steps, prepare=_prepare(weights))
+    return training, state
+
+
+def _prepare(weights: str | None, *, in_float64: bool = False) -> Prepare:
+    def prepare(chunks: Sequence[EveModel]) -> None:
+        if weights is not None:
+            load_weights(chunks, weights, copy_text_to_vision=False)
+        for chunk in chunks if in_float64 else ():
+            chunk.double()
+
+    return prepare
 
 
 def without_sequence_parallel_all_reduce(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -114,7 +121,7 @@ def write_reference_weights(model: ModelConfig, out: str) -> None:
     from tests.support.reference_eve import build_reference
 
     state = init_model_parallel(layout(), seed=1)
-    chunks, _ = build_model(model, parallel=layout(), state=state, dtype="fp32")
+    chunks, _ = build_model(run_config(model, layout()), state=state)
     weights = hf_to_eve(build_reference(model).state_dict(), model)
     chunks[0].load_state_dict(weights, strict=False)
     save_weights(chunks, out, config_text="")
@@ -123,6 +130,6 @@ def write_reference_weights(model: ModelConfig, out: str) -> None:
 def read_weights(model: ModelConfig, folder: str) -> dict[str, Tensor]:
     """A weights folder as an unsharded state dict."""
     state = init_model_parallel(layout(), seed=1)
-    chunks, _ = build_model(model, parallel=layout(), state=state, dtype="fp32")
+    chunks, _ = build_model(run_config(model, layout()), state=state)
     load_weights(chunks, folder, copy_text_to_vision=False)
     return {name: param.detach() for name, param in chunks[0].named_parameters()}

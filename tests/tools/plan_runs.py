@@ -8,9 +8,8 @@ from torch import Tensor
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.data.sample import Pack
-from megatron_eve.optim.build import build_optimizer, build_schedule
 from megatron_eve.training.step import to_device, train_step
-from tests.support.train_once import build
+from tests.support.train_once import build, build_all
 from tools.bench.counting import held_bytes
 
 
@@ -41,14 +40,13 @@ def kept_bytes(config: RunConfig, pack: Pack, *, only_rank: int | None = None) -
 
 def held(config: RunConfig, pack: Pack) -> dict[str, int]:
     """Weights, gradient buffers and optimizer state after one step."""
-    _, wrapped, state, mcore = build(config, weights=None)
-    optimizer = build_optimizer(wrapped, config=config, state=state)
-    mcore.grad_scale_func = optimizer.scale_loss
+    training, state = build_all(config, weights=None)
+    wrapped, optimizer = training.wrapped, training.optimizer
     train_step(
         wrapped,
         [pack],
         optimizer=optimizer,
-        schedule=build_schedule(optimizer, config=config, steps=2),
+        schedule=training.schedule,
         config=config,
         state=state,
         stop_requested=False,

@@ -8,20 +8,18 @@ import torch
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.metrics.profiling import Capture
-from megatron_eve.optim.build import build_optimizer, build_schedule
 from megatron_eve.training.step import train_step
 from tests.support.tiny import naive_pack, random_samples
-from tests.support.train_once import ALIGN, TOKENS, build
+from tests.support.train_once import ALIGN, TOKENS, build_all
 
 
 def steps(config: RunConfig, *, run_dir: str, count: int) -> dict[str, Any]:
     """`count` steps of two micro-batches as the trainer takes them, then what is left on the modules.
 
     Returns losses, gradient norms, weights' sums, and the number of hooks and timers after each step."""
-    chunks, wrapped, state, mcore = build(config, weights=None)
-    optimizer = build_optimizer(wrapped, config=config, state=state)
-    mcore.grad_scale_func = optimizer.scale_loss
-    schedule = build_schedule(optimizer, config=config, steps=count)
+    training, state = build_all(config, weights=None, steps=count)
+    chunks, wrapped, optimizer = training.chunks, training.wrapped, training.optimizer
+    schedule = training.schedule
     capture = Capture(
         config, run_dir=Path(run_dir), state=state, model=wrapped, optimizer=optimizer
     )
@@ -45,7 +43,7 @@ def steps(config: RunConfig, *, run_dir: str, count: int) -> dict[str, Any]:
         capture.done(number, result.metrics | {"step_time_s": 1.0, "data_wait_s": 0.0})
         seen["loss"].append(result.metrics["loss"])
         seen["grad_norm"].append(result.metrics["grad_norm"])
-        seen["hooks"].append(_hooks(chunks) + (mcore.timers is not None))
+        seen["hooks"].append(_hooks(chunks) + (wrapped[0].config.timers is not None))
     capture.close()
     seen["weights"] = [float(p.detach().double().sum()) for c in chunks for p in c.parameters()]
     return seen
@@ -60,8 +58,8 @@ def nsys_without_cuda(config: RunConfig, *, run_dir: str) -> str:
     """The refusal."""
     from megatron_eve.errors import ConfigError
 
-    _, wrapped, state, _ = build(config, weights=None)
-    optimizer = build_optimizer(wrapped, config=config, state=state)
+    training, state = build_all(config, weights=None)
+    wrapped, optimizer = training.wrapped, training.optimizer
     try:
         Capture(config, run_dir=Path(run_dir), state=state, model=wrapped, optimizer=optimizer)
     except ConfigError as error:

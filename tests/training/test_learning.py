@@ -11,7 +11,7 @@ import pytest
 from megatron_eve.config.schema import StageConfig, TrainableGroup
 from megatron_eve.training.learning import GROUPS, LearningWatch
 from tests.support.tiny import layout, tiny_model
-from tests.support.train_once import build, global_batch, packs_of_rank, run_config
+from tests.support.train_once import build_all, global_batch, packs_of_rank, run_config
 
 ALL = StageConfig(name="3", trainable=GROUPS)
 FIRST = StageConfig(name="1", trainable=("patch_embedding",))
@@ -93,13 +93,11 @@ def test_steps_that_were_skipped_do_not_count(caplog: pytest.LogCaptureFixture) 
 
 def reached_by_steps(config: Any) -> list[tuple[str, ...]]:
     """Groups that the gradient reaches with pictures, without, and without labels; in a gloo worker."""
-    from megatron_eve.optim.build import build_optimizer, build_schedule
     from megatron_eve.training.step import train_step
 
-    _, wrapped, state, mcore = build(config, weights=None)
-    optimizer = build_optimizer(wrapped, config=config, state=state)
-    mcore.grad_scale_func = optimizer.scale_loss
-    schedule = build_schedule(optimizer, config=config, steps=10)
+    training, state = build_all(config, weights=None)
+    wrapped, optimizer = training.wrapped, training.optimizer
+    schedule = training.schedule
     packs = [sample for pack in global_batch(4) for sample in pack]
     text = [s for s in packs if not s.images and (s.labels >= 0).any()]
     masked = [dataclasses.replace(s, labels=s.labels.clone().fill_(-100)) for s in packs]

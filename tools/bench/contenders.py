@@ -6,17 +6,13 @@ from collections.abc import Sequence
 import torch
 
 from checkpoints_convert.tensors import eve_to_hf
-from megatron_eve.checkpoint.manager import TrainingState
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.data.sample import Pack
-from megatron_eve.model.build import build_model
 from megatron_eve.model.eve_model import EveModel
-from megatron_eve.model.stages import freeze
 from megatron_eve.optim.adam import FusedAdam
-from megatron_eve.optim.build import build_optimizer, build_schedule
 from megatron_eve.parallel.groups import ParallelState
+from megatron_eve.training.assemble import build_training
 from megatron_eve.training.step import train_step
-from megatron_eve.training.wrap import wrap_for_training
 from tools.bench.official_form import OfficialForm, PaddedBatch, freeze_official
 
 _SCHEDULE_STEPS = 1000
@@ -27,24 +23,7 @@ class OurStep:
 
     def __init__(self, config: RunConfig, *, state: ParallelState) -> None:
         self._config, self._state = config, state
-        chunks, mcore = build_model(
-            config.model,
-            parallel=config.parallel,
-            state=state,
-            dtype=config.train.dtype,
-            backend=config.train.backend,
-            recompute=config.train.recompute,
-            seed=config.train.seed,
-            gpu=config.gpu,
-        )
-        freeze(chunks, trainable=config.stage.trainable)
-        self.wrapped = wrap_for_training(
-            chunks, config=mcore, parallel=config.parallel, state=state
-        )
-        self.optimizer = build_optimizer(self.wrapped, config=config, state=state)
-        mcore.grad_scale_func = self.optimizer.scale_loss
-        self._schedule = build_schedule(self.optimizer, config=config, steps=_SCHEDULE_STEPS)
-        self.training = TrainingState(chunks, self.wrapped, self.optimizer, self._schedule)
+        self.training = build_training(config, state=state, steps=_SCHEDULE_STEPS)
 
     @property
     def model(self) -> EveModel:
@@ -54,10 +33,10 @@ class OurStep:
     def step(self, packs: Sequence[Pack]) -> float:
         """One update; the loss per target."""
         result = train_step(
-            self.wrapped,
+            self.training.wrapped,
             packs,
-            optimizer=self.optimizer,
-            schedule=self._schedule,
+            optimizer=self.training.optimizer,
+            schedule=self.training.schedule,
             config=self._config,
             state=self._state,
             stop_requested=False,

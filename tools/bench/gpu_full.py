@@ -29,11 +29,9 @@ from megatron_eve.data.sample import IGNORE, Pack
 from megatron_eve.metrics.flops import executed_flops, ideal_flops
 from megatron_eve.metrics.peak import peak_flops
 from megatron_eve.model.accelerators import has_module
-from megatron_eve.model.build import build_model
-from megatron_eve.model.stages import freeze
 from megatron_eve.parallel.groups import init_distributed, init_model_parallel
+from megatron_eve.training.assemble import build_wrapped_model
 from megatron_eve.training.step import forward_backward
-from megatron_eve.training.wrap import wrap_for_training
 from tools.bench.gpu_setting import NotHere, Rows, Setting, image_bytes
 from tools.bench.samples import BenchSample, as_pack
 
@@ -153,16 +151,7 @@ def whole_model(config: RunConfig, files: list[File], *, setting: Setting) -> di
     state = init_model_parallel(config.parallel, seed=1)
     if device.has_gpu():
         torch.cuda.reset_peak_memory_stats()
-    chunks, mcore = build_model(
-        config.model,
-        parallel=config.parallel,
-        state=state,
-        dtype=config.train.dtype,
-        backend=config.train.backend,
-        gpu=config.gpu,
-    )
-    freeze(chunks, trainable=config.stage.trainable)
-    wrapped = wrap_for_training(chunks, config=mcore, parallel=config.parallel, state=state)
+    wrapped = build_wrapped_model(config, state=state).wrapped
     decoder = "DALI, GPU" if _can_use_dali_on_gpu() else "Pillow"
     feed = Feed(lambda: _maker(config, files), threads=setting.loader_threads, ahead=4)
     times: list[tuple[float, float]] = []

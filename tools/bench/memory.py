@@ -48,7 +48,7 @@ def count_stage(config: RunConfig, *, token_share: float) -> dict[str, Any]:
     ours.step(first)  # allocates the moments
     with CollectiveTraffic() as traffic:
         ours.step(second)
-    held = held_bytes(ours.wrapped, ours.optimizer)
+    held = held_bytes(ours.training.wrapped, ours.training.optimizer)
     trained = [param.numel() for param in ours.model.parameters() if param.requires_grad]
     return {
         "parameters": sum(param.numel() for param in ours.model.parameters()),
