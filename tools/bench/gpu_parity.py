@@ -75,8 +75,10 @@ def compare_runs(found: ModelRun, expected: ModelRun) -> dict[str, Any]:
 
 def _rounded_weights(config: RunConfig, *, state: ParallelState) -> dict[str, Tensor]:
     """Of a `local` model, such that BF16 holds them exactly."""
-    train = replace(config.train, dtype="fp32", backend="local", seed=1)
-    (chunk,), _ = build_model(replace(config, train=train, gpu=GpuConfig()), state=state)
+    train = dataclasses.replace(config.train, dtype="fp32", backend="local", seed=1)
+    (chunk,), _ = build_model(
+        dataclasses.replace(config, train=train, gpu=GpuConfig()), state=state
+    )
     return {n: p.detach().bfloat16().float().cpu() for n, p in chunk.named_parameters()}
 
 
@@ -90,8 +92,8 @@ def _run_model(
     dtype: str,
     gpu: GpuConfig = PLAIN_GPU,
 ) -> ModelRun:
-    train = replace(config.train, dtype=dtype, backend=backend)
-    (chunk,), _ = build_model(replace(config, train=train, gpu=gpu), state=state)
+    train = dataclasses.replace(config.train, dtype=dtype, backend=backend)
+    (chunk,), _ = build_model(dataclasses.replace(config, train=train, gpu=gpu), state=state)
     for name, param in chunk.named_parameters():
         param.data.copy_(weights[local_name(name)])
     batch = micro_batch(
