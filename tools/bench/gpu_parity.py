@@ -5,7 +5,7 @@
 steps against BF16's. Errors are relative, by Frobenius norm."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from megatron_eve.training.loss import micro_batch_loss
 from tools.bench.contenders import OurStep
 from tools.bench.gpu_setting import Rows, Setting, relative_error
 from tools.bench.samples import as_pack, steps_of_packs, stream
+
+BackendName = Literal["local", "te"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ def model(setting: Setting, rows: Rows) -> None:
     pack = fixed_packs(config, token_share=setting.parity_model.token_share, count=1)[0]
     weights = _rounded_weights(config, state=state)
     reference = _run_model(config, pack, weights, state=state, backend="local", dtype="fp32")
-    contenders = {
+    contenders: dict[str, tuple[BackendName, GpuConfig]] = {
         f"local, {setting.dtype}": ("local", PLAIN_GPU),
         f"{setting.backend}, {setting.dtype}": (setting.backend, PLAIN_GPU),
     }
@@ -48,7 +50,7 @@ def model(setting: Setting, rows: Rows) -> None:
         contenders[f"{setting.backend}, FP8 {recipe}"] = (setting.backend, gpu)
     for name, (backend, gpu) in contenders.items():
 
-        def measure(backend: str = backend, gpu: GpuConfig = gpu) -> dict[str, Any]:
+        def measure(backend: BackendName = backend, gpu: GpuConfig = gpu) -> dict[str, Any]:
             found = _run_model(
                 config, pack, weights, state=state, backend=backend, dtype=setting.dtype, gpu=gpu
             )
@@ -88,8 +90,8 @@ def _run_model(
     weights: dict[str, Tensor],
     *,
     state: ParallelState,
-    backend: str,
-    dtype: str,
+    backend: BackendName,
+    dtype: Literal["bf16", "fp32"],
     gpu: GpuConfig = PLAIN_GPU,
 ) -> ModelRun:
     train = dataclasses.replace(config.train, dtype=dtype, backend=backend)
