@@ -19,29 +19,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_eve.command import end_with
+from megatron_eve.command import end_with, reports_errors
 from megatron_eve.config.schema import SplitConfig
-from megatron_eve.errors import CheckpointError, ConfigError, EveError
+from megatron_eve.errors import CheckpointError, ConfigError
 
 from .new_folder import refuse_taken
 
 Command = Callable[[argparse.Namespace], int]
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own deprecations
     command: Command = arguments.command
-    try:
-        return command(arguments)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (EveError, OSError) as error:  # a file that must not be read, a folder that is gone
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return command(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -271,7 +265,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _check_folders(arguments: argparse.Namespace, *, holds: str = "", expected: str = "") -> None:
     """Refuses what it can before torch is imported.
 
-    Raises: CheckpointError if the source is not there or the destination is taken; ConfigError if --overwrite would
+    Raises: CheckpointError if the source is not there; ConfigError if the destination is taken or --overwrite would
     delete what is converted."""
     source, dest = arguments.source.resolve(), arguments.dest.resolve()
     if arguments.overwrite and source.is_relative_to(dest):
@@ -288,7 +282,7 @@ def _check_folders(arguments: argparse.Namespace, *, holds: str = "", expected: 
 
 
 def _list_mapping(lines: Sequence[str], arguments: argparse.Namespace) -> int:
-    """Raises: CheckpointError if the destination is taken: what is not dry would be refused."""
+    """Raises: ConfigError if the destination is taken: what is not dry would be refused."""
     for line in lines:
         print(line)
     refuse_taken(arguments.dest, overwrite=arguments.overwrite)

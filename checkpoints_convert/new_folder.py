@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_eve.errors import CheckpointError
+from megatron_eve.errors import CheckpointError, ConfigError
 from megatron_eve.whole import mend, whole_folder
 
 
@@ -22,7 +22,7 @@ class NotWrittenError(CheckpointError):
 def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """An empty folder to write to in the block; at its end it replaces `folder`.
 
-    Raises: CheckpointError if `folder` exists and not `overwrite`, if it is a file, or with the file system's error;
+    Raises: ConfigError if `folder` exists and not `overwrite` or is a file; CheckpointError with the file system's error;
     then `folder` is as it was."""
     refuse_taken(folder, overwrite=overwrite)
     try:
@@ -38,12 +38,12 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def refuse_taken(folder: Path, *, overwrite: bool) -> None:
-    """Raises: CheckpointError if `folder` exists and not `overwrite`, or if it is a file."""
+    """Raises: ConfigError if `folder` exists and not `overwrite`, or if it is a file."""
     mend(folder.resolve())
     if folder.exists() and not overwrite:
-        raise CheckpointError(f"{folder} exists; choose another name or pass --overwrite.")
+        raise ConfigError(f"{folder} exists; choose another name or pass --overwrite.")
     if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; choose another name.")
+        raise ConfigError(f"{folder} is a file; choose another name.")
 
 
 def _of_the_file_system(error: BaseException | None) -> OSError | None:

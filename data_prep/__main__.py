@@ -18,9 +18,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_eve.command import end_with
+from megatron_eve.command import end_with, reports_errors
 from megatron_eve.data.read.tokenizer import load_tokenizer
-from megatron_eve.errors import ConfigError, EveError
 
 from .build_options import BuildOptions
 from .corpus import read_texts
@@ -39,21 +38,12 @@ from .tokenizer import TokenizerSummary, build_qwen25, train_bpe
 Command = Callable[[argparse.Namespace], int]
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = _parser().parse_args(argv)
     command: Command = arguments.command
-    try:
-        return command(arguments)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except EveError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:  # disk full, no permission, ...
-        print(f"error: {error}; nothing incomplete was published", file=sys.stderr)
-        return 1
+    return command(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:

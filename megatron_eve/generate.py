@@ -6,15 +6,15 @@ one. Exit codes: 0 done, 1 the folder or an image is bad, 2 wrong usage, 130 int
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_eve.command import end_with
-from megatron_eve.errors import ConfigError, DataError, EveError
+from megatron_eve.command import end_with, reports_errors
+from megatron_eve.errors import ConfigError, DataError
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer one question and return the exit code."""
     parser = _parser()
@@ -25,11 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--template plain needs at least one --image")
     if arguments.template != "plain" and not (arguments.prompt or arguments.image):
         parser.error("--prompt is missing (or use --template plain for a caption)")
-    try:
-        _answer(arguments)
-    except EveError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    _answer(arguments)
     return 0
 
 

@@ -17,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from megatron_eve.command import end_with
+from megatron_eve.command import end_with, exit_code, reports_errors
 from megatron_eve.config.layout_checks import refuse_other_process_count
 from megatron_eve.config.overrides import apply_overrides
 from megatron_eve.config.recipes import RECIPES, load_recipe
@@ -34,6 +34,7 @@ EXAMPLE = """example:
   torchrun --nproc-per-node 2 -m megatron_eve.train eve_tiny_stage2_2 run_dir=runs/mine"""
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = _parse(argv)
@@ -41,28 +42,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         print(_recipes())
         return 0
-    try:
-        if args.diff:
-            print(_difference(*args.diff, overrides=args.overrides), end="")
-            return 0
-        config = configure(args.recipe, overrides=args.overrides)
-        if args.show:
-            print(config_text(config), end="")
-            return 0
-        check_start(config, dry_run=args.dry_run)
-        if not args.dry_run:
-            refuse_other_process_count(
-                config.parallel,
-                running=int(os.environ.get("WORLD_SIZE", 1)),
-                arguments=sys.argv[1:] if argv is None else argv,
-            )
-    except EveError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return _exit_code(error)
+    if args.diff:
+        print(_difference(*args.diff, overrides=args.overrides), end="")
+        return 0
+    config = configure(args.recipe, overrides=args.overrides)
+    if args.show:
+        print(config_text(config), end="")
+        return 0
+    check_start(config, dry_run=args.dry_run)
     if args.dry_run:
         print(config_text(config))
         print(plan_text(config, epoch=None))
         return 0
+    refuse_other_process_count(
+        config.parallel,
+        running=int(os.environ.get("WORLD_SIZE", 1)),
+        arguments=sys.argv[1:] if argv is None else argv,
+    )
     return _train(config)
 
 
@@ -107,7 +103,7 @@ def _train(config: RunConfig) -> int:
         try:
             run(config, signals=signals)
         except Exception as error:
-            code = _exit_code(error)
+            code = exit_code(error)
             if not isinstance(error, ElsewhereError):
                 print(f"rank {rank}: {_told(error, signals)}", file=sys.stderr)
         else:
@@ -117,11 +113,6 @@ def _train(config: RunConfig) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # destructors of a wedged communicator can hang for ever
-
-
-def _exit_code(error: Exception) -> int:
-    """2 tells slurm/launcher.py that another start would fail alike."""
-    return 2 if isinstance(error, EveError) and error.is_final else 1
 
 
 def _told(error: Exception, signals: StopSignals) -> str:

@@ -51,7 +51,9 @@ def look_at(trainer: Sequence[str]) -> Configuration:
         log.warning("the configuration could not be checked ahead: %s", error)
         return Configuration(steps=_asked_for(trainer))
     if result.returncode == CONFIG_EXIT_CODE:
-        return Configuration(refusal=result.stderr.strip() or result.stdout.strip())
+        return Configuration(
+            refusal=(result.stderr.strip() or result.stdout.strip()).removeprefix("error: ")
+        )
     if result.returncode:
         last = (result.stderr.strip().splitlines() or [""])[-1]
         log.warning("the configuration could not be checked ahead: %d, %s", result.returncode, last)

@@ -133,7 +133,7 @@ def refusals(submissions: Sequence[Submission]) -> list[str]:
         try:
             configure(submission.recipe, overrides=[f"run_dir={submission.run_dir}", *overrides])
         except ConfigError as error:
-            found.append(f"{submission.stage}: ConfigError: {error}")
+            found.append(f"{submission.stage}: {error}")
     return found
 
 

@@ -22,7 +22,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
-from megatron_eve.command import end_with
+from megatron_eve.command import end_with, reports_errors
 from megatron_eve.errors import ConfigError, EveError
 from megatron_eve.folder_lock import only_one
 from megatron_eve.metrics.definitions import METRICS
@@ -52,23 +52,20 @@ Parts = dict[str, Facts]
 """Where facts come from: "recipes", "PP2 stage1", "release", ..."""
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if all is equal, 1 if not or if a command of a commit failed, 2 for wrong usage."""
     args = _parser().parse_args(argv)
     work = args.work.absolute()
-    try:
-        commits = [
-            _git("rev-parse", "--verify", f"{name}^{{commit}}").decode().strip()
-            for name in (args.base, args.head)
-        ]
-        make_data(work, base=commits[0])
-        base, head = (
-            parts_of(name, work=work, steps=args.steps, until=args.until, layouts=args.layouts)
-            for name in commits
-        )
-    except EveError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    commits = [
+        _git("rev-parse", "--verify", f"{name}^{{commit}}").decode().strip()
+        for name in (args.base, args.head)
+    ]
+    make_data(work, base=commits[0])
+    base, head = (
+        parts_of(name, work=work, steps=args.steps, until=args.until, layouts=args.layouts)
+        for name in commits
+    )
     lines = list(differences(base, head))
     allowed = [line for line in lines if any(fnmatchcase(line, rule) for rule in args.allow)]
     refused = [line for line in lines if line not in allowed]

@@ -7,14 +7,13 @@ each starts where the one before ended. A thin line is every logged step, the th
     python -m tools.plot runs/eve_tiny_stage1 runs/eve_tiny_stage2_1 --out curves.png"""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_eve.command import end_with
-from megatron_eve.errors import DataError, EveError
+from megatron_eve.command import end_with, reports_errors
+from megatron_eve.errors import ConfigError, DataError
 from megatron_eve.metrics.definitions import METRICS
 from megatron_eve.metrics.sinks import METRICS_FILE, read_metrics
 
@@ -109,6 +108,7 @@ def _draw_curve(axis: Any, run: Run, *, metric: str, color: str) -> None:
     )
 
 
+@reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 the picture was written, 1 a run or the picture's place is not as it must be."""
     parser = argparse.ArgumentParser(
@@ -122,14 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="PNG", help="picture to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the picture if it exists")
     options = parser.parse_args(arguments)
-    try:
-        if options.out.exists() and not options.overwrite:
-            raise DataError(f"{options.out} exists; add --overwrite to replace it.")
-        runs = load_runs(options.run_dirs)
-        draw(runs, out=options.out)
-    except EveError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    if options.out.exists() and not options.overwrite:
+        raise ConfigError(f"{options.out} exists; add --overwrite to replace it.")
+    runs = load_runs(options.run_dirs)
+    draw(runs, out=options.out)
     print(f"curves of {len(runs)} runs written to {options.out}")
     return 0
 

@@ -15,14 +15,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_eve.command import end_with
-from megatron_eve.errors import EveError
+from megatron_eve.command import end_with, reports_errors
 from megatron_eve.evaluation.results import Figure, read_results
 from megatron_eve.whole import write_json
 
 METRICS_JSON, RELEASED = "metrics.json", "evaluated_release"
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate and return the exit code."""
     arguments = _parse(argv)
@@ -33,9 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"error: {' '.join(command)}: exit {code}", file=sys.stderr)
                 return 1
         metrics = flat([f for path in results(arguments.out) for f in read_results(path)])
-    except EveError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     finally:
         shutil.rmtree(released, ignore_errors=True)
     write_json(arguments.out / METRICS_JSON, metrics)

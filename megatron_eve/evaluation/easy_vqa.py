@@ -8,7 +8,6 @@ evaluated (the verdict is in the results), 1 the model or the data are bad, 2 wr
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -17,9 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_eve.command import end_with
+from megatron_eve.command import end_with, reports_errors
 from megatron_eve.data.read.media_names import IMAGE_MARK
-from megatron_eve.errors import DataError, EveError
+from megatron_eve.errors import DataError
 from megatron_eve.evaluation.scoring import (
     COLORS,
     GROUPS,
@@ -154,28 +153,25 @@ def write_results(
     return lines
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate and return the exit code."""
     arguments = _parse(argv)
     started = time.monotonic()
-    try:
-        records = official_test_questions(arguments.easy_vqa, num_images=arguments.images)
-        answered = ask(
-            arguments.model, records, easy_vqa=arguments.easy_vqa, batch_size=arguments.batch_size
-        )
-        guesses = Guesses(training_pairs(arguments.easy_vqa), types=TYPE_OF_ANSWER)
-        seconds = time.monotonic() - started
-        about: dict[str, object] = {
-            "num_images": len({one.image for one in answered}),
-            "wrong_image_seed": WRONG_IMAGE_SEED,
-            "seconds": round(seconds, 1),
-        }
-        lines = write_results(
-            answered, arguments.out, guesses=guesses, about=about, must_see=arguments.must_see
-        )
-    except EveError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    records = official_test_questions(arguments.easy_vqa, num_images=arguments.images)
+    answered = ask(
+        arguments.model, records, easy_vqa=arguments.easy_vqa, batch_size=arguments.batch_size
+    )
+    guesses = Guesses(training_pairs(arguments.easy_vqa), types=TYPE_OF_ANSWER)
+    seconds = time.monotonic() - started
+    about: dict[str, object] = {
+        "num_images": len({one.image for one in answered}),
+        "wrong_image_seed": WRONG_IMAGE_SEED,
+        "seconds": round(seconds, 1),
+    }
+    lines = write_results(
+        answered, arguments.out, guesses=guesses, about=about, must_see=arguments.must_see
+    )
     print("\n".join(lines))
     print(f"wrote 2 x {len(answered):,} answers ({seconds:.0f} s) and results to {arguments.out}")
     return 0

@@ -16,22 +16,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_eve.command import end_with
-from megatron_eve.errors import ConfigError, EveError
+from megatron_eve.command import end_with, reports_errors
+from megatron_eve.errors import ConfigError
 
 _MIB = 2**20
 _log = logging.getLogger("megatron_eve.serve")
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until stopped and return the exit code."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        _serve(arguments)
-    except EveError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    _serve(arguments)
     return 0
 
 

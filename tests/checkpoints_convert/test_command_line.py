@@ -49,7 +49,7 @@ def test_from_folder_to_folder(
     assert (code, lines[-1]) == (0, f"wrote 37 fp32 tensors to {dest}")
     for dry in ((), ("--dry-run",)):
         code, lines, errors = command("hf-to-megatron", folder, dest, *dry)
-        assert code == 1
+        assert code == 2
         assert "megatron exists; choose another name or pass --overwrite" in errors
     assert command("hf-to-megatron", folder, dest, "--overwrite", "--dry-run")[0] == 0
     assert command("hf-to-megatron", folder, dest, "--overwrite")[0] == 0
@@ -171,7 +171,7 @@ def test_overwrite_through_a_link(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
     file = tmp_path / "disk" / "config.txt"
     code, _, errors = command("hf-to-megatron", full_release[0], file, "--overwrite")
-    assert (code, file.is_file()) == (1, True)
+    assert (code, file.is_file()) == (2, True)
     assert "config.txt is a file; choose another name" in errors
 
 

@@ -30,7 +30,7 @@ from checkpoints_convert.release import CODE_FILES
 from megatron_eve.data.read.conversation import encode_prompt
 from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.data.sample import Turn
-from megatron_eve.errors import CheckpointError
+from megatron_eve.errors import CheckpointError, ConfigError
 from tests.checkpoints_convert.conftest import release_model, write_reference_release
 from tests.support.reference_eve import (
     IMAGE_PLACEHOLDER,
@@ -326,7 +326,7 @@ def test_release_is_refused(
     full_release: FullRelease, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     folder, eve = full_release
-    with pytest.raises(CheckpointError, match=r"eve exists; .*--overwrite"):
+    with pytest.raises(ConfigError, match=r"eve exists; .*--overwrite"):
         write_reference_release(folder, eve, tokenizer_folder)
     small = build_reference(dataclasses.replace(eve.config, vocab_size=61))
     with pytest.raises(CheckpointError, match=r"ids up to 319, the model 61 rows"):

@@ -129,7 +129,7 @@ def test_without_evaluation_the_card_says_so(gloo1: Any, trained: Path, tmp_path
     assert "| 5 | 1.2500 nats/token at step 5 |" in converted, "not of steps that came later"
     assert "license:" not in card
     code, _, errors = gloo1.run(run_main, "release", trained, out)[0]
-    assert code == 1
+    assert code == 2
     assert "release exists; choose another name or pass --overwrite" in errors
     assert gloo1.run(run_main, "release", trained, out, "--skip-check", "--overwrite")[0][0] == 0
 

@@ -127,7 +127,7 @@ def test_weights_that_are_not_there_end_a_run_before_it_begins(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*arguments, f"checkpoint.load_weights_from={tmp_path / 'no'}"]) == 1
-    assert f"CheckpointError: no checkpoint folder {tmp_path / 'no'}" in capsys.readouterr().err
+    assert f"error: no checkpoint folder {tmp_path / 'no'}" in capsys.readouterr().err
 
 
 def test_a_dry_run_of_another_model_in_a_run_directory_is_refused(

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eve import train
 from megatron_eve.__main__ import COMMANDS, main, usage
+from megatron_eve.command import reports_errors
+from megatron_eve.errors import CheckpointError, ConfigError, DataError, InUseError
 from tests.repo.tree import REPO
 
 
@@ -59,3 +62,42 @@ def test_arguments_output_and_exit_code_are_the_programs(tmp_path: Path) -> None
     assert "absent" in refused.stderr
     submitted = run("submit", "--help", cwd=tmp_path)
     assert (submitted.returncode, "Slurm" in submitted.stdout) == (0, True), submitted.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("wrong"), 2),
+        (InUseError("taken"), 1),  # a later call may find it free
+        (DataError("wrong"), 1),
+        (CheckpointError("wrong"), 1),
+        (OSError(28, "No space left on device"), 1),
+    ],
+)
+def test_what_goes_wrong_is_one_line_and_a_code(
+    error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @reports_errors
+    def fail() -> int:
+        raise error
+
+    assert fail() == code
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    @reports_errors
+    def fail() -> int:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+
+
+def test_of_the_ranks_of_a_node_the_first_one_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, told in (("0", True), ("1", False)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert train.main(["no_such_recipe"]) == 2
+        assert ("no_such_recipe" in capsys.readouterr().err) is told

@@ -81,7 +81,7 @@ def test_a_configuration_error_is_final_before_any_node_is_asked(stub_slurm: Stu
     train = f"{sys.executable} -m megatron_eve.train"
     process = stub_slurm.sbatch_file("optim.peek_lr=1", TRAIN_CMD=train)
     text = output(process)
-    assert "configuration error, final: ConfigError: optim.peek_lr is not a field" in text
+    assert "configuration error, final: optim.peek_lr is not a field" in text
     assert process.returncode == 2
     assert stub_slurm.calls == []
 

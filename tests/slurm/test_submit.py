@@ -89,7 +89,7 @@ def test_what_the_trainer_would_refuse_is_refused_before_anything_is_submitted(
     monkeypatch.chdir(REPO)
     assert submit.main(["stage1", "stage3", "--override", "optim.peek_lr=1"]) == 2
     text = capsys.readouterr().err
-    assert "stage3: ConfigError: optim.peek_lr is not a field" in text
+    assert "stage3: optim.peek_lr is not a field" in text
     assert "nothing was submitted" in text
     assert submit.main(["stage1", "--model", "eve9b"]) == 2
     assert "there is no recipe 'eve9b_stage1'" in capsys.readouterr().err

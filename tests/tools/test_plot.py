@@ -47,8 +47,8 @@ def test_picture_is_written_once(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(command) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == f"curves of 2 runs written to {out}\n"
-    assert main(command) == 1
-    assert f"DataError: {out} exists; add --overwrite to replace it." in capsys.readouterr().err
+    assert main(command) == 2
+    assert f"error: {out} exists; add --overwrite to replace it." in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
 
 

@@ -199,14 +199,14 @@ def test_a_broken_newest_checkpoint_is_skipped(overrides, tmp_path):  # type: ig
 
 
 ERRORS = {
-    "data.sources.0.path=/nowhere/shards": r"DataError: .*/nowhere/shards",
+    "data.sources.0.path=/nowhere/shards": r"error: .*/nowhere/shards",
     "data.tokenizer=/nowhere/tokenizer": r"/nowhere/tokenizer",
-    "checkpoint.load_weights_from=/nowhere/weights": r"CheckpointError: no checkpoint folder /nowhere/weights",
+    "checkpoint.load_weights_from=/nowhere/weights": r"error: no checkpoint folder /nowhere/weights",
     "parallel.gpus_per_node=2": r"ParallelError: 1 processes are running but .* is 2;.*\n"
     r" +torchrun --nproc-per-node 2 -m megatron_eve.train ",
-    "train.backend=te": r"ConfigError: .*te",
+    "train.backend=te": r"error: .*te",
     "data.decode_on=gpu": r"MissingHereError: data\.decode_on=gpu, but there is no GPU here",
-    "data.exif_rotation=false": r"ConfigError: data\.exif_rotation=false, but .*dataset\.json says",
+    "data.exif_rotation=false": r"error: data\.exif_rotation=false, but .*dataset\.json says",
 }
 
 

@@ -20,8 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_eve.command import end_with
-from megatron_eve.errors import EveError
+from megatron_eve.command import end_with, reports_errors
 from megatron_eve.whole import write_json
 from tools.bench.report import BenchmarkError, hardware
 
@@ -163,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@reports_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 all measured and written, 1 something failed (what was measured is written), 2 wrong usage."""
     parser = _parser()
@@ -187,12 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: argparse.Namespace) -> int:
-    try:
-        path = _result_path(options.out, size=options.size, overwrite=options.overwrite)
-        _refuse_without_gpu(options.size)
-    except EveError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    path = _result_path(options.out, size=options.size, overwrite=options.overwrite)
+    _refuse_without_gpu(options.size)
     names = options.parts or [part.name for part in PARTS]
     result: dict[str, Any] = {
         "benchmark": "gpu",

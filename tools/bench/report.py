@@ -10,7 +10,6 @@ import datetime
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 
 from megatron_eve import device
-from megatron_eve.errors import EveError
+from megatron_eve.command import reports_errors
+from megatron_eve.errors import ConfigError, EveError
 from megatron_eve.whole import write_json
 
 
@@ -113,6 +113,7 @@ def add_output_options(parser: argparse.ArgumentParser, *, name: str) -> None:
     )
 
 
+@reports_errors
 def run_benchmark(
     options: argparse.Namespace,
     *,
@@ -123,17 +124,11 @@ def run_benchmark(
     """Measure, keep the rows with their settings in DIR/name.json, print the table.
 
     An older result is refused before anything is measured, unless --overwrite was given. Exit status: 0 measured and
-    written, 1 not."""
+    written, 1 not, 2 there is an older result."""
     path = options.out / f"{name}.json"
-    try:
-        if path.exists() and not options.overwrite:
-            raise BenchmarkError(
-                f"{path} exists; add --overwrite to replace it or choose another --out."
-            )
-        rows = measure()
-    except EveError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    if path.exists() and not options.overwrite:
+        raise ConfigError(f"{path} exists; add --overwrite to replace it or choose another --out.")
+    rows = measure()
     settings = {k: v for k, v in vars(options).items() if k not in ("out", "overwrite")}
     _write_result(path, settings=settings, rows=rows)
     print(table(rows))

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_eve.command import end_with
-from megatron_eve.errors import ConfigError, EveError
+from megatron_eve.command import end_with, reports_errors
+from megatron_eve.errors import ConfigError
 from megatron_eve.evaluation.easy_vqa import RESULTS_FILE
 from tools.demo.pipelines import DEMOS, Demo, DemoOptions
 from tools.demo.steps import plan_lines, run_steps, step_seconds
@@ -21,29 +21,23 @@ from tools.demo.summary import summarise
 from tools.process import sigterm_interrupts
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one demonstration and return the exit code."""
     arguments = _parser().parse_args(argv)
     out: Path = arguments.out
-    try:
-        demo = DEMOS[arguments.demo](_options(arguments))
-        _check_stop_after(arguments.stop_after, demo)
-        if arguments.dry_run:
-            print("\n".join(plan_lines(demo.steps, out=out)))
-            print(f"dry run: {len(demo.steps)} steps, nothing was written to {out}")
-            return 0
-        with sigterm_interrupts():
-            is_complete = run_steps(demo.steps, out=out, stop_after=arguments.stop_after)
-        if not is_complete:
-            print(f"stopped after {arguments.stop_after}; wrote the steps up to it to {out}")
-            return 0
-        return _conclude(demo, out=out)
-    except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
-        return 2
-    except EveError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    demo = DEMOS[arguments.demo](_options(arguments))
+    _check_stop_after(arguments.stop_after, demo)
+    if arguments.dry_run:
+        print("\n".join(plan_lines(demo.steps, out=out)))
+        print(f"dry run: {len(demo.steps)} steps, nothing was written to {out}")
+        return 0
+    with sigterm_interrupts():
+        is_complete = run_steps(demo.steps, out=out, stop_after=arguments.stop_after)
+    if not is_complete:
+        print(f"stopped after {arguments.stop_after}; wrote the steps up to it to {out}")
+        return 0
+    return _conclude(demo, out=out)
 
 
 def _conclude(demo: Demo, *, out: Path) -> int:

@@ -4,13 +4,12 @@
 python -m tools.demo.first_images captions_train.json first/captions_train.json --images 40"""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.readers import iterate_entries
-from megatron_eve.command import end_with
-from megatron_eve.errors import DataError, EveError
+from megatron_eve.command import end_with, reports_errors
+from megatron_eve.errors import DataError
 from megatron_eve.whole import write_json
 
 
@@ -30,6 +29,7 @@ def first_images(source: Path, dest: Path, *, num_images: int) -> int:
     return len(kept)
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 written, 1 the source is bad, 2 wrong usage."""
     parser = argparse.ArgumentParser(
@@ -41,11 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("dest", type=Path, help=".json file to write; replaced if it exists")
     parser.add_argument("--images", type=int, required=True, metavar="N")
     arguments = parser.parse_args(argv)
-    try:
-        count = first_images(arguments.source, arguments.dest, num_images=arguments.images)
-    except EveError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    count = first_images(arguments.source, arguments.dest, num_images=arguments.images)
     print(f"wrote {count:,} entries to {arguments.dest}")
     return 0
 

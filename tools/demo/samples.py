@@ -8,12 +8,11 @@ of each the first question of every type is shown."""
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_eve.command import end_with
-from megatron_eve.errors import DataError, EveError
+from megatron_eve.command import end_with, reports_errors
+from megatron_eve.errors import DataError
 from megatron_eve.evaluation.easy_vqa import ANSWERS_FILE
 from megatron_eve.evaluation.scoring import Answered, normalised
 
@@ -104,6 +103,7 @@ def draw(chosen: dict[str, list[Answered]], *, easy_vqa: Path, out: Path) -> Non
     pyplot.close(figure)
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 written, 1 the answers or images are missing, 2 wrong usage."""
     parser = argparse.ArgumentParser(
@@ -115,13 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("easy_vqa", type=Path, help="folder of `python -m data_prep demo easy-vqa`")
     arguments = parser.parse_args(argv)
     folder, easy_vqa = arguments.folder, arguments.easy_vqa
-    try:
-        chosen = choose(read_answers(folder), num_images=NUM_IMAGES)
-        draw(chosen, easy_vqa=easy_vqa, out=folder / "samples.png")
-        (folder / "samples.md").write_text(markdown(chosen, easy_vqa=easy_vqa, folder=folder))
-    except (EveError, FileNotFoundError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    chosen = choose(read_answers(folder), num_images=NUM_IMAGES)
+    draw(chosen, easy_vqa=easy_vqa, out=folder / "samples.png")
+    (folder / "samples.md").write_text(markdown(chosen, easy_vqa=easy_vqa, folder=folder))
     print(f"wrote samples.md and samples.png with {len(chosen)} images to {folder}")
     return 0
 

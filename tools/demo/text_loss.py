@@ -9,7 +9,6 @@ rounding is allowed. Writes text_loss.json and text_loss.md. Exit codes: 0 as ex
 
 import argparse
 import importlib
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -17,9 +16,8 @@ from typing import Any
 
 import torch
 
-from megatron_eve.command import end_with
+from megatron_eve.command import end_with, reports_errors
 from megatron_eve.data.read.tokenizer import load_tokenizer
-from megatron_eve.errors import EveError
 from megatron_eve.evaluation.scoring import aligned
 from megatron_eve.whole import write_json
 
@@ -98,6 +96,7 @@ def report(losses: Mapping[str, Sequence[float]]) -> list[str]:
     ]
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write, judge."""
     parser = argparse.ArgumentParser(
@@ -113,11 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{option}", type=Path, required=True, metavar="FOLDER")
     arguments = parser.parse_args(argv)
     folders = {name: getattr(arguments, name) for name in ("llm", "imported", "stage2_1", "stage3")}
-    try:
-        losses = {name: passage_losses(folder, PASSAGES) for name, folder in folders.items()}
-    except EveError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    losses = {name: passage_losses(folder, PASSAGES) for name, folder in folders.items()}
     lines = report(losses)
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "text_loss.json", {"passages": PASSAGES, "losses": losses})

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_eve.command import end_with
-from megatron_eve.errors import ConfigError
+from megatron_eve.command import end_with, reports_errors
 
 from .cluster import GPUS, WORKSPACE
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -25,11 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(words[1:] if is_calibration else words)
     from .commands import calibrate, show_plan  # numpy and torch: not for --help
 
-    try:
-        return calibrate(options) if is_calibration else show_plan(options)
-    except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
-        return 2
+    return calibrate(options) if is_calibration else show_plan(options)
 
 
 def _plan_parser() -> argparse.ArgumentParser:

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_eve.command import end_with
+from megatron_eve.command import end_with, reports_errors
 from megatron_eve.config.recipes import load_recipe
-from megatron_eve.errors import ConfigError, EveError
 from megatron_eve.metrics.captured import PROFILE_FOLDER
 from megatron_eve.whole import write_json
 
@@ -44,17 +43,11 @@ from .trace import ProfileError
 TRAINER = ("-m", "megatron_eve.train")
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     arguments = _parse(argv)
-    try:
-        return int(arguments.act(arguments))
-    except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
-        return 2
-    except EveError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    return int(arguments.act(arguments))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
