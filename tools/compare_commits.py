@@ -262,7 +262,11 @@ def _release_facts(code: Path, folder: Path, *, recipe: str) -> Facts:
         "release", f"runs/eve_tiny_{recipe}", "release", *tokenizer, "--skip-check", "--overwrite"
     )
     convert("hf-to-megatron", "release", "imported", "--overwrite")
-    return _file_facts(folder, "release/**/*") | _file_facts(folder, "imported/**/*")
+    facts = _file_facts(folder, "release/**/*") | _file_facts(folder, "imported/**/*")
+    for name in (COMPLETE, CONFIG):  # they hold the path of FOLDER, or the size of one that does
+        del facts[f"file imported/{name}"]
+    model = (folder / "imported" / CONFIG).read_text().replace(f"{folder}/", "")
+    return facts | _field_facts(model, prefix="imported ")
 
 
 def _field_facts(text: str, *, prefix: str = "") -> Facts:

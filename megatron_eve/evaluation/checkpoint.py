@@ -72,13 +72,13 @@ def commands(arguments: argparse.Namespace, *, released: Path) -> list[list[str]
 
 
 def results(out: Path) -> list[Path]:
-    """Of our evaluator, and the newest of lmms-eval."""
+    """Results of our evaluator, and the newest of lmms-eval."""
     own = [path for path in [out / "results.json"] if path.is_file()]
     return own + sorted(out.rglob("*_results.json"))[-1:]
 
 
 def flat(figures: Sequence[Figure]) -> dict[str, float]:
-    """`task/metric` -> value; easy-VQA's names without what all of them share."""
+    """`task/metric` -> value; easy-VQA's names without their common part."""
     return {_name(figure): figure.value for figure in figures}
 
 

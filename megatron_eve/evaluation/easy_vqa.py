@@ -47,7 +47,7 @@ TYPE_OF_ANSWER = {
 
 
 def official_test_questions(easy_vqa: Path, *, num_images: int | None) -> list[dict[str, str]]:
-    """Records of questions_test.json, of the first images only if `num_images` says so."""
+    """Records of questions_test.json; with `num_images` those of the first images only."""
     records: list[dict[str, str]] = _read_json(easy_vqa / "questions_test.json")
     images = list(dict.fromkeys(record["image"] for record in records))
     if num_images is None:

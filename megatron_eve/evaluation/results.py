@@ -2,8 +2,8 @@
 """Measured figures for a model card, out of the files that an evaluation wrote.
 
 Two forms are read: results.json of `python -m megatron_eve.evaluation.easy_vqa`, and the aggregated JSON of lmms-eval
-(`*_results.json`). Every figure keeps the name that its file gives it; nothing is renamed, averaged or rounded to look
-better (four decimals)."""
+(`*_results.json`). Every figure keeps its name; nothing is renamed, averaged or rounded to look better (four
+decimals)."""
 
 import json
 from dataclasses import dataclass

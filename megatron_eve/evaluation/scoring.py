@@ -69,7 +69,7 @@ class Guesses:
         self._of_type = {key: most_frequent(counts) for key, counts in by_type.items()}
 
     def from_question(self, question: str, *, kind: str) -> str:
-        """For a question that training did not have: the guess from its type."""
+        """For a question that training did not have, the guess is that of its type."""
         return self._of_question.get(question, self.from_type(kind))
 
     def from_type(self, kind: str) -> str:
@@ -77,17 +77,17 @@ class Guesses:
 
 
 def normalised(answer: str) -> str:
-    """What is compared: no white space around, lower case."""
+    """The form that is compared: no white space around, lower case."""
     return answer.strip().lower()
 
 
 def most_frequent(counts: Counter[str]) -> str:
-    """Of equally frequent ones the first in the alphabet."""
+    """The most frequent answer; of equals the first in the alphabet."""
     return min(counts, key=lambda answer: (-counts[answer], answer))
 
 
 def wrong_images(images: Sequence[str], *, seed: int) -> dict[str, str]:
-    """Another image for each image, every image once: a random order in which each gives way to the next."""
+    """Another image for each image, every image once: a random order in which each is replaced by the next."""
     order = sorted(set(images))
     if len(order) < 2:
         raise ValueError(f"{len(order)} image has no other one; give at least 2.")

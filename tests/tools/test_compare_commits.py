@@ -72,8 +72,11 @@ def released(run: Path, value: str) -> None:
 
 
 def imported(run: Path, value: str) -> None:
-    (run.parents[1] / "imported").mkdir(exist_ok=True)
-    (run.parents[1] / "imported/.metadata").write_text(value)
+    folder = run.parents[1] / "imported"
+    folder.mkdir(exist_ok=True)
+    (folder / ".metadata").write_text(value)
+    (folder / "complete.json").write_text(str(run))
+    (folder / "config.txt").write_text(f"converted_from: {run.parents[1]}/release\n")
 
 
 def play(monkeypatch: pytest.MonkeyPatch, write: Write) -> list[str]:
@@ -86,7 +89,7 @@ def play(monkeypatch: pytest.MonkeyPatch, write: Write) -> list[str]:
             run = folder / f"runs/{arguments[arguments.index('megatron_eve.train') + 1]}"
             assert (folder / "data").is_symlink() and not run.exists()
             (run / "checkpoints/step_00000001").mkdir(parents=True)
-            for fact in (loss, tensor, config, released):
+            for fact in (loss, tensor, config, released, imported):
                 fact(run, "0")
             write(run, (code / "value").read_text())
         if write is resolved:

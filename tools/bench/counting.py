@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training process holds, sends and multiplies, by counting: no allocator, no estimate.
+"""Counts what a training process holds, sends and multiplies: no allocator, no estimate.
 
 Bytes are those of tensors of a model wrapped for data parallelism and its megatron-core optimizer. Traffic and FLOPs
 are counted where collectives and matrix products pass torch's dispatcher."""
@@ -19,7 +19,7 @@ SCALAR_BYTES = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldBytes:
-    """Of one process."""
+    """Bytes that one process holds."""
 
     weights: int
     gradient_buffers: int  # megatron-core's, padding included

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that only a GPU can tell, in one command and within eight minutes on one H200.
+"""Everything that only a GPU can show, in one command and within eight minutes on one H200.
 
     python -m tools.bench.gpu --out docs/measurements
 
@@ -26,9 +26,9 @@ from tools.bench.report import BenchmarkError, hardware
 
 BUDGET_S = 480
 _PATIENCE = 10
-"""Times are budgeted for a GPU; at size tiny on a CPU that others use they are so much longer."""
+"""Budgets are for a GPU; on a shared CPU at size tiny they are so many times longer."""
 _START_S = 10
-"""Left to a part for starting and importing, of its budget; no case begins in the last tenth."""
+"""Share of a part's budget for starting and importing; no case begins in the last tenth."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -45,7 +45,7 @@ OUTPUT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What is asked of every variant."""
+    """The question to every variant."""
 
     scale: Scale
     image_edge: int  # patches in a row and in a column of the one image
@@ -152,7 +152,7 @@ def some_prompts(setting: Setting) -> list[Prompt]:
 
 
 def measure(setting: Setting, variants: Sequence[str], *, rounds: int) -> list[dict[str, Any]]:
-    """One row for each variant, the first being what the others are compared with."""
+    """One row for each variant; the others are compared with the first."""
     contenders = build_contenders(setting, variants)
 
     def times(method: Callable[[Contender], Callable[[int], None]]) -> dict[str, Seconds]:

@@ -63,7 +63,7 @@ def decoder_cost(model: ModelConfig) -> PackCost:
 
 
 def training_cost(config: RunConfig) -> PackCost:
-    """What the trainer plans by."""
+    """The trainer's own cost."""
     return PackCost.of_model(config.model, trainable=config.stage.trainable)
 
 

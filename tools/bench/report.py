@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every benchmark shares: where it ran, interleaved repeats, a JSON file that is kept, a Markdown table.
+"""Shared by all benchmarks: hardware, interleaved repeats, a JSON file that is kept, a Markdown table.
 
-Interleaved: in each round every contender runs once, in an order that turns from round to round, so that a machine that
-slows down slows all of them. A ratio is taken inside each round; what is reported is the median over rounds. CPU time
+Interleaved: in each round every contender runs once, in an order that rotates, so that a machine that slows down slows
+all of them. A ratio is taken inside each round; what is reported is the median over rounds. CPU time
 of the process stands beside wall time: on a machine that others use too it moves less."""
 
 import argparse

@@ -82,7 +82,7 @@ class _Sizes:
         self._config, self._token_share, self._rng = config, token_share, rng
 
     def has_image(self) -> bool:
-        """Whether the next one has."""
+        """Whether the next sample has one."""
         return self._config.data.template == "plain" or self._rng.random() > _TEXT_ONLY
 
     def draw(self, *, with_image: bool) -> SampleSize:

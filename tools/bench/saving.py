@@ -55,7 +55,7 @@ class Contender:
         return _seconds(lambda: self._ours.step(next(self._packs)))
 
     def save(self, *, in_background: bool) -> tuple[float, list[float]]:
-        """Seconds that save() took, and of each step until the checkpoint was there."""
+        """Seconds of save(), and of each step until the checkpoint was written."""
         manager = CheckpointManager(
             self._folder, keep_last=1, config_text="", in_background=in_background
         )
@@ -67,7 +67,7 @@ class Contender:
         return held, steps
 
     def mib(self) -> float:
-        """Of the checkpoint that is there."""
+        """Size of the checkpoint on the disk."""
         files = self._folder.glob("checkpoints/step_*/*")
         return sum(file.stat().st_size for file in files) / _MIB
 

@@ -37,7 +37,7 @@ STAGES = {"1": "eve7b_stage1", "2.1": "eve7b_stage2_1_ld", "2.2": "eve7b_stage2_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OfficialBatch:
-    """What one official training script sets about batches. All run on `OFFICIAL_GPUS` GPUs."""
+    """The batches of one official training script. All run on `OFFICIAL_GPUS` GPUs."""
 
     script: str  # baaivision/EVE, EVEv2/scripts/eve
     micro_batch: int  # samples on one GPU at a time, --per_device_train_batch_size

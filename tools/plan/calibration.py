@@ -5,9 +5,9 @@
 A run's step is a sum of amounts over rates (timing.py), so the inverses of the rates are found by least squares on the
 relative errors of the runs' median steps, none below zero, with a light pull to what was assumed: one run gives little
 more than one number, and a constant on which no run depends keeps its assumption. Runs that differ in width, depth,
-pack and processes tell the constants apart.
+pack and processes separate the constants.
 
-What a run waited for data is not part of the step here. Overlap cannot be told from step times; it is assumed."""
+Time spent waiting for data is not part of the step here. Step times do not show overlap; it is assumed."""
 
 import statistics
 from collections.abc import Sequence
@@ -85,7 +85,7 @@ class Fitted:
 
     @property
     def error(self) -> float:
-        """Of the model, relative to the measured step."""
+        """Error of the model, relative to the measured step."""
         return self.time.total / self.run.step_s - 1
 
 
@@ -124,7 +124,7 @@ def read_run(run_dir: Path) -> MeasuredRun:
 
 
 def predict(run: MeasuredRun, *, rates: Rates, gpu: Gpu) -> StepTime:
-    """What the model says of a measured run."""
+    """The model's prediction for a measured run."""
     parallel = run.config.parallel
     cluster = Cluster(
         num_nodes=parallel.num_nodes,

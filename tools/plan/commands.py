@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `python -m tools.plan` does once its command line is read: the plan of a recipe, and the calibration."""
+"""The work of `python -m tools.plan` once its command line is read: the plan of a recipe, and the calibration."""
 
 import argparse
 import datetime

@@ -37,7 +37,7 @@ class Gemm:
 
 
 def gemms(config: RunConfig, rows: PackRows) -> Iterator[Gemm]:
-    """Of all layers, as if this rank had every pipeline stage; attention is not among them."""
+    """Products of all layers, as if this rank had every pipeline stage; attention is not among them."""
     model, cp = config.model, config.parallel.context
     every = {"vision": rows.vision // cp, "text": rows.text // cp}
     few = {"vision": rows.kept_vision // cp, "text": rows.kept_text // cp}

@@ -33,7 +33,7 @@ _MAX_CONTEXT = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """One layout, and what comes of it."""
+    """One layout and its results."""
 
     config: RunConfig
     memory: Memory
@@ -81,7 +81,7 @@ def candidates(config: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
 
 
 def own_layout(config: RunConfig, cluster: Cluster) -> RunConfig | None:
-    """The recipe's configuration where it is made for as many GPUs and passes its checks."""
+    """The recipe's configuration, if it is made for as many GPUs and passes its checks."""
     parallel = config.parallel
     if (parallel.num_nodes, parallel.gpus_per_node) != (cluster.num_nodes, cluster.gpus_per_node):
         return None
@@ -123,7 +123,7 @@ class Setting:
 
 
 def plan(config: RunConfig, setting: Setting) -> Plan:
-    """What one layout comes to."""
+    """The results of one layout."""
     mix, cluster = setting.mix, setting.cluster
     rows = pack_rows(config, mix)
     time = step_time(config, amounts(config, mix), rates=setting.rates, cluster=cluster)

@@ -71,8 +71,8 @@ class _Rows:
 
 
 def memory(config: RunConfig, rows: PackRows, *, workspace: float = WORKSPACE) -> Memory:
-    """Of the fullest rank: the first pipeline stage, which holds most micro-batches, with the last one's logits where
-    they are the same rank."""
+    """Memory of the fullest rank: the first pipeline stage, which holds most micro-batches, with the last one's logits
+    where they are the same rank."""
     held = memory_estimate(config)
     one = kept(config, rows)
     parallel, model = config.parallel, config.model

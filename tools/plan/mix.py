@@ -67,7 +67,7 @@ def parse_mix(text: str) -> Mix:
 
 
 def samples_per_pack(config: RunConfig, mix: Mix) -> float:
-    """On average."""
+    """Samples in a pack, on average."""
     return mix.fill * config.data.pack_tokens / mix.tokens
 
 
@@ -114,7 +114,7 @@ def pack_rows(config: RunConfig, mix: Mix) -> PackRows:
 
 
 def needed_work_of(config: RunConfig, mix: Mix) -> Work:
-    """Of an average pack: what its samples need, padding left out (metrics/flops.py: ideal)."""
+    """The work of an average pack that its samples need, padding left out (metrics/flops.py: ideal)."""
     samples = samples_per_pack(config, mix)
     vision, text, labels = (
         round(samples * number) for number in (mix.vision, mix.text, mix.labels)

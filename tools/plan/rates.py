@@ -22,7 +22,7 @@ _GEMM_OVERHEAD_S = 12e-6  # a launch, and the last, partly filled wave of tiles
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """Of one rank. Times of a step are sums of amounts over rates, so a fit is linear in their inverses."""
+    """Rates of one rank. Times of a step are sums of amounts over rates, so a fit is linear in their inverses."""
 
     gemm_flops_per_s: float
     attention_flops_per_s: float
@@ -38,7 +38,7 @@ class Rates:
 
 
 def assumed(gpu: Gpu) -> Rates:
-    """From the data sheet by shares that are assumptions, none of them measured with this code."""
+    """From the data sheet, by assumed shares, none of them measured with this code."""
     return Rates(
         gemm_flops_per_s=_GEMM_SHARE * gpu.peak_flops,
         attention_flops_per_s=_ATTENTION_SHARE * gpu.peak_flops,

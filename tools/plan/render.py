@@ -23,7 +23,7 @@ _MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "
 
 
 def heading(fastest: Plan, *, cluster: Cluster, mix: Mix, constants: str) -> str:
-    """What the tables rest on."""
+    """The basis of the tables."""
     config = fastest.config
     samples = samples_per_pack(config, mix)
     packs = fastest.filled * fastest.micro_batches * config.parallel.data

@@ -28,7 +28,7 @@ _BACKWARD_PASSES = 2.0  # passes over memory in the backward, of those in the fo
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Amounts:
-    """What one rank does. Per micro-batch, as if it had all pipeline stages, unless said otherwise."""
+    """The work of one rank, per micro-batch and as if it had all pipeline stages, unless said otherwise."""
 
     gemm_flops: float
     gemm_calls: float
@@ -47,7 +47,7 @@ class Amounts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """Seconds of a step by what they are spent on."""
+    """Seconds of a step by part."""
 
     products: float
     attention: float
@@ -65,7 +65,7 @@ class StepTime:
 
     @property
     def limit(self) -> str:
-        """The largest part but the products, with its share of the step; products alone limit nobody."""
+        """The largest part but the products, with its share of the step; products alone limit nothing."""
         parts = {
             field.name: getattr(self, field.name)
             for field in fields(self)

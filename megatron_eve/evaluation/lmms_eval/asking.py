@@ -27,7 +27,7 @@ IMAGE_MARK = "<image>"
 OFFICIAL_PENALTY = 1.05
 """The official evaluation scripts inherit it from the chat model's generation_config.json."""
 OFFICIAL_IMAGE_ID = 0
-"""What the official code puts into the prompt's ids at an image; a penalty counts it (eve_arch.py:104-105)."""
+"""The official code puts it into the prompt's ids at an image; a penalty counts it (eve_arch.py:104-105)."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -77,14 +77,14 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Likelihood:
-    """Of a continuation, given a prompt."""
+    """The likelihood of a continuation, given a prompt."""
 
     log_probability: float  # nats, summed over its tokens
     is_greedy: bool  # whether greedy decoding would write it
 
 
 class ReleasedFolder:
-    """A released folder in memory, and how it is asked."""
+    """A released folder in memory, and how to ask it."""
 
     def __init__(
         self, folder: Path, settings: AskSettings, *, device: str, dtype: str = "auto"
@@ -137,7 +137,7 @@ class ReleasedFolder:
             yield from zip(rows, texts, strict=True)
 
     def _batches(self, questions: Sequence[Asked]) -> Iterator[list[int]]:
-        """Indices, longest texts first: little padding, and memory that does not suffice is found out early."""
+        """Indices, longest texts first: little padding, and a lack of memory shows early."""
         order = sorted(range(len(questions)), key=lambda index: -len(questions[index].text))
         size = self.settings.batch_size
         yield from (order[start : start + size] for start in range(0, len(order), size))
@@ -199,7 +199,7 @@ class ReleasedFolder:
         ]
 
     def _answer_ids(self, text: str) -> Tensor:
-        """Token ids of an answer behind `ASSISTANT:`, or of a caption behind its image."""
+        """Token ids of an answer after `ASSISTANT:`, or of a caption after its image."""
         written = text.strip() if self.settings.template == "plain" else f" {text.strip()}"
         ids = self.processor.tokenizer(written, add_special_tokens=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)

@@ -4,8 +4,8 @@
     --model_args pretrained=FOLDER,resize_rule=eval,repetition_penalty=1.0,template=qwen2,dtype=auto --batch_size 8
 
 Arguments beyond the folder have the defaults of `AskSettings`. lmms-eval calls this class by its own rules: a request
-is a tuple of the context, the generation settings (or the continuation), a function that gives the images, and where
-the record is. Multiple choice in lmms-eval takes the SMALLEST returned number for the answer (task.py: argmin), so
+is a tuple of the context, the generation settings (or the continuation), a function that gives the images, and the
+record's place. Multiple choice in lmms-eval takes the SMALLEST returned number for the answer (task.py: argmin), so
 `loglikelihood` returns the negative log-probability, summed over the continuation's tokens."""
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class Eve(lmms):
         template: str = "qwen2",
         repetition_penalty: float = 1.0,
     ) -> None:
-        """`max_batch_size` is passed by lmms-eval always and not used: a batch is what `batch_size` says."""
+        """lmms-eval always passes `max_batch_size`; it is not used: `batch_size` decides."""
         super().__init__()
         settings = AskSettings(
             template=template,  # type: ignore[arg-type]  # AskSettings refuses others

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions that easy_vqa.yaml names. A record is {id, image, question, answer, type}; right is what
-`python -m megatron_eve.evaluation.easy_vqa` calls right, and the groups are its groups."""
+"""Functions that easy_vqa.yaml names. A record is {id, image, question, answer, type}; answers are judged and grouped
+as `python -m megatron_eve.evaluation.easy_vqa` does."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,5 +32,5 @@ def results(record: Mapping[str, str], answers: Sequence[str]) -> dict[str, floa
 
 
 def share(rights: Sequence[float]) -> float:
-    """Of right answers."""
+    """Share of right answers."""
     return sum(rights) / len(rights)
