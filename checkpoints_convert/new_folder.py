@@ -22,7 +22,7 @@ class NotWrittenError(CheckpointError):
 def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """An empty folder to write to in the block; at its end it replaces `folder`.
 
-    Raises: ConfigError if `folder` exists and not `overwrite` or is a file; CheckpointError with the file system's error;
+    Raises: ConfigError if `folder` exists and not `overwrite` or is a file, CheckpointError with the system's error;
     then `folder` is as it was."""
     refuse_taken(folder, overwrite=overwrite)
     try:
