@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eve.checkpoint.weights import read_config_text, weights_folder
-from megatron_eve.config.model_lines import lines_of
+from megatron_eve.config.text_form import lines_of
 from megatron_eve.data.read.text_rules import END_TEXTS
 from megatron_eve.data.read.tokenizer import Tokenizer
 from megatron_eve.errors import CheckpointError

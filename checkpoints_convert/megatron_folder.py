@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megatron_eve.checkpoint.canonical import TensorHash, hash_of_boxes
 from megatron_eve.checkpoint.manifest import (
-    CONFIG,
     Manifest,
     check_bytes,
     check_folder,
@@ -29,6 +28,7 @@ from megatron_eve.data.read.vocabulary import FACT
 from megatron_eve.errors import CheckpointError
 from megatron_eve.finite import check_finite, is_finite
 from megatron_eve.parallel.groups import init_distributed
+from megatron_eve.run_files import CONFIG
 from megatron_eve.whole import write_text
 
 from .disk import WriteBack

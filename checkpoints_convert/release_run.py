@@ -14,12 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_eve.checkpoint.manifest import CONFIG
 from megatron_eve.checkpoint.weights import read_config_text, weights_folder
 from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.errors import CheckpointError
 from megatron_eve.evaluation.results import Figure, read_results
-from megatron_eve.run_files import step_of
+from megatron_eve.run_files import CONFIG, step_of
 
 from .generation import not_applied, source_generation
 from .megatron_to_hf import ExportOptions, export_hf

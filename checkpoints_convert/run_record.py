@@ -9,10 +9,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_eve.checkpoint.manifest import CONFIG
-from megatron_eve.config.model_lines import lines_of
-from megatron_eve.metrics.sinks import METRICS_FILE, read_metrics
-from megatron_eve.run_files import CHECKPOINTS, step_of
+from megatron_eve.config.text_form import lines_of
+from megatron_eve.metrics.sinks import read_metrics
+from megatron_eve.run_files import CHECKPOINTS, CONFIG, METRICS_FILE, step_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eve.checkpoint.manifest import COMPLETE, CONFIG
 from megatron_eve.checkpoint.weights import weights_folder
 from megatron_eve.config.model_lines import model_from_text
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.config.weights_model import differing_constants
 from megatron_eve.errors import CheckpointError
+from megatron_eve.run_files import COMPLETE, CONFIG
 
 from .hf_config import read_hf_config
 from .hf_folder import SafetensorsFolder

@@ -26,8 +26,8 @@ from megatron_eve.command import end_with, reports_errors
 from megatron_eve.errors import ConfigError, EveError
 from megatron_eve.folder_lock import only_one
 from megatron_eve.metrics.definitions import METRICS
-from megatron_eve.metrics.sinks import METRICS_FILE, read_metrics
-from megatron_eve.run_files import CHECKPOINTS, COMPLETE, CONFIG
+from megatron_eve.metrics.sinks import read_metrics
+from megatron_eve.run_files import CHECKPOINTS, COMPLETE, CONFIG, METRICS_FILE
 from megatron_eve.whole import write_json
 
 RECIPES = ("text", "stage1", "stage2_1", "stage2_2", "stage3")

@@ -15,7 +15,8 @@ from typing import Any
 from megatron_eve.command import end_with, reports_errors
 from megatron_eve.errors import ConfigError, DataError
 from megatron_eve.metrics.definitions import METRICS
-from megatron_eve.metrics.sinks import METRICS_FILE, read_metrics
+from megatron_eve.metrics.sinks import read_metrics
+from megatron_eve.run_files import METRICS_FILE
 
 PANELS = ("loss", "grad_norm", "lr", "fill")
 _LOG_SCALE = ("grad_norm",)

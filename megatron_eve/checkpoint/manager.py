@@ -2,15 +2,13 @@
 """A run's own checkpoints: everything that the next step depends on, written atomically, verified, and found again.
 
     RUN_DIR/checkpoints/step_00000100/   tensors, common.pt, config.txt, complete.json (manifest.py; written last)
-    RUN_DIR/checkpoints/latest           name of the newest complete one, as text
-    RUN_DIR/latest_step                  its step, as text (read by slurm/)
+    RUN_DIR/latest_step                  step of the newest, as text (read by slurm/)
 
 A checkpoint is written to `.tmp-...`, by threads of their own if the training is not to wait, and renamed when every
-rank's bytes are on the disk: a folder with a step's name is whole. `latest` is replaced after that, and an old
-checkpoint loses its name before its files, so at every instant `latest` names a whole one. Contents: weights,
-optimizer, schedule, random generators, position of the data plan, the run's configuration. The same layout resumes
-bitwise; another layout resumes from the same weights, moments and data position, but with its own random generators
-(this model draws no random numbers in training).
+rank's bytes are on the disk, and an old checkpoint loses its name before its files: at every instant a folder with a
+step's name is whole. Contents: weights, optimizer, schedule, random generators, position of the data plan, the run's
+configuration. The same layout resumes bitwise; another layout resumes from the same weights, moments and data position,
+but with its own random generators (this model draws no random numbers in training).
 
 A resume reads every byte and compares it with the manifest, loads, and compares the canonical tensors in memory. A
 damaged checkpoint is named in the log and set aside as `step_00000100.broken`, and the one before is taken.
@@ -20,10 +18,10 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -48,15 +46,17 @@ from megatron_eve.data.read.vocabulary import FACT
 from megatron_eve.errors import CheckpointError
 from megatron_eve.run_files import (
     CHECKPOINTS,
-    LATEST,
     LATEST_STEP_FILE,
     checkpoints_of,
+    first_whole,
+    newest_first,
     step_name,
 )
 from megatron_eve.whole import ASIDE_PREFIX, mend_all, replace_folder, write_text
 
 __all__ = ["CheckpointManager", "Resumed", "TrainingState"]
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 _LEFT_OVER = (".tmp-*", ".old-*", f"{ASIDE_PREFIX}*")  # of a killed run
 
 
@@ -99,7 +99,8 @@ class CheckpointManager:
         self._in_background = in_background
         self._is_main = torch.distributed.get_rank() == 0
         self._pending: _Pending | None = None
-        self._verified: dict[Path, Manifest | CheckpointError] = {}
+        self._verified: dict[Path, Manifest | DamagedCheckpointError] = {}
+        self._broken: list[Path] = []  # skipped, and not yet set aside
 
     def save(self, training: TrainingState, *, step: int, data: Mapping[str, Any]) -> Path:
         """Write the state after `step` steps. `data` must be the same on every data leader. Returns the path that it
@@ -169,14 +170,12 @@ class CheckpointManager:
 
     def _publish(self, temporary: Path, final: Path, *, step: int) -> None:
         replace_folder(temporary, final=final)
-        self._point_to(final, step=step)
-        steps = self.complete_steps()
-        for old in steps[: -self._keep_last]:
+        self._note_step(step)
+        for old in list(checkpoints_of(self._run_dir))[: -self._keep_last]:
             if self._keep_every is None or old % self._keep_every:
                 _discard(self.folder / step_name(old))
 
-    def _point_to(self, final: Path, *, step: int) -> None:
-        write_text(self.folder / LATEST, final.name + "\n")
+    def _note_step(self, step: int) -> None:
         write_text(self._run_dir / LATEST_STEP_FILE, f"{step}\n")
 
     def close(self) -> None:
@@ -186,50 +185,12 @@ class CheckpointManager:
             self._pending.write.abort()
             self._pending = None
 
-    def complete_steps(self) -> list[int]:
-        """Steps that have a folder with a final name, ascending."""
-        return list(checkpoints_of(self._run_dir))
-
     def newest(self) -> Path | None:
         """The newest undamaged checkpoint. Broken ones are named in the log.
 
         Raises: CheckpointError if there are checkpoints but none is whole."""
-        problems: list[str] = []
-        for path in self._candidates():
-            if self._is_whole(path, problems):
-                return path
-        if problems:
-            raise CheckpointError("no usable checkpoint: " + "; ".join(problems))
-        return None
-
-    def _candidates(self) -> list[Path]:
-        """Checkpoints as rank 0 sees them, the newest first: all ranks must try the same."""
-        box: list[Any] = [None]
-        if self._is_main:
-            try:
-                mend_all(self.folder)
-            except OSError as error:
-                _LOG.warning("cannot put back what stands aside in %s: %s", self.folder, error)
-            box = [self.complete_steps()]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return [self.folder / step_name(step) for step in reversed(box[0])]
-
-    def _is_whole(self, path: Path, problems: list[str]) -> bool:
-        if path not in self._verified:
-            try:
-                self._verified[path] = verify_folder(path)
-            except DamagedCheckpointError as error:
-                self._verified[path] = error
-                self._log_skipped(error)
-        found = self._verified[path]
-        if isinstance(found, Manifest):
-            return True
-        problems.append(str(found))
-        return False
-
-    def _log_skipped(self, error: CheckpointError) -> None:
-        if self._is_main:
-            _LOG.error("skipping a broken checkpoint: %s", error)
+        found = self._first_whole(self._checked)
+        return found[0] if found else None
 
     def resume(self, training: TrainingState) -> Resumed | None:
         """Restore everything from the newest undamaged checkpoint; None if there is none at all. Sets broken ones
@@ -237,50 +198,73 @@ class CheckpointManager:
 
         Raises: CheckpointError if there are checkpoints but none is usable, or if they do not fit this model and
         optimizer."""
-        problems: list[str] = []
-        broken: list[Path] = []
-        for path in self._candidates():
-            try:
-                if self._is_whole(path, problems):
-                    resumed = self.load(training, path)
-                    self._tidy_up(resumed, broken)
-                    return resumed
-            except DamagedCheckpointError as error:
-                problems.append(str(error))
-                self._log_skipped(error)
-            broken.append(path)
-        if problems:
-            raise CheckpointError("no usable checkpoint: " + "; ".join(problems))
-        self._tidy_up(None, [])
-        return None
+        found = self._first_whole(lambda path: self.load(training, path))
+        resumed = found[1] if found else None
+        self._tidy_up(resumed)
+        return resumed
 
-    def _tidy_up(self, resumed: Resumed | None, broken: Sequence[Path]) -> None:
-        """Let `latest` name the loaded checkpoint, and remove what a killed run left. No failure here ends the run."""
+    def _first_whole(self, use: Callable[[Path], T]) -> tuple[Path, T] | None:
+        problems: list[str] = []
+
+        def skip(path: Path, error: CheckpointError) -> None:
+            problems.append(str(error))
+            if path not in self._broken:
+                self._broken.append(path)
+                if self._is_main:
+                    _LOG.error("skipping a broken checkpoint: %s", error)
+
+        found = first_whole(
+            self._candidates(), check=use, damage=DamagedCheckpointError, skipped=skip
+        )
+        if found is None and problems:
+            raise CheckpointError("no usable checkpoint: " + "; ".join(problems))
+        return found
+
+    def _candidates(self) -> list[Path]:
+        """Checkpoints as rank 0 sees them, the newest first: all ranks must try the same."""
+        box: list[list[Path]] = [[]]
+        if self._is_main:
+            try:
+                mend_all(self.folder)
+            except OSError as error:
+                _LOG.warning("cannot put back what stands aside in %s: %s", self.folder, error)
+            box = [newest_first(self._run_dir)]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _checked(self, path: Path) -> Manifest:
+        """Every byte is read once. Raises: DamagedCheckpointError."""
+        if path not in self._verified:
+            try:
+                self._verified[path] = verify_folder(path)
+            except DamagedCheckpointError as error:
+                self._verified[path] = error
+        found = self._verified[path]
+        if isinstance(found, DamagedCheckpointError):
+            raise found
+        return found
+
+    def _tidy_up(self, resumed: Resumed | None) -> None:
+        """Write the loaded step for the launcher, set broken checkpoints aside, and remove what a killed run left. No
+        failure here ends the run."""
         if self._is_main:
             try:
                 if resumed is not None:
-                    self._mend_latest(resumed)
-                for path in broken:
+                    self._note_step(resumed.step)
+                for path in self._broken:
                     os.replace(path, _free_name(path.with_name(f"{path.name}.broken")))
                 for pattern in _LEFT_OVER:
                     for path in self.folder.glob(pattern):
                         shutil.rmtree(path, ignore_errors=True)
             except OSError as error:
                 _LOG.warning("cannot tidy up %s: %s", self.folder, error)
+        self._broken.clear()
         torch.distributed.barrier()
-
-    def _mend_latest(self, resumed: Resumed) -> None:
-        path = self.folder / LATEST
-        named = path.read_text(errors="replace").strip() if path.exists() else "nothing"
-        if named != resumed.path.name:
-            _LOG.warning("%s names %s; corrected to %s", path, named, resumed.path.name)
-        self._point_to(resumed.path, step=resumed.step)
 
     def load(self, training: TrainingState, path: Path) -> Resumed:
         """Restore everything from `path`. Raises: CheckpointError if it does not fit this model and optimizer,
         DamagedCheckpointError if it is not what was written."""
-        known = self._verified.get(path)
-        manifest = known if isinstance(known, Manifest) else verify_folder(path)
+        manifest = self._checked(path)
         _refuse_other_optimizer(training.optimizer, manifest, path=path)
         loaded, same_layout = restore(training, path)
         if manifest.tensors:  # old checkpoints have none

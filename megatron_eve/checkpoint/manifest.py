@@ -19,8 +19,7 @@ import xxhash
 
 from megatron_eve.checkpoint.canonical import TensorHash
 from megatron_eve.errors import CheckpointError
-from megatron_eve.run_files import COMPLETE as COMPLETE
-from megatron_eve.run_files import CONFIG as CONFIG
+from megatron_eve.run_files import COMPLETE
 from megatron_eve.whole import write_text
 
 FORMAT = 2  # 1: sizes only
@@ -107,8 +106,12 @@ def check_folder(folder: str | Path) -> dict[str, Any]:
 
 
 def check_bytes(folder: Path, names: Iterable[str], manifest: Manifest) -> None:
-    """Read these files. Raises: CheckpointError naming the first that is damaged."""
+    """Read these files. Raises: CheckpointError naming the first that is damaged or not listed."""
     for name in names:
+        if name not in manifest.files:
+            raise CheckpointError(
+                f"{folder / COMPLETE} does not list {name}; use another checkpoint"
+            )
         expected = manifest.files[name].hash
         try:
             found = hash_file(folder / name) if expected is not None else None

@@ -19,16 +19,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_eve.checkpoint.canonical import TensorHash, canonical_hashes
 from megatron_eve.checkpoint.fit import refuse_non_finite, refuse_other_shapes
-from megatron_eve.checkpoint.manifest import CONFIG, Manifest, check_folder
+from megatron_eve.checkpoint.manifest import Manifest, check_folder
 from megatron_eve.checkpoint.sharding import chunk_key, load_sharded, sharded_weights
 from megatron_eve.checkpoint.verify import refuse_differences, verify_folder
 from megatron_eve.checkpoint.writer import Contents, FolderWrite
-from megatron_eve.config.model_lines import PREFIX, lines_of, model_from_text
+from megatron_eve.config.model_lines import PREFIX, model_from_text
 from megatron_eve.config.schema import ModelConfig
+from megatron_eve.config.text_form import lines_of
 from megatron_eve.config.weights_model import refuse_other_model
 from megatron_eve.errors import CheckpointError
 from megatron_eve.model.eve_model import EveModel
-from megatron_eve.run_files import checkpoints_of
+from megatron_eve.run_files import CONFIG, first_whole, newest_first
 
 LOAD_ERRORS = (
     CheckpointingException,
@@ -62,14 +63,13 @@ def save_weights(chunks: Sequence[EveModel], folder: str | Path, *, config_text:
 def weights_folder(path: str | Path) -> Path:
     """The checkpoint folder that `path` means: itself, or the newest whole checkpoint if it is a run directory."""
     path = Path(path)
-    for candidate in reversed(checkpoints_of(path).values()):
-        try:
-            check_folder(candidate)
-        except CheckpointError as error:
-            _LOG.error("skipping a broken checkpoint: %s", error)
-        else:
-            return candidate
-    return path
+    found = first_whole(newest_first(path), check=check_folder, skipped=_name_broken)
+    return found[0] if found else path
+
+
+def _name_broken(_path: Path, error: CheckpointError) -> None:
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        _LOG.error("skipping a broken checkpoint: %s", error)
 
 
 def read_config_text(folder: str | Path) -> str:
@@ -145,16 +145,11 @@ def _refuse_other_weights(
 
 def _verified(path: Path) -> tuple[Path, Manifest]:
     """The folder that `path` means (see weights_folder), every byte checked. Collective."""
-    box = [[*reversed(checkpoints_of(path).values())] or [path]]
+    box = [newest_first(path) or [path]]
     torch.distributed.broadcast_object_list(box, src=0)  # all ranks must try the same
-    (candidates,) = box
-    for candidate in candidates[:-1]:
-        try:
-            return candidate, verify_folder(candidate)
-        except CheckpointError as error:
-            if torch.distributed.get_rank() == 0:
-                _LOG.error("skipping a broken checkpoint: %s", error)
-    return candidates[-1], verify_folder(candidates[-1])
+    *newer, oldest = box[0]
+    found = first_whole(newer, check=verify_folder, skipped=_name_broken)
+    return found or (oldest, verify_folder(oldest))
 
 
 def load_chunks(chunks: Sequence[EveModel], loaded: Mapping[str, Any]) -> None:

@@ -37,7 +37,6 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 
 from megatron_eve.checkpoint.canonical import TensorHash
 from megatron_eve.checkpoint.manifest import (
-    CONFIG,
     FileEntry,
     Manifest,
     file_entry,
@@ -45,6 +44,7 @@ from megatron_eve.checkpoint.manifest import (
 )
 from megatron_eve.checkpoint.sharding import spread_over_replicas
 from megatron_eve.errors import CheckpointError
+from megatron_eve.run_files import CONFIG
 from megatron_eve.whole import sync_path, write_text
 
 _GIB = 1 << 30

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from megatron_eve.config.schema import ModelConfig, SplitConfig
+from megatron_eve.config.text_form import lines_of
 from megatron_eve.config.values import format_value, parse_value
 from megatron_eve.errors import CheckpointError
 
@@ -48,11 +49,6 @@ def model_of_lines(lines: Mapping[str, str], *, where: str) -> ModelConfig:
         if name.startswith("split.")
     }
     return ModelConfig(split=SplitConfig(**split), **values)
-
-
-def lines_of(text: str) -> dict[str, str]:
-    """Key -> value of a config.txt, whatever else it holds."""
-    return dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
 
 
 def model_fields() -> dict[str, Any]:

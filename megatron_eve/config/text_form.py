@@ -43,6 +43,11 @@ def config_from_text(text: str) -> RunConfig:
     return build(flat)
 
 
+def lines_of(text: str) -> dict[str, str]:
+    """Key -> value of a config.txt, whatever else it holds and whichever version wrote it."""
+    return dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+
+
 def flatten(config: RunConfig) -> dict[str, str]:
     """Dotted key -> text of every field; items of a tuple of sections are numbered: `data.sources.0.path`."""
     return dict(_flatten(config, prefix=""))

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_eve.config.model_lines import PREFIX, flat_model, model_fields, model_from_text
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.errors import CheckpointError, ConfigError
-from megatron_eve.run_files import COMPLETE, CONFIG, checkpoints_of
+from megatron_eve.run_files import COMPLETE, CONFIG, newest_first
 
 FREE = {"init_std"}
 """Constants that may differ: they decide how random weights are drawn, and change nothing in loaded ones."""
@@ -46,7 +46,7 @@ def config_of_weights(path: Path) -> Path:
     """config.txt of the checkpoint that `path` means; all checkpoints of a run have one model.
 
     Raises: CheckpointError if there is no whole checkpoint."""
-    for folder in [*reversed(checkpoints_of(path).values()), path]:
+    for folder in [*newest_first(path), path]:
         if (folder / COMPLETE).is_file():
             return folder / CONFIG
     raise CheckpointError(

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from megatron_eve.command import end_with, reports_errors
 from megatron_eve.evaluation.results import Figure, read_results
+from megatron_eve.run_files import EVALUATION_METRICS
 from megatron_eve.whole import write_json
 
-METRICS_JSON, RELEASED = "metrics.json", "evaluated_release"
+RELEASED = "evaluated_release"
 
 
 @reports_errors
@@ -35,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics = flat([f for path in results(arguments.out) for f in read_results(path)])
     finally:
         shutil.rmtree(released, ignore_errors=True)
-    write_json(arguments.out / METRICS_JSON, metrics)
-    print(f"wrote {len(metrics)} metrics to {arguments.out / METRICS_JSON}")
+    write_json(arguments.out / EVALUATION_METRICS, metrics)
+    print(f"wrote {len(metrics)} metrics to {arguments.out / EVALUATION_METRICS}")
     return 0
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 PREFIX = "eve/"  # of every range of ours
 BACKWARD = "/backward"  # ends the name of a range that autograd runs
-PROFILE_FOLDER = "profile"  # in the run directory
 STEP_VALUES = (
     "step_time_s",
     "data_wait_s",

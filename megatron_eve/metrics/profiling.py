@@ -19,7 +19,7 @@ import torch
 from megatron_eve import device
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.errors import MissingHereError
-from megatron_eve.metrics.captured import PROFILE_FOLDER, STEP_VALUES, capture_file
+from megatron_eve.metrics.captured import STEP_VALUES, capture_file
 from megatron_eve.metrics.peak import peak_flops
 from megatron_eve.metrics.ranges import (
     Emitter,
@@ -29,6 +29,7 @@ from megatron_eve.metrics.ranges import (
     TorchEmitter,
 )
 from megatron_eve.parallel.groups import ParallelState
+from megatron_eve.run_files import PROFILE_FOLDER
 from megatron_eve.whole import write_json
 
 device.install()

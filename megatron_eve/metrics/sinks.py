@@ -19,9 +19,9 @@ from typing import Protocol, Self
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.metrics.console import console_line
 from megatron_eve.metrics.definitions import EVALUATION_PREFIX, METRICS
+from megatron_eve.run_files import METRICS_FILE
 from megatron_eve.whole import write_text
 
-METRICS_FILE = "metrics.jsonl"
 _LOG = logging.getLogger(__name__)
 
 

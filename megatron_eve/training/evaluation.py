@@ -29,14 +29,9 @@ from typing import Any, Literal
 from megatron_eve.config.schema import EvaluationConfig
 from megatron_eve.metrics.definitions import EVALUATION_PREFIX
 from megatron_eve.metrics.sinks import read_metrics
-from megatron_eve.run_files import CHECKPOINTS, checkpoints_of, step_name
+from megatron_eve.run_files import CHECKPOINTS, EVALUATION_METRICS, checkpoints_of, step_name
 
-RECORDS_FILE, FOLDER, METRICS_JSON, LOG_FILE = (
-    "evaluations.jsonl",
-    "evaluations",
-    "metrics.json",
-    "log.txt",
-)
+RECORDS_FILE, FOLDER, LOG_FILE = "evaluations.jsonl", "evaluations", "log.txt"
 # Exit codes of `timeout`: the command ended at its limit; it was killed after it, and `timeout` with it.
 TIMED_OUT = (124, 137, -signal.SIGKILL)
 KILL_AFTER_S = 5
@@ -190,7 +185,7 @@ class Evaluations:
         if code in TIMED_OUT:
             self._record(running.step, "over budget", seconds=seconds)
             return
-        metrics = read_result(running.folder / METRICS_JSON) if code == 0 else None
+        metrics = read_result(running.folder / EVALUATION_METRICS) if code == 0 else None
         if metrics is None:
             _LOG.warning("evaluation: exit %d, see %s", code, running.folder / LOG_FILE)
             self._record(running.step, "failed", seconds=seconds)

@@ -6,17 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_eve.checkpoint.manifest import (
-    CONFIG,
-    check_bytes,
-    read_manifest,
-)
+from megatron_eve.checkpoint.manifest import check_bytes, read_manifest
 from megatron_eve.config.schema import RunConfig
-from megatron_eve.config.text_form import config_text, flatten
+from megatron_eve.config.text_form import config_text, flatten, lines_of
 from megatron_eve.config.values import NONE
-from megatron_eve.errors import CheckpointError, ConfigError
+from megatron_eve.errors import ConfigError
 from megatron_eve.folder_lock import only_one
-from megatron_eve.run_files import checkpoints_of
+from megatron_eve.run_files import CONFIG, first_whole, newest_first
 from megatron_eve.whole import write_text
 
 # After a restart, for the earlier processes, which the system is still ending.
@@ -43,7 +39,7 @@ def refuse_other_run(config: RunConfig, *, run_dir: Path) -> None:
     written = _written_config(run_dir)
     if written is None:
         return
-    before = dict(line.partition(": ")[::2] for line in written.splitlines())
+    before = lines_of(written)
     now = flatten(config)
     differ = [
         f"{key} was {before.get(key)}, is {value}"
@@ -78,12 +74,14 @@ def _refuse_other_loss(before: Mapping[str, str], now: Mapping[str, str], *, run
 def _written_config(run_dir: Path) -> str | None:
     """The configuration of the newest checkpoint whose config.txt is undamaged; if there is none, RUN_DIR/config.txt,
     which has no hash. None: there is no checkpoint that another run could spoil."""
-    checkpoints = checkpoints_of(run_dir)
-    for checkpoint in reversed(checkpoints.values()):
-        try:
-            check_bytes(checkpoint, [CONFIG], read_manifest(checkpoint))
-            return (checkpoint / CONFIG).read_text()
-        except (CheckpointError, KeyError):
-            continue  # a resume names a broken one and sets it aside
+    checkpoints = newest_first(run_dir)
+    found = first_whole(checkpoints, check=_undamaged_config)  # a resume names the broken ones
+    if found:
+        return found[1]
     path = run_dir / CONFIG
     return path.read_text(errors="replace") if checkpoints and path.exists() else None
+
+
+def _undamaged_config(checkpoint: Path) -> str:
+    check_bytes(checkpoint, [CONFIG], read_manifest(checkpoint))
+    return (checkpoint / CONFIG).read_text()

@@ -191,4 +191,4 @@ def test_the_gathered_optimizer_is_given_back_before_writing(gloo2, tmp_path):  
 @pytest.mark.kill
 def test_hundreds_in_a_row(gloo2, tmp_path):  # type: ignore[no-untyped-def]
     gloo2.run(save, DP2, tmp_path, tuple(range(300)), in_background=True, keep_last=1)
-    assert names(tmp_path) == {"step_00000299", "latest"}
+    assert names(tmp_path) == {"step_00000299"}

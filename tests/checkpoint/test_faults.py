@@ -22,11 +22,12 @@ from megatron_eve.checkpoint import manager as manager_module
 from megatron_eve.checkpoint import writer
 from megatron_eve.checkpoint.canonical import canonical_hashes
 from megatron_eve.checkpoint.manager import CheckpointManager, TrainingState
-from megatron_eve.checkpoint.manifest import COMPLETE, check_folder, read_manifest
+from megatron_eve.checkpoint.manifest import check_folder, read_manifest
 from megatron_eve.checkpoint.weights import load_weights
 from megatron_eve.checkpoint.writer import _ShardWriter
 from megatron_eve.config.schema import ParallelConfig
 from megatron_eve.errors import CheckpointError
+from megatron_eve.run_files import COMPLETE
 from tests.support.gloo import WorkerError
 from tests.support.tiny import layout, tiny_model
 from tests.support.train_once import build, build_all, run_config
@@ -158,7 +159,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(gloo2, three,
     (said,) = (line for line in main[1] if "skipping a broken checkpoint" in line)
     assert re.search(message, said)
     assert "step_00000003" in said
-    assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000002\n"
     assert (run_dir / "latest_step").read_text() == "2\n"
     assert not folder(run_dir, 3).exists()
     assert folder(run_dir, 3).with_name("step_00000003.broken").is_dir()
@@ -186,18 +186,15 @@ def refusal(parallel: ParallelConfig, run_dir: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["step_00000001", "step_00000099", "\ufffdtep_00000003", None])
-def test_a_stale_latest_is_corrected(gloo1, three, tmp_path, name):  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("content", [b"1\n", b"99\n", b"\xb3\n", b"", None])
+def test_a_stale_latest_step_is_corrected(gloo1, three, tmp_path, content):  # type: ignore[no-untyped-def]
     run_dir = tmp_path / "run"
     shutil.copytree(three, run_dir)
-    latest = run_dir / "checkpoints" / "latest"
-    content = f"{name}\n".replace("\ufffd", "\udcf3")  # s with its highest bit flipped
-    latest.write_text(content, errors="surrogateescape") if name else latest.unlink()
-    ((step, lines, same),) = gloo1.run(resume, layout(distributed_optimizer=True), run_dir)
+    latest = run_dir / "latest_step"
+    latest.unlink() if content is None else latest.write_bytes(content)
+    ((step, _, same),) = gloo1.run(resume, layout(distributed_optimizer=True), run_dir)
     assert (step, same) == (3, True)
-    assert any(f"names {name or 'nothing'}; corrected to step_00000003" in line for line in lines)
-    assert latest.read_text() == "step_00000003\n"
-    assert (run_dir / "latest_step").read_text() == "3\n"
+    assert latest.read_text() == "3\n"
 
 
 def test_what_a_killed_run_left_is_removed(gloo1, three, tmp_path):  # type: ignore[no-untyped-def]
@@ -208,7 +205,7 @@ def test_what_a_killed_run_left_is_removed(gloo1, three, tmp_path):  # type: ign
     os.rename(folder(run_dir, 3), run_dir / "checkpoints" / ".tmp-step_00000003-0")
     ((step, _, same),) = gloo1.run(resume, layout(distributed_optimizer=True), run_dir)
     assert (step, same) == (2, True)
-    assert names(run_dir) == {"step_00000002", "latest"}
+    assert names(run_dir) == {"step_00000002"}
 
 
 def test_a_checkpoint_that_a_killed_run_had_moved_aside_is_back(gloo1, three, tmp_path):  # type: ignore[no-untyped-def]
@@ -317,7 +314,7 @@ def test_a_save_that_fails_says_why_on_every_rank_and_spoils_nothing(gloo2, thre
         assert re.search(FAULTS[name][4], message), message
         assert "\n" not in message
         assert "Earlier checkpoints are as they were" in message
-        assert left == before, "nothing half written, `latest` and all steps still there"
+        assert left == before, "nothing half written, all steps still there"
         assert saved_again
 
 
@@ -328,9 +325,8 @@ def test_the_last_and_every_nth_are_kept(gloo1, tmp_path):  # type: ignore[no-un
     steps = (1, 2, 3, 4, 5, 6, 7)
     keep = dict(keep_last=2, keep_every_steps=3)
     gloo1.run(save, layout(), tmp_path, steps, **keep, in_background=True)
-    kept = {f"step_0000000{step}" for step in (3, 6, 7)}
-    assert names(tmp_path) == kept | {"latest"}
-    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000007\n"
+    assert names(tmp_path) == {f"step_0000000{step}" for step in (3, 6, 7)}
+    assert (tmp_path / "latest_step").read_text() == "7\n"
 
 
 def drift(run_dir: Path) -> str:

@@ -16,7 +16,8 @@ import pytest
 
 from megatron_eve.metrics import optional_sinks
 from megatron_eve.metrics.background import BackgroundSink, is_left_behind
-from megatron_eve.metrics.sinks import METRICS_FILE, read_metrics
+from megatron_eve.metrics.sinks import read_metrics
+from megatron_eve.run_files import METRICS_FILE
 from tests.metrics.test_sinks import open_sinks
 
 REPOSITORY = Path(__file__).parents[2]

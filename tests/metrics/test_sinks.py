@@ -18,7 +18,8 @@ from megatron_eve.config.overrides import apply_overrides
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.errors import ConfigError
-from megatron_eve.metrics.sinks import METRICS_FILE, JsonlSink, Sinks, read_metrics
+from megatron_eve.metrics.sinks import JsonlSink, Sinks, read_metrics
+from megatron_eve.run_files import METRICS_FILE
 
 CONFIG = load_recipe("eve_tiny_stage1")
 

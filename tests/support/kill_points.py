@@ -28,7 +28,7 @@ PHASES = {
     "save": 3,  # hashes, planning, copies
     "write": 3,  # the writing thread, while training goes on
     "finish": 3,  # index and manifest
-    "publish": 3,  # rename, latest, old ones removed
+    "publish": 3,  # rename, latest_step, old ones removed
     "evaluation": 1,  # its command starts and runs, while training goes on or a run that is done waits for it
     "evaluation result": 1,  # the command has ended, its numbers are taken in
     "end": 1,  # last step done and saved, DONE not yet written

@@ -20,6 +20,7 @@ from unittest.mock import patch
 import pytest
 
 from megatron_eve.checkpoint.manifest import Manifest, check_folder, read_manifest
+from megatron_eve.run_files import newest_first
 from tests.support.kill_points import (
     EVALUATED,
     PHASES,
@@ -136,8 +137,8 @@ def undisturbed(zygote, small_data, tmp_path_factory) -> Undisturbed:  # type: i
 
 
 def last_manifest(run_dir: Path) -> Manifest:
-    """Of the checkpoint that `latest` names."""
-    folder = run_dir / "checkpoints" / (run_dir / "checkpoints" / "latest").read_text().strip()
+    """Of the newest checkpoint."""
+    folder = newest_first(run_dir)[0]
     check_folder(folder)
     return read_manifest(folder)
 
@@ -175,9 +176,8 @@ def survive(point: KillPoint, run: Curriculum, undisturbed: Undisturbed) -> dict
         assert kill.reached.exists(), f"{kill} was not reached:\n{run.log.read_text()[-20000:]}"
         # A run that is done is not started again, also if it was killed as it waited for its evaluation.
         was_done = (run.stage_dir(point.stage) / "DONE").exists()
-        latest = run.stage_dir(point.stage) / "checkpoints" / "latest"
-        if latest.exists():
-            check_folder(latest.parent / latest.read_text().strip())
+        for checkpoint in newest_first(run.stage_dir(point.stage)):
+            check_folder(checkpoint)
     starts = run.finish(point.stage)
     stages = ("first", "second") if point.kills[-1].phase == "end" else (point.stage,)
     if point.kills[-1].phase == "end" and point.stage == "first":

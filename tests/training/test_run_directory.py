@@ -15,11 +15,12 @@ from unittest.mock import patch
 
 import pytest
 
-from megatron_eve.checkpoint.manifest import CONFIG, Manifest, file_entry, write_manifest
+from megatron_eve.checkpoint.manifest import Manifest, file_entry, write_manifest
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.text_form import config_text
 from megatron_eve.errors import ConfigError
 from megatron_eve.folder_lock import only_one
+from megatron_eve.run_files import CONFIG
 from megatron_eve.training import run_directory
 from megatron_eve.training.run_directory import claimed
 
@@ -46,13 +47,13 @@ def claim(run_dir: Path, recipe: str = "eve_tiny_stage3") -> None:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """Of a run with a checkpoint that was killed, or whose disk was full, before `latest` was there."""
+    """Of a run with a checkpoint that was killed, or whose disk was full, before config.txt had its hash."""
     claim(tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "step_00000004").mkdir(parents=True)
     return tmp_path / "run"
 
 
-def test_another_run_is_refused_without_latest(run_dir: Path) -> None:
+def test_another_run_is_refused_by_config_txt(run_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds the checkpoints of another run: recipe was"):
         claim(run_dir, "eve_tiny_stage1")
     claim(run_dir)

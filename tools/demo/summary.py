@@ -8,7 +8,8 @@ from pathlib import Path
 
 from megatron_eve.errors import DataError
 from megatron_eve.evaluation.scoring import aligned
-from megatron_eve.metrics.sinks import METRICS_FILE, read_metrics
+from megatron_eve.metrics.sinks import read_metrics
+from megatron_eve.run_files import METRICS_FILE
 from megatron_eve.whole import write_json
 from tools.demo.pipelines import Stage
 

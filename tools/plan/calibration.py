@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.config.text_form import config_from_text
 from megatron_eve.errors import ConfigError
-from megatron_eve.metrics.sinks import METRICS_FILE, read_metrics
+from megatron_eve.metrics.sinks import read_metrics
+from megatron_eve.run_files import CONFIG, METRICS_FILE
 
 from .cluster import Cluster, Gpu
 from .mix import Mix
@@ -92,7 +93,7 @@ class Fitted:
 def read_run(run_dir: Path) -> MeasuredRun:
     """Raises: ConfigError if the folder holds no finished record of a run."""
     try:
-        config = config_from_text((run_dir / "config.txt").read_text())
+        config = config_from_text((run_dir / CONFIG).read_text())
         records = read_metrics(run_dir / METRICS_FILE)
     except OSError as error:
         raise ConfigError(f"{run_dir} is no run folder: {error}") from error

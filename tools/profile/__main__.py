@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_eve.command import end_with, reports_errors
 from megatron_eve.config.recipes import load_recipe
-from megatron_eve.metrics.captured import PROFILE_FOLDER
+from megatron_eve.run_files import PROFILE_FOLDER
 from megatron_eve.whole import write_json
 
 from .compare import (

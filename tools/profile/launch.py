@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_eve.errors import ConfigError
-from megatron_eve.metrics.captured import PROFILE_FOLDER
+from megatron_eve.run_files import PROFILE_FOLDER
 
 NSYS = (
     "nsys",

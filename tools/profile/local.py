@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_eve.errors import ConfigError
-from megatron_eve.metrics.captured import PROFILE_FOLDER
+from megatron_eve.run_files import CONFIG, PROFILE_FOLDER
 from megatron_eve.train import configure
 
 from ..process import Command, run_command
@@ -38,8 +38,8 @@ def run_here(
             raise ConfigError(
                 f"{out} exists; add --overwrite to delete it or choose another --out."
             )
-        if not (out / "config.txt").exists():
-            raise ConfigError(f"{out} holds no config.txt, so no run; choose another --out.")
+        if not (out / CONFIG).exists():
+            raise ConfigError(f"{out} holds no {CONFIG}, so no run; choose another --out.")
         shutil.rmtree(out)
     run_command(
         _command(recipe, fields, window=window, processes=config.parallel.world_size, out=out)
