@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from megatron_eve.data.read.pixels import rgb_pixels
 from megatron_eve.evaluation.scoring import GROUPS, normalised
 
 EASY_VQA = Path("runs/demo/data/easy-vqa")  # as in easy_vqa.yaml
@@ -17,7 +18,7 @@ METRICS = {"shape": "shape", "color": "color", "open (shape and color)": "open",
 def images(record: Mapping[str, str]) -> list[Image.Image]:
     """The one image of the question."""
     with Image.open(EASY_VQA / record["image"]) as image:
-        return [image.convert("RGB")]
+        return [rgb_pixels(image)]
 
 
 def text(record: Mapping[str, str]) -> str:
