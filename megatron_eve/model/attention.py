@@ -34,7 +34,6 @@ def rotate_half(x: Tensor, *, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _to_sequence(rows: Tensor, routing: ModalityPackedSeqParams) -> Tensor:
     """[R, ...] rows of the projections' output -> [S, ...] in sequence order."""
-    assert routing.to_sequence is not None and routing.to_rows is not None
     if routing.has_rows_without_token:
         return select_rows(rows, routing.to_sequence)
     return permute_rows(rows, index=routing.to_sequence, inverse=routing.to_rows)
@@ -42,7 +41,6 @@ def _to_sequence(rows: Tensor, routing: ModalityPackedSeqParams) -> Tensor:
 
 def _to_rows(tokens: Tensor, routing: ModalityPackedSeqParams) -> Tensor:
     """The way back: [S, ...] -> [R, ...]."""
-    assert routing.to_sequence is not None and routing.to_rows is not None
     if routing.has_rows_without_token:
         return select_rows(tokens, routing.to_rows)
     return permute_rows(tokens, index=routing.to_rows, inverse=routing.to_sequence)

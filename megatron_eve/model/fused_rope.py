@@ -14,7 +14,6 @@ class FusedRopeSelfAttention(EveSelfAttention):
     def _to_heads(
         self, mixed: Tensor, routing: ModalityPackedSeqParams
     ) -> tuple[Tensor, Tensor, Tensor]:
-        assert routing.to_sequence is not None and routing.to_rows is not None
         assert routing.rope_cos is not None and routing.rope_sin is not None
         groups = self.num_query_groups_per_partition
         return permute_rope(

@@ -36,23 +36,22 @@ class KeptRows:
     to_rows: Tensor  # [kept rows] sequence position of each row of the output projection's input
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ModalityPackedSeqParams(PackedSeqParams):
     """PackedSeqParams in `thd` format plus the modality routing. All index tensors are int64 on the model's device.
     cu_seqlens and sequence_lengths are those of the whole pack, with context parallelism too."""
 
-    num_vision: int = 0  # V: vision rows of this context-parallel rank
-    num_local_vision: int = (
-        0  # vision rows of this rank's residual stream: V / tp under sequence parallelism, else V
+    num_vision: int  # V: vision rows of this context-parallel rank
+    num_local_vision: (
+        int  # of this rank's residual stream: V / tp under sequence parallelism, else V
     )
-    sequence_lengths: tuple[int, ...] = ()  # of every sample, in sequence order; their sum is T
-    to_sequence: Tensor | None = (
-        None  # [S] row of the attention projections' output that is token s of the sequence
+    sequence_lengths: tuple[int, ...]  # of every sample, in sequence order; their sum is T
+    to_sequence: (
+        Tensor  # [S] row of the attention projections' output that is token s of the sequence
     )
-    to_rows: Tensor | None = None  # [R] inverse of to_sequence; S for a row without a token
-    from_gathered: Tensor | None = (
-        None  # [T] context parallelism: where token t of the whole pack is in the ranks' tokens put in a row
-    )
+    to_rows: Tensor  # [R] inverse of to_sequence; S for a row without a token
+    # [T], with context parallelism alone: where token t of the whole pack is in the ranks' tokens put in a row
+    from_gathered: Tensor | None = None
     kept: KeptRows | None = None  # for the last layer
     rope_cos: Tensor | None = None  # [S, 1, head_dim], sequence order, in the activations' dtype
     rope_sin: Tensor | None = None  # as rope_cos
@@ -60,7 +59,6 @@ class ModalityPackedSeqParams(PackedSeqParams):
     @property
     def has_rows_without_token(self) -> bool:
         """Whether R > S: then going to sequence order and back are no permutations."""
-        assert self.to_sequence is not None and self.to_rows is not None
         return self.to_rows.numel() > self.to_sequence.numel()
 
 

@@ -14,6 +14,7 @@ device.install()
 
 from megatron.core.distributed import DistributedDataParallel  # noqa: E402
 from megatron.core.optimizer import MegatronOptimizer, ParamKey, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # noqa: E402
 from megatron.core.optimizer_param_scheduler import (  # noqa: E402
     OptimizerParamScheduler,
     ParamGroupOverride,
@@ -40,6 +41,20 @@ def build_optimizer(
         use_gloo_process_groups=device.has_gpu(),
         pg_collection=state.groups if not device.has_gpu() else None,
     )
+
+
+def update_weights(optimizer: MegatronOptimizer, *, grad_norm: float) -> None:
+    """What the optimizer's own step() does after `prepare_grads` and `get_grad_norm`: clip by this norm, and update.
+
+    The trainer looks at the norm before it lets weights change; step() would prepare the gradients and reduce the norm
+    over the model a second time."""
+    for part in optimizer.chained_optimizers:
+        params = part.get_parameters()
+        if params and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(
+                params, max_norm=part.config.clip_grad, total_norm=grad_norm
+            )
+    optimizer.step_with_ready_grads()
 
 
 def build_schedule(

@@ -22,6 +22,7 @@ from megatron_eve.data.sample import Pack
 from megatron_eve.metrics.flops import executed_flops, ideal_flops
 from megatron_eve.metrics.profiling import no_range
 from megatron_eve.model.micro_batch import MicroBatch, RankPlace, micro_batch, stream_rows
+from megatron_eve.optim.build import update_weights
 from megatron_eve.parallel.groups import ParallelState
 from megatron_eve.training.learning import GROUPS, reached_groups
 from megatron_eve.training.loss import label_weights, micro_batch_loss
@@ -53,7 +54,7 @@ COUNTS = (
 )
 
 
-def to_device(
+def rank_micro_batches(
     packs: Sequence[Pack], *, config: RunConfig, state: ParallelState
 ) -> list[MicroBatch]:
     """This rank's part of each micro-batch, with the weight of each of its labels in the step's loss."""
@@ -87,7 +88,7 @@ def forward_backward(
     state: ParallelState,
 ) -> list[Tensor]:
     """Accumulate the gradients of one global batch. Returns each micro-batch's logged [2] sums on the last stage."""
-    batches = to_device(packs, config=config, state=state)
+    batches = rank_micro_batches(packs, config=config, state=state)
     for chunk in model:
         chunk.zero_grad_buffer()
     iterators = [
@@ -176,8 +177,7 @@ def _update(
     grad_norm = float(optimizer.get_grad_norm())
     problem = _non_finite_gradient(grad_norm)
     if problem is None:
-        _, norm, _ = optimizer.step()
-        grad_norm = float(norm)
+        update_weights(optimizer, grad_norm=grad_norm)
     return grad_norm, problem
 
 

@@ -161,7 +161,6 @@ def routing_of(samples: int | None, place: dict[str, Any]) -> tuple[Tensor, Tens
     batch = micro_batch(
         pack, place=RankPlace(**place), split_attention=True, align=8, device=torch.device("cpu")
     )
-    assert batch.routing.to_sequence is not None and batch.routing.to_rows is not None
     if samples is None:
         assert not len(batch.patches) and batch.routing.num_vision == 8
     return batch.routing.to_sequence, batch.routing.to_rows
@@ -196,6 +195,9 @@ def _attention_gap() -> float:
         case = Case(**SIZES["rows without a token"], dtype=torch.float32)
         case.mixed[case.to_rows == case.to_sequence.numel()] = 0
         routing = ModalityPackedSeqParams(
+            num_vision=0,
+            num_local_vision=0,
+            sequence_lengths=(),
             to_sequence=case.to_sequence,
             to_rows=case.to_rows,
             rope_cos=case.cos,

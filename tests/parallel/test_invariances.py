@@ -148,11 +148,11 @@ def logits_of_labelled_rows(
     config: Any, weights: str, packs: Sequence[Sequence[RawSample]]
 ) -> list[NDArray[np.float32]]:
     """[labelled rows of this rank, its part of the vocabulary] for each pack, in a gloo worker."""
-    from megatron_eve.training.step import to_device
+    from megatron_eve.training.step import rank_micro_batches
     from tests.support.train_once import build, packs_of_rank
 
     (chunk,), _, state, _ = build(config, weights=weights)
-    batches = to_device(
+    batches = rank_micro_batches(
         packs_of_rank(packs, config=config, state=state), config=config, state=state
     )
     with torch.no_grad():

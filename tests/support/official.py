@@ -193,11 +193,11 @@ def convert(source: Path, dest: Path) -> None:
 
 def logits_of_first_batch(config: RunConfig, weights: Path) -> Tensor:
     """In workers: [L, V] at the labelled rows of micro-batch 0, sample after sample."""
-    from megatron_eve.training.step import to_device
+    from megatron_eve.training.step import rank_micro_batches
 
     (chunk,), _, state, _ = build(config, weights=str(weights))
     (pack,) = packs(micro_batches()[:1], config.model)
-    (batch,) = to_device([pack], config=config, state=state)
+    (batch,) = rank_micro_batches([pack], config=config, state=state)
     with torch.no_grad():
         part = chunk.logits(batch)
     parts = [torch.empty_like(part) for _ in range(config.parallel.tensor)]

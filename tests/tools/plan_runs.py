@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_eve.config.schema import RunConfig
 from megatron_eve.data.sample import Pack
-from megatron_eve.training.step import to_device, train_step
+from megatron_eve.training.step import rank_micro_batches, train_step
 from tests.support.train_once import build, build_all
 from tools.bench.counting import held_bytes
 
@@ -20,7 +20,7 @@ def kept_bytes(config: RunConfig, pack: Pack, *, only_rank: int | None = None) -
     _, wrapped, state, _ = build(config, weights=None)
     if only_rank not in (None, torch.distributed.get_rank()):
         return 0
-    (batch,) = to_device([pack], config=config, state=state)
+    (batch,) = rank_micro_batches([pack], config=config, state=state)
     weights = {_pointer(p) for chunk in wrapped for p in chunk.parameters()}
     weights |= {_pointer(buffer.grad_data) for chunk in wrapped for buffer in chunk.buffers}
     saved: dict[int, Tensor] = {}

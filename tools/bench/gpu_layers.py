@@ -51,7 +51,6 @@ class LayerBench:
         self.routing = self._routing()
         x = torch.randn(tokens, 1, self.model.hidden_size, device=self.state.device)
         self.sequence = x.to(self.dtype)
-        assert self.routing.to_rows is not None
         self.rows = self.sequence.index_select(0, self.routing.to_rows)
 
     def _routing(self) -> ModalityPackedSeqParams:
@@ -161,7 +160,6 @@ class LayerBench:
         samples = self.tokens // SAMPLE_TOKENS
         x = self.sequence.view(samples, SAMPLE_TOKENS, self.model.hidden_size)
         is_vision = torch.zeros(self.tokens, 1, device=x.device, dtype=self.dtype)
-        assert self.routing.to_rows is not None
         is_vision[self.routing.to_rows[: self.routing.num_vision]] = 1
         assert self.routing.rope_cos is not None and self.routing.rope_sin is not None
         context = TokenContext(
@@ -229,7 +227,6 @@ def rope_figures(setting: Setting, *, tokens: int) -> dict[str, Any]:
     routing = bench.routing
 
     def twin(x: Tensor) -> tuple[Tensor, ...]:
-        assert routing.to_sequence is not None
         assert routing.rope_cos is not None and routing.rope_sin is not None
         return permute_rope_reference(
             x,

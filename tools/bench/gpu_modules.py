@@ -255,13 +255,18 @@ def _errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Errors:
 
 def _packed(lengths: tuple[int, ...], *, device: torch.device) -> ModalityPackedSeqParams:
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    places = torch.arange(sum(lengths), device=device)
     return ModalityPackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=ends,
         cu_seqlens_kv=ends,
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
+        num_vision=0,
+        num_local_vision=0,
         sequence_lengths=lengths,
+        to_sequence=places,
+        to_rows=places,
     )
 
 
