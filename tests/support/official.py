@@ -208,9 +208,9 @@ def logits_of_first_batch(config: RunConfig, weights: Path) -> Tensor:
 
 def gradients_of_first_batch(config: RunConfig, weights: Path, out: Path) -> float:
     """In workers: the loss of micro-batch 0; its gradients go to `out` as a weights folder."""
-    from megatron_eve.checkpoint.weights import save_weights
     from megatron_eve.optim.build import build_optimizer
     from megatron_eve.training.step import forward_backward
+    from tests.support.save_weights import save_weights
 
     (chunk,), wrapped, state, mcore = build(config, weights=str(weights))
     mcore.grad_scale_func = build_optimizer(wrapped, config=config, state=state).scale_loss
@@ -224,9 +224,9 @@ def gradients_of_first_batch(config: RunConfig, weights: Path, out: Path) -> flo
 
 def train(config: RunConfig, weights: Path, out: Path) -> list[dict[str, float]]:
     """In workers: the metrics of each of the 20 steps; the weights after them go to `out`."""
-    from megatron_eve.checkpoint.weights import save_weights
     from megatron_eve.optim.build import build_optimizer, build_schedule
     from megatron_eve.training.step import train_step
+    from tests.support.save_weights import save_weights
 
     (chunk,), wrapped, state, mcore = build(config, weights=str(weights))
     optimizer = build_optimizer(wrapped, config=config, state=state)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_eve.checkpoint.weights import load_weights, save_weights
+from megatron_eve.checkpoint.weights import load_weights
 from megatron_eve.config.recipes import RECIPES
 from megatron_eve.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainableGroup
 from megatron_eve.data.sample import Pack
@@ -16,6 +16,7 @@ from megatron_eve.model.build import build_model
 from megatron_eve.model.stages import freeze
 from megatron_eve.parallel.groups import ParallelState, init_model_parallel
 from megatron_eve.training.wrap import wrap_for_training
+from tests.support.save_weights import save_weights
 from tests.support.tiny import RawSample, layout, naive_pack, random_samples
 
 TOKENS, ALIGN = 160, 8
