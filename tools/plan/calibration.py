@@ -9,6 +9,7 @@ pack and processes tell the constants apart.
 
 What a run waited for data is not part of the step here. Overlap cannot be told from step times; it is assumed."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -162,21 +163,13 @@ def _only(start: Rates, name: str) -> Rates:
 def _scaled(start: Rates, factors: dict[str, float]) -> Rates:
     """Each constant's time multiplied by its factor; a factor of 0 makes its part free."""
 
-    def rate(name: str) -> float:
-        before = float(getattr(start, name))
-        return before / factors[name] if factors[name] else float("inf")
+    def scaled(name: str) -> float:
+        before, factor = float(getattr(start, name)), factors[name]
+        if name.endswith("_overhead_s"):
+            return before * factor
+        return before / factor if factor else math.inf
 
-    return Rates(
-        gemm_flops_per_s=rate("gemm_flops_per_s"),
-        attention_flops_per_s=rate("attention_flops_per_s"),
-        memory_bytes_per_s=rate("memory_bytes_per_s"),
-        optimizer_bytes_per_s=rate("optimizer_bytes_per_s"),
-        gemm_overhead_s=start.gemm_overhead_s * factors["gemm_overhead_s"],
-        layer_overhead_s=start.layer_overhead_s * factors["layer_overhead_s"],
-        step_overhead_s=start.step_overhead_s * factors["step_overhead_s"],
-        link_share=rate("link_share"),
-        compute_overlaps=start.compute_overlaps,
-    )
+    return replace(start, **{name: scaled(name) for name in _INVERSES})
 
 
 def _non_negative_fit(
