@@ -7,7 +7,8 @@
 #   RUN              folder of the demo's run
 #   DEMO_ARGS        further arguments for the demo, see python -m tools.demo --help
 #   PYTEST_ARGS      further arguments for pytest
-#   TEST_PROCESSES   how many processes `make test` runs its files in
+#   TEST_PROCESSES   how many processes `make test` and `make test-fast` run their files in
+#   FILES            changed files for `make test-fast`, in place of what git says
 #   N                how many kill points
 #   BENCH            folder of the benchmarks' results
 #   PROFILE          folder of `make profile`
@@ -21,6 +22,7 @@ RUN ?= runs/demo
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
+FILES ?=
 N ?= 100
 BENCH ?= runs/bench
 PROFILE ?= runs/profile
@@ -37,7 +39,7 @@ TEST_SET := $(VENV)/.installed-test
 SMOLLM2_SET := $(VENV)/.installed-smollm2
 EVAL_SET := $(VENV)/.installed-eval
 
-.PHONY: help demo demo-smollm2 test test-matrix test-slurm test-kill nightly bench profile gpu lint install install-eval clean
+.PHONY: help demo demo-smollm2 test test-fast test-matrix test-slurm test-kill nightly bench profile gpu lint install install-eval clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -51,6 +53,9 @@ demo-smollm2: $(SMOLLM2_SET) ## the same with SmolLM2-135M-Instruct's real weigh
 
 test: $(TEST_SET) ## the CPU test suite (the chat page's tests: Debian package chromium)
 	$(PY) -m pytest --numprocesses $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+
+test-fast: $(TEST_SET) ## the tests of what was changed since origin/main, or of FILES="...", without the slowest (< 1 min)
+	$(PY) -m tests.support.affected $(FILES) --numprocesses $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 test-matrix: $(CPU_SET) ## every parallel layout, split and frozen set against the plain reference
 	$(PY) -m pytest -m matrix tests/parallel $(PYTEST_ARGS)

@@ -162,12 +162,26 @@ def _names_cuda(device: Any) -> bool:
     return isinstance(device, torch.device) and device.type == "cuda"
 
 
+_CHANGED_CALLS = frozenset(
+    {
+        torch.Tensor.cuda,
+        torch.Tensor.pin_memory,
+        torch.Tensor.to,
+        torch.Tensor.type,
+        torch.Tensor.backward,
+    }
+)
+"""What is called in another way even without keywords."""
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     """Rewrites the device of every torch call that names CUDA (cases 2 and 3 above)."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if not kwargs and func not in _CHANGED_CALLS:
+            return func(*args)  # nearly all calls, ten thousand a step
         kwargs = kwargs or {}
         if _names_cuda(kwargs.get("device")):
             kwargs["device"] = CPU

@@ -9,6 +9,7 @@ from importlib.metadata import distributions
 import pytest
 
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share the cores
 ENVIRONMENT = pytest.StashKey[dict[str, str]]()
 
 

@@ -22,7 +22,6 @@ from megatron_eve.checkpoint.fit import refuse_non_finite, refuse_other_shapes
 from megatron_eve.checkpoint.manifest import Manifest, check_folder
 from megatron_eve.checkpoint.sharding import chunk_key, load_sharded, sharded_weights
 from megatron_eve.checkpoint.verify import refuse_differences, verify_folder
-from megatron_eve.checkpoint.writer import Contents, FolderWrite
 from megatron_eve.config.model_lines import PREFIX, model_from_text
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.config.text_form import lines_of
@@ -42,22 +41,6 @@ LOAD_ERRORS = (
 
 _LOG = logging.getLogger(__name__)
 _VISION, _TEXT = ".vision.", ".text."
-
-
-def save_weights(chunks: Sequence[EveModel], folder: str | Path, *, config_text: str) -> None:
-    """Write the weights of all ranks to `folder`, which must not exist or be empty. Collective.
-
-    Raises: CheckpointError if there is something in the folder already.
-    """
-    contents = Contents(
-        state=sharded_weights(chunks),
-        config_text=config_text,
-        facts={"kind": "weights"},
-        tensors=canonical_hashes(chunks),
-    )
-    write = FolderWrite(Path(folder), contents, replicas=chunks[0].pg_collection.dp_cp)
-    write.start()
-    write.finish()
 
 
 def weights_folder(path: str | Path) -> Path:

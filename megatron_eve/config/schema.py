@@ -89,9 +89,8 @@ class DataConfig:
     sources: tuple[ShardSource, ...]
     tokenizer: str  # folder with tokenizer.json (HF format)
     template: TemplateName  # of every source that names none
-    image_edge: (
-        int  # M of the official resize rules: the area is capped at M * M pixels (800 or 1600)
-    )
+    image_edge: int
+    """M of the official resize rules: the area is capped at M * M pixels (800 or 1600)."""
     max_aspect_ratio: float  # images beyond it are quarantined
     max_text_tokens: int  # a sample is cut to this many tokens, in which each image counts as one
     pack_tokens: int  # T: tokens of one pack (micro-batch), a multiple of `align`
@@ -117,9 +116,8 @@ class ParallelConfig:
     """How the model and the data are spread over processes. The data-parallel size is what remains."""
 
     num_nodes: int
-    gpus_per_node: (
-        int  # processes per node; on a machine without GPU the same number of CPU processes
-    )
+    gpus_per_node: int
+    """Processes per node; on a machine without GPU the same number of CPU processes."""
     tensor: int
     pipeline: int
     virtual_pipeline: int  # model chunks per pipeline stage; 1 = not interleaved
@@ -198,9 +196,8 @@ class GpuConfig:
     bf16_first_layers: int = 0  # decoder layers at the start that stay BF16
     bf16_last_layers: int = 0
     modality_streams: bool = False  # vision and text modules of a block on two CUDA streams
-    fused_weight_gradients: bool = (
-        False  # weight gradients are added to the fp32 buffer by the product itself
-    )
+    fused_weight_gradients: bool = False
+    """Weight gradients are added to the fp32 buffer by the product itself."""
     fused_rope: bool = False  # one Triton kernel for permutation and rotary positions
 
 
@@ -208,17 +205,14 @@ class GpuConfig:
 class CheckpointConfig:
     """Checkpoints and weights, read and written. A run that finds its own checkpoints resumes from the newest."""
 
-    load_weights_from: (
-        str | None
-    )  # checkpoint folder of another run, stage or converter: weights only
-    copy_text_to_vision: (
-        bool  # vision weights that the loaded checkpoint lacks are copies of the text weights
-    )
+    load_weights_from: str | None
+    """Checkpoint folder of another run, stage or converter: weights only."""
+    copy_text_to_vision: bool
+    """Vision weights that the loaded checkpoint lacks are copies of the text weights."""
     save_every_steps: int
     keep_last: int
-    keep_every_steps: (
-        int | None
-    )  # checkpoints at its multiples are kept for good; None: the last ones only
+    keep_every_steps: int | None
+    """Checkpoints at its multiples are kept for good; None: the last ones only."""
     async_save: bool  # train on while a checkpoint is written
 
 

@@ -10,10 +10,10 @@ known at the start, in training/unreadable.py those that turn up later on any ra
 """
 
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -57,23 +57,6 @@ def first_time() -> IsFirst:
     return is_first
 
 
-@dataclass(slots=True)
-class LoaderStats:
-    """What this rank's loader has returned so far."""
-
-    num_samples: int = 0
-    num_packs: int = 0
-    real_tokens: int = 0
-    total_tokens: int = 0
-    # Left out of the plan, or masked while decoding.
-    quarantined: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def fill(self) -> float:
-        """Real tokens as a fraction of all tokens, padding packs included."""
-        return self.real_tokens / self.total_tokens if self.total_tokens else 0.0
-
-
 @dataclass(frozen=True, slots=True)
 class _PendingStep:
     packs: list[Future[tuple[Pack, list[Quarantined]]]]
@@ -106,7 +89,6 @@ class PackLoader:
         refuse_ids_beyond(tokenizer, vocab_size=model.vocab_size)
         self._data_rank, self._data_size = data_rank, data_size
         self._report = QuarantineReport(quarantine_report) if quarantine_report else None
-        self.stats = LoaderStats()
         self._shape = PackShape(pack_tokens=data.pack_tokens, align=data.align)
         self._cost = PackCost.of_model(model, trainable=trainable)
         self._table = ShardTable.open([source.path for source in data.sources])
@@ -119,7 +101,7 @@ class PackLoader:
             shape=self._shape,
             cost=self._cost,
             batch=batch,
-            open_bins=data.open_bins,
+            pool_packs=data.open_bins,
         )
         self._builder = PackBuilder(
             table=self._table,
@@ -182,9 +164,7 @@ class PackLoader:
         masked = [entry for _, entries in finished for entry in entries]
         if masked:
             self._report_masked(masked)
-        packs = [pack for pack, _ in finished]
-        self._count(packs)
-        return packs
+        return [pack for pack, _ in finished]
 
     def state_dict(self) -> dict[str, Any]:
         """State after the last step returned: small, JSON-able, the same on every rank and for any number of them."""
@@ -232,13 +212,6 @@ class PackLoader:
                 future.cancel()
         self._pending.clear()
 
-    def _count(self, packs: Sequence[Pack]) -> None:
-        stats = self.stats
-        stats.num_packs += len(packs)
-        stats.num_samples += sum(len(pack.sample_ids) for pack in packs)
-        stats.real_tokens += sum(pack.num_real_vision + pack.num_real_text for pack in packs)
-        stats.total_tokens += sum(pack.num_tokens for pack in packs)
-
     @property
     def fingerprint(self) -> str:
         """Identifies the plan; loaders with the same plan share its packs."""
@@ -268,7 +241,6 @@ class PackLoader:
         return num_left_out
 
     def _report_left_out(self, lengths: SampleLengths, *, num_total: int) -> None:
-        self.stats.quarantined.update(lengths.reasons)
         if self._data_rank != 0:
             return
         for problem in self._table.damaged.values():
@@ -296,7 +268,6 @@ class PackLoader:
 
     def _report_masked(self, entries: Sequence[Quarantined]) -> None:
         for entry in entries:
-            self.stats.quarantined[entry.reason] += 1
             if entry.reason in UNREADABLE and self._is_first(f"{entry.file}:{entry.row}"):
                 self._num_unreadable += 1
         if self._report is None:

@@ -51,19 +51,15 @@ class Pack:
     num_vision: int  # vision tokens incl. padding; a multiple of `align`, at least one `align`, at most T - align
     cu_seqlens: Tensor  # [num_sequences + 1] int32, sequence order; padding is cut in sequences of at most `align`
     max_seqlen: int
-    position_ids: (
-        Tensor  # [T] int64, sequence order: 0..n-1 in each sequence, vision tokens count too
-    )
-    modality_order: (
-        Tensor  # [T] int64: modality_order[m] = sequence index of the m-th token in modality order
-    )
-    text_ids: (
-        Tensor  # [T - num_vision] int64: token ids of the text segment; padding holds the pad id
-    )
+    position_ids: Tensor
+    """[T] int64, sequence order: 0..n-1 in each sequence, vision tokens count too."""
+    modality_order: Tensor
+    """[T] int64: modality_order[m] = sequence index of the m-th token in modality order."""
+    text_ids: Tensor
+    """[T - num_vision] int64: token ids of the text segment; padding holds the pad id."""
     vision_kind: Tensor  # [num_vision] uint8: VISION_PAD | VISION_PATCH | VISION_CLS | VISION_SPL
-    patches: (
-        Tensor | None
-    )  # [P, dense_stride**2, 3 * patch_stride**2] uint8 pixels; None where pixels are not needed
+    patches: Tensor | None
+    """[P, dense_stride**2, 3 * patch_stride**2] uint8 pixels; None where pixels are not needed."""
     label_rows: Tensor  # [L] int64: modality-order rows whose next token (in sequence order) is a target; ascending
     label_targets: Tensor  # [L] int64: that next token's id
     sample_ids: tuple[str, ...]  # real samples in the pack, in sequence order
@@ -72,9 +68,8 @@ class Pack:
     sample_padding: tuple[int, ...]  # padding tokens at the end of each sample (data.sample_align)
     num_real_vision: int  # without padding
     num_real_text: int  # without padding
-    quarantined: tuple[
-        tuple[str, str], ...
-    ]  # (sample id, reason) of samples whose labels were masked while decoding
+    quarantined: tuple[tuple[str, str], ...]
+    """(sample id, reason) of samples whose labels were masked while decoding."""
 
     @property
     def num_tokens(self) -> int:

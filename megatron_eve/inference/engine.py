@@ -52,7 +52,6 @@ class Answer:
 
     text: str
     tokens: tuple[int, ...]  # generated, the stop token included
-    num_prompt_tokens: int
     finish_reason: FinishReason  # stop: a stop token or a stop text; length: max_new_tokens
 
 
@@ -312,5 +311,5 @@ def _advance(one: _InFlight, token: int, stop_ids: tuple[int, ...]) -> Update:
     if not (is_done or is_full):
         return Update(one.number, piece, None)
     reason: FinishReason = "stop" if is_done or one.stream.stopped else "length"
-    answer = Answer(one.text, tuple(one.tokens), len(one.request.prompt), reason)
+    answer = Answer(one.text, tuple(one.tokens), reason)
     return Update(one.number, piece, answer)

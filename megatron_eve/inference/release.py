@@ -28,9 +28,8 @@ _FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenize
 class ImageRules:
     """How an image becomes pixels: preprocessor_config.json."""
 
-    edge: (
-        int  # M of the resize rules: the area is capped at (train) or scaled to (eval) M * M pixels
-    )
+    edge: int
+    """M of the resize rules: the area is capped at (train) or scaled to (eval) M * M pixels."""
     resize_rule: ResizeRule  # the release's own; a request may choose another
     mean: tuple[float, float, float]
     std: tuple[float, float, float]

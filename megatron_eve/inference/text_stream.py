@@ -22,9 +22,8 @@ class TextStream:
         self._stop = stop
         self._ids: list[int] = []
         self._start = 0  # first token of the window
-        self._clean = (
-            0  # where the window may begin next: the tokens up to here are whole characters
-        )
+        # Where the window may begin next: the tokens up to here are whole characters.
+        self._clean = 0
         self._read = 0  # characters of the window's text that are in _pending or shown
         self._pending = ""  # decoded, not shown
         self._has_begun = False

@@ -145,9 +145,8 @@ class _LocalTokens:
     order: Tensor  # [R] which of the S tokens is in each row; S where none is
     text_ids: Tensor  # [R - V]; 0 where no token is
     vision_kind: Tensor  # [V]
-    patch_numbers: (
-        Tensor  # [patches] number of each patch among the pack's, in the order of the rows
-    )
+    patch_numbers: Tensor
+    """[patches] number of each patch among the pack's, in the order of the rows."""
     label_rows: Tensor  # [labels] rows in modality order
     label_targets: Tensor  # [labels]
     label_weights: Tensor  # [labels] float32

@@ -42,16 +42,14 @@ class ModalityPackedSeqParams(PackedSeqParams):
     cu_seqlens and sequence_lengths are those of the whole pack, with context parallelism too."""
 
     num_vision: int  # V: vision rows of this context-parallel rank
-    num_local_vision: (
-        int  # of this rank's residual stream: V / tp under sequence parallelism, else V
-    )
+    num_local_vision: int
+    """Vision rows of this rank's residual stream: V / tp under sequence parallelism, else V."""
     sequence_lengths: tuple[int, ...]  # of every sample, in sequence order; their sum is T
-    to_sequence: (
-        Tensor  # [S] row of the attention projections' output that is token s of the sequence
-    )
+    to_sequence: Tensor
+    """[S] row of the attention projections' output that is token s of the sequence."""
     to_rows: Tensor  # [R] inverse of to_sequence; S for a row without a token
-    # [T], with context parallelism alone: where token t of the whole pack is in the ranks' tokens put in a row
     from_gathered: Tensor | None = None
+    """[T] context parallelism: where token t of the whole pack is in the ranks' tokens put in a row."""
     kept: KeptRows | None = None  # for the last layer
     rope_cos: Tensor | None = None  # [S, 1, head_dim], sequence order, in the activations' dtype
     rope_sin: Tensor | None = None  # as rope_cos

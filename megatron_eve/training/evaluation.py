@@ -160,9 +160,8 @@ class Evaluations:
         assert self._config.command is not None
         limit = ["timeout", f"--kill-after={KILL_AFTER_S}", str(self._config.timeout_s)]
         environment = {k: v for k, v in os.environ.items() if k not in _OF_THE_RUN}
-        environment["CUDA_VISIBLE_DEVICES"] = (
-            ""  # the run's GPUs are full; a command may set its own
-        )
+        # The run's GPUs are full; a command may set its own
+        environment["CUDA_VISIBLE_DEVICES"] = ""
         try:
             folder = _new_folder(self._run_dir / FOLDER / step_name(step))
             places = {"checkpoint": self._checkpoint(step), "out": folder, "step": step}

@@ -11,11 +11,12 @@ from checkpoints_convert.names import tensor_rules
 from checkpoints_convert.tensors import eve_shape
 from checkpoints_convert.torch_dist import stored_key
 from megatron_eve.checkpoint.fit import refuse_other_shapes
-from megatron_eve.checkpoint.weights import load_weights, save_weights
+from megatron_eve.checkpoint.weights import load_weights
 from megatron_eve.config.model_lines import flat_model
 from megatron_eve.config.schema import ModelConfig, ParallelConfig
 from megatron_eve.errors import CheckpointError, ConfigError
 from megatron_eve.finite import is_finite
+from tests.support.save_weights import save_weights
 from tests.support.tiny import ALL, DENSE, layout, tiny_model
 from tests.support.train_once import build, run_config
 

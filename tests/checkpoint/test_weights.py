@@ -12,10 +12,11 @@ import torch
 from megatron_eve.checkpoint import weights
 from megatron_eve.checkpoint.manifest import check_folder
 from megatron_eve.checkpoint.sharding import sharded_weights
-from megatron_eve.checkpoint.weights import load_weights, save_weights, weights_folder
+from megatron_eve.checkpoint.weights import load_weights, weights_folder
 from megatron_eve.config.schema import ModelConfig, ParallelConfig
 from megatron_eve.errors import CheckpointError
 from tests.support.fresh import save_fresh
+from tests.support.save_weights import save_weights
 from tests.support.tiny import ALL, DENSE, SplitConfig, layout, tiny_model
 from tests.support.train_once import build, read_weights, run_config
 

@@ -18,7 +18,7 @@ from checkpoints_convert.megatron_folder import read_megatron
 from checkpoints_convert.megatron_to_hf import ExportOptions, export_hf
 from checkpoints_convert.tensors import eve_to_hf
 from checkpoints_convert.verify import compare_tensors, logits_gap
-from megatron_eve.checkpoint.weights import load_weights, read_config_text, save_weights
+from megatron_eve.checkpoint.weights import load_weights, read_config_text
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import ParallelConfig
 from megatron_eve.config.text_form import config_text
@@ -29,6 +29,7 @@ from megatron_eve.parallel.groups import init_model_parallel
 from tests.checkpoints_convert.conftest import release_model, write_reference_release
 from tests.checkpoints_convert.test_modeling import hf_batch
 from tests.support.reference_eve import ReferenceEve, build_reference
+from tests.support.save_weights import save_weights
 from tests.support.tiny import ALL, layout, naive_pack, random_samples
 from tests.support.train_once import run_config
 

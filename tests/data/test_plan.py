@@ -51,7 +51,7 @@ def plan_of(
     unit: str = "packs",
     size: int = 5,
     *,
-    open_bins: int = 4,
+    pool_packs: int = 4,
     shape: PackShape = SHAPE,
     cost: PackCost = COST,
     **changes: object,
@@ -63,7 +63,7 @@ def plan_of(
         shape=shape,
         cost=cost,
         batch=BatchConfig(unit=unit, size=size),  # type: ignore[arg-type]
-        open_bins=open_bins,
+        pool_packs=pool_packs,
     )
 
 
@@ -203,7 +203,7 @@ def test_state_of_another_plan_is_refused() -> None:
     state = plan_of().state_dict()
     changed = [
         plan_of(seed=4),
-        plan_of(open_bins=5),
+        plan_of(pool_packs=5),
         plan_of(cost=dataclasses.replace(COST, per_vision=1500)),
         plan_of(shape=PackShape(pack_tokens=512, align=16)),
         plan_of("samples"),
@@ -213,18 +213,18 @@ def test_state_of_another_plan_is_refused() -> None:
         with pytest.raises(DataError, match=r"data state belongs to plan .*data\.seed"):
             plan.load_state_dict(state)
     by_samples = plan_of("samples", 9).state_dict()
-    plan_of("samples", 17, open_bins=7).load_state_dict(
+    plan_of("samples", 17, pool_packs=7).load_state_dict(
         by_samples
     )  # nothing between steps depends on these
 
 
 def test_impossible_batches_are_refused() -> None:
-    for size, open_bins in itertools.product((0, 1), (0, 1)):
-        if (size, open_bins) != (1, 1):
+    for size, pool_packs in itertools.product((0, 1), (0, 1)):
+        if (size, pool_packs) != (1, 1):
             with pytest.raises(
-                ConfigError, match=rf"batch\.size={size} and .*open_bins={open_bins}"
+                ConfigError, match=rf"batch\.size={size} and .*pool_packs={pool_packs}"
             ):
-                plan_of(size=size, open_bins=open_bins)
+                plan_of(size=size, pool_packs=pool_packs)
 
 
 def test_lengths_decide_the_fingerprint() -> None:
@@ -237,7 +237,7 @@ def test_lengths_decide_the_fingerprint() -> None:
             shape=SHAPE,
             cost=COST,
             batch=BatchConfig(unit="samples", size=3),
-            open_bins=1,
+            pool_packs=1,
         )
         for one in (lengths, longer)
     ]

@@ -51,10 +51,11 @@ def test_recomputation_in_fp8_gives_the_same_losses(recipe: str) -> None:
 
 
 def test_weights_written_by_te_load_into_local(tmp_path: Path) -> None:
-    from megatron_eve.checkpoint.weights import load_weights, save_weights
+    from megatron_eve.checkpoint.weights import load_weights
     from megatron_eve.model.build import build_model
     from megatron_eve.model.te import local_name
     from megatron_eve.parallel.groups import init_distributed, init_model_parallel
+    from tests.support.save_weights import save_weights
 
     init_distributed(timeout_s=600)
     config = FULL.small_config("2.2")

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_eve.data.sample import Pack
 from tests.repo.tree import REPO, commands, documents, text_of
+from tests.support.warm_python import warm_python
 
 MAX_README_LINES = 220
 SHELL_WORDS = {"mkdir", "git", "cd"}
@@ -34,11 +35,13 @@ def python_commands() -> list[list[str]]:
 
 @cache
 def help_text(*module_and_subcommands: str) -> str:
-    command = [sys.executable, "-X", "importtime", "-m", *module_and_subcommands, "--help"]
+    measures_torch = module_and_subcommands[0].startswith("tools.bench")
+    python = [warm_python()] if measures_torch else [sys.executable, "-X", "importtime"]
+    command = [*python, "-m", *module_and_subcommands, "--help"]
     result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, f"{' '.join(command)}: {result.stderr}"
     imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
-    if not module_and_subcommands[0].startswith("tools.bench"):  # they measure torch
+    if not measures_torch:
         slow = HEAVY & imported
         assert not slow, f"{' '.join(command)} imports {slow} before it knows what is asked"
     return result.stdout

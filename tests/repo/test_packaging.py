@@ -110,6 +110,7 @@ def test_make_knows_its_targets() -> None:
         "demo",
         "demo-smollm2",
         "test",
+        "test-fast",
         "test-matrix",
         "test-slurm",
         "lint",

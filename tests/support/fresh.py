@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Freshly initialised weights, inside gloo workers."""
 
-from megatron_eve.checkpoint.weights import save_weights
 from megatron_eve.config.schema import RunConfig
+from tests.support.save_weights import save_weights
 from tests.support.train_once import build
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real multi-process gloo runs inside a test.
 
-Starting a process that imports torch and megatron-core costs seconds, so a pool of workers is started once per size;
-each task gets a new process group and sets up the layout it needs. A failure on any rank is raised in the test with
-that rank's traceback, and a task that hangs is killed."""
+Importing torch and megatron-core costs seconds, so all workers are forked from one process that has done it, and a pool
+of them is started once per size. Each task gets a new process group and sets up the layout it needs. A failure on any
+rank is raised in the test with that rank's traceback, and a task that hangs is killed."""
 
 import datetime
 import faulthandler
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+IMPORTED = ["torch", "torch._inductor", "megatron_eve.training.run"]
 TASK_TIMEOUT_S = 120
 MANY_THREADS = 400
 
@@ -100,6 +101,13 @@ def _num_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
+def forked_from_imports() -> Any:
+    """Starts processes by fork from one that has imported what takes long."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
+
+
 class GlooPool:
     """`world_size` processes in one gloo process group."""
 
@@ -134,11 +142,14 @@ class GlooPool:
             raise WorkerError("\n".join(failures))
         return results
 
+    def _context(self) -> Any:
+        return forked_from_imports()
+
     def _start(self) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        context = self._context()
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(

@@ -208,8 +208,8 @@ def logits_of_first_batch(config: RunConfig, weights: Path) -> Tensor:
 
 def gradients_of_first_batch(config: RunConfig, weights: Path, out: Path) -> float:
     """In workers: the loss of micro-batch 0; its gradients go to `out` as a weights folder."""
-    from megatron_eve.checkpoint.weights import save_weights
     from megatron_eve.training.step import forward_backward
+    from tests.support.save_weights import save_weights
 
     training, state = build_all(config, weights=str(weights))
     (chunk,), wrapped = training.chunks, training.wrapped
@@ -223,8 +223,8 @@ def gradients_of_first_batch(config: RunConfig, weights: Path, out: Path) -> flo
 
 def train(config: RunConfig, weights: Path, out: Path) -> list[dict[str, float]]:
     """In workers: the metrics of each of the 20 steps; the weights after them go to `out`."""
-    from megatron_eve.checkpoint.weights import save_weights
     from megatron_eve.training.step import train_step
+    from tests.support.save_weights import save_weights
 
     training, state = build_all(config, weights=str(weights), steps=STEPS)
     (chunk,), wrapped, optimizer = training.chunks, training.wrapped, training.optimizer

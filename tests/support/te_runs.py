@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of the `te` backend in gloo workers that find the stand-in of Transformer Engine (stand_in_te/)."""
 
+import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_eve.checkpoint.weights import save_weights
 from megatron_eve.config.schema import RunConfig
 from tests.support.canonical import Shard, local_shards
 from tests.support.gloo import GlooPool
+from tests.support.save_weights import save_weights
 from tests.support.tiny import random_samples
 from tests.support.train_once import build, packs_of_rank
 
@@ -18,7 +19,10 @@ STAND_IN = Path(__file__).parent / "stand_in_te"
 
 
 class PoolWithStandIn(GlooPool):
-    """Workers inherit sys.path when they start."""
+    """Workers inherit sys.path when they start, and have imported nothing."""
+
+    def _context(self) -> Any:
+        return multiprocessing.get_context("spawn")
 
     def _start(self) -> None:
         sys.path.insert(0, str(STAND_IN))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_eve.checkpoint.training_state import TrainingState
-from megatron_eve.checkpoint.weights import load_weights, save_weights
+from megatron_eve.checkpoint.weights import load_weights
 from megatron_eve.config.recipes import RECIPES
 from megatron_eve.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainableGroup
 from megatron_eve.data.sample import Pack
@@ -17,6 +17,7 @@ from megatron_eve.model.build import build_model
 from megatron_eve.model.eve_model import EveModel
 from megatron_eve.parallel.groups import ParallelState, init_model_parallel
 from megatron_eve.training.assemble import Prepare, build_training, build_wrapped_model
+from tests.support.save_weights import save_weights
 from tests.support.tiny import RawSample, layout, naive_pack, random_samples
 
 TOKENS, ALIGN = 160, 8

@@ -6,7 +6,7 @@ another run. What is saved is the import of torch and megatron-core, about five 
 
 import contextlib
 import faulthandler
-import multiprocessing
+import gc
 import os
 import signal
 import sys
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests.support.gloo import forked_from_imports
 
 TIMEOUT_S, STACKS_S = 120, 3
 KILLER = "killer"
@@ -37,11 +39,13 @@ class Start:
 def _serve(pipe: Connection) -> None:
     import nvidia.dali
     import torch
+    import torch._inductor  # deterministic algorithms import it
 
     import megatron_eve.training.run  # noqa: F401
 
     torch.set_num_threads(1)
     assert nvidia.dali is not None
+    gc.freeze()  # else each trainer sorts all of it out as it ends
     while (start := pipe.recv()) is not None:
         pipe.send(_run(start))
 
@@ -122,7 +126,7 @@ class Zygote:
     """Owns the process that forks."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forked_from_imports()
         self._pipe, theirs = context.Pipe()
         self._process: Any = context.Process(target=_serve, args=(theirs,))
         self._process.start()

@@ -13,6 +13,7 @@ from megatron_eve.config.schema import EvaluationConfig
 from megatron_eve.evaluation.scoring import OPEN
 from megatron_eve.training.evaluation import Evaluations
 from tests.repo.tree import REPO, text_of
+from tests.support.warm_python import warm_python
 from tools.demo.__main__ import main
 from tools.demo.pipelines import DEMOS, DemoOptions
 from tools.demo.steps import plan_lines
@@ -82,21 +83,24 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_the_whole_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Everything that `make demo` does, two steps a stage and few images: it runs, and says that the model is blind."""
+    """Everything that `make demo` does, two steps a stage and few images: it runs, and says that the model is blind.
+
+    Up to the first training by new interpreters, from there on by such that have imported torch."""
     monkeypatch.chdir(REPO)
     out = tmp_path / "demo"
     overrides = ["train.steps=2", "batch.size=1", "data.pack_tokens=512", "logging.every_steps=1"]
     command = ["eve-tiny", "--out", str(out), "--train-images", "40", "--test-images", "8"]
     command += [word for override in overrides for word in ("--override", override)]
-    assert main([*command, "--stop-after", "stage1"]) == 0
+    assert main([*command, "--stop-after", "text"]) == 0
     first = capfd.readouterr().out
-    assert first.splitlines()[-1] == f"stopped after stage1; wrote the steps up to it to {out}"
+    assert first.splitlines()[-1] == f"stopped after text; wrote the steps up to it to {out}"
     assert "step 2/2 | loss" in first
-    assert "step 2/2 | loss" in (out / "stage1" / "train.log").read_text()
+    assert "step 2/2 | loss" in (out / "text" / "train.log").read_text()
 
+    monkeypatch.setattr(sys, "executable", warm_python())
     assert main(command) == 1
     second = capfd.readouterr()
-    assert "[6/13] stage1: already done" in second.out
+    assert "[5/13] text: already done" in second.out
     assert "error: not met: shape: " in second.err
     assert second.out.splitlines()[-1].endswith(f"hf/ to {out}")
     for name in ("results.md", "samples.md", "samples.png", "curves.png", "summary.md"):

@@ -55,7 +55,7 @@ def overrides(small_data: Path, tmp_path: Path) -> list[str]:
         "model.hidden_size=32",
         "model.ffn_hidden_size=64",
         "model.head_dim=8",
-        "batch.size=8",
+        "batch.size=2",
         "parallel.gpus_per_node=1",
         "parallel.tensor=1",
         "parallel.sequence_parallel=false",

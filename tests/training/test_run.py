@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer as a user starts it: real processes, real shards; kill -9 and resume, stop on request, stages, errors."""
+"""The trainer as a user starts it: real processes, real shards; kill -9 and resume, stop on request, stages, errors.
+
+Where it isn't said otherwise (`fresh`), the processes have torch imported when they start (support/warm_python.py)."""
 
 import contextlib
 import json
@@ -20,6 +22,7 @@ import pytest
 from megatron_eve.errors import ConfigError
 from megatron_eve.start_checks import check_start
 from megatron_eve.train import configure
+from tests.support.warm_python import warm_python
 from tests.training.test_run_directory import held
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,14 +32,15 @@ TIMEOUT_S = 150
 class Trainer:
     """A started training command. Its output goes to a file: an orphan would keep a pipe open."""
 
-    def __init__(self, overrides: list[str], *, processes: int, recipe: str) -> None:
-        command = [sys.executable, "-m", "megatron_eve.train", recipe, *overrides]
+    def __init__(self, overrides: list[str], *, processes: int, recipe: str, fresh: bool) -> None:
+        python = sys.executable if fresh else warm_python()
+        command = [python, "-m", "megatron_eve.train", recipe, *overrides]
         if processes > 1:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = str(probe.getsockname()[1])
             launcher = ["torch.distributed.run", "--nproc-per-node", str(processes)]
-            command = [sys.executable, "-m", *launcher, "--master-port", port, *command[1:]]
+            command = [python, "-m", *launcher, "--master-port", port, *command[1:]]
         self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  (lives as long as the trainer)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.process = psutil.Popen(
@@ -74,9 +78,15 @@ class Trainer:
         raise AssertionError(f"step {step} was not reached:\n{self.output}")
 
 
-def start(overrides: list[str], *, processes: int = 1, recipe: str = "eve_tiny_stage3") -> Trainer:
-    """The training command of the README."""
-    return Trainer(overrides, processes=processes, recipe=recipe)
+def start(
+    overrides: list[str],
+    *,
+    processes: int = 1,
+    recipe: str = "eve_tiny_stage3",
+    fresh: bool = False,
+) -> Trainer:
+    """The training command of the README. `fresh`: by interpreters that have imported nothing."""
+    return Trainer(overrides, processes=processes, recipe=recipe, fresh=fresh)
 
 
 def train(overrides: list[str], **options) -> tuple[int, str]:  # type: ignore[no-untyped-def]
@@ -106,12 +116,13 @@ def with_run_dir(overrides: list[str], run_dir: Path) -> list[str]:
 
 
 def test_kill_and_resume_gives_the_same_bits(overrides, tmp_path):  # type: ignore[no-untyped-def]
-    """Same losses, gradient norms and samples as an uninterrupted run, to the last bit, killed twice on the way."""
+    """Same losses, gradient norms and samples as an uninterrupted run, to the last bit, killed twice on the way. The
+    uninterrupted one has interpreters of its own, so that nothing hangs on the seed of their hashes."""
     from megatron_eve.checkpoint.weights import weights_folder
 
     parallel = ["parallel.gpus_per_node=2", "parallel.tensor=2", "parallel.sequence_parallel=true"]
     overrides = [*overrides, *parallel, "data.num_workers=2"]
-    code, output = train(with_run_dir(overrides, tmp_path / "whole"), processes=2)
+    code, output = train(with_run_dir(overrides, tmp_path / "whole"), processes=2, fresh=True)
     assert code == 0, output
     broken = with_run_dir(overrides, tmp_path / "broken")
     for step in (3, 7):  # before the first checkpoint, and between two
@@ -156,7 +167,7 @@ def test_ctrl_c_under_torchrun_saves_too(overrides, tmp_path):  # type: ignore[n
     """torchrun alone hears it and passes it on; its own traceback is the only one."""
     run_dir = tmp_path / "run"
     parallel = ["parallel.gpus_per_node=2", "parallel.tensor=2"]
-    trainer = start([*overrides, *parallel, "train.steps=4000"], processes=2)
+    trainer = start([*overrides, *parallel, "train.steps=4000"], processes=2, fresh=True)
     trainer.wait_for_step(run_dir, 1)
     trainer.process.send_signal(signal.SIGINT)
     trainer.wait()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A rank that does not answer is named, all stacks are written, all processes end; a rank that is busy is left alone.
 
-Most tests run the watchdog without a trainer: processes that import torch, meet in a store, and count."""
+Most tests run the watchdog without a trainer: processes that meet in a store, and count."""
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -10,32 +11,38 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_eve.training.rank_process import RankProcess
 from megatron_eve.training.watchdog import is_lost_contact
+from tests.support.gloo import forked_from_imports
 from tests.training.test_run import TIMEOUT_S, start
 
-REPOSITORY = Path(__file__).parents[2]
 RANK = """
 import os, sys, time
 from datetime import timedelta
-from pathlib import Path
 from torch.distributed import TCPStore
 from megatron_eve.training.watchdog import Watchdog
-rank, size, port, run_dir = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
 store = TCPStore("127.0.0.1", port, size, is_master=rank == 0, timeout=timedelta(seconds=60))
 with Watchdog(store.clone(), rank=rank, world_size=size, limit_s={limit}, run_dir=run_dir) as watch:
     watch.at("work")
     store.add("started", 1)
-    print("started", flush=True)
+    started.send("started")
     {body}
-print("left", flush=True)
 store.add("left", 1)
 while rank == 0 and store.add("left", 0) < size: time.sleep(0.01)
 """
 WAIT = "time.sleep(60)"
+
+
+def run_rank(script: str, errors: Path, **names: Any) -> None:
+    """In a process of its own; what it writes to stderr goes to a file."""
+    with errors.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(names["port"]))
+    exec(compile(script, "<string>", "exec"), names)
 
 
 class Ranks:
@@ -46,31 +53,29 @@ class Ranks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(REPOSITORY),
-            "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+        self._errors = [run_dir / f"stderr{rank}" for rank in range(len(bodies))]
+        pipes = [multiprocessing.Pipe(duplex=False) for _ in bodies]
+        names = {"size": len(bodies), "port": port, "run_dir": run_dir}
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", RANK.format(limit=limit, body=body),
-                 str(rank), str(len(bodies)), str(port), str(run_dir)],
-                env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            forked_from_imports().Process(
+                target=run_rank,
+                args=(RANK.format(limit=limit, body=body), self._errors[rank]),
+                kwargs={**names, "rank": rank, "started": pipes[rank][1]},
             )
             for rank, body in enumerate(bodies)
-        ]  # fmt: skip
+        ]
         for process in self.processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "started\n"
+            process.start()
+        for ours, _ in pipes:
+            assert ours.recv() == "started"
 
-    def ended(self) -> tuple[list[int], str]:
+    def ended(self) -> tuple[list[int | None], str]:
         """Exit codes, and what all wrote to stderr but the store's own warnings."""
-        texts = [process.communicate(timeout=TIMEOUT_S)[1] for process in self.processes]
-        lines = [line for text in texts for line in text.splitlines()]
+        for process in self.processes:
+            process.join(TIMEOUT_S)
+        lines = [line for path in self._errors for line in path.read_text().splitlines()]
         told = [line for line in lines if line.startswith("rank ") or "Error" in line]
-        return [process.returncode for process in self.processes], "\n".join(told)
+        return [process.exitcode for process in self.processes], "\n".join(told)
 
     def stacks(self) -> dict[str, str]:
         return {p.name: p.read_text() for p in sorted((self.run_dir / "stacks").glob("*"))}
@@ -79,7 +84,7 @@ class Ranks:
 def test_a_stopped_rank_is_named_and_all_end(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, [WAIT] * 3, limit=3)
     stopped = ranks.processes[1]
-    stopped.send_signal(signal.SIGSTOP)
+    os.kill(stopped.pid, signal.SIGSTOP)
     codes, told = ranks.ended()
     assert codes == [1, 1, 1], told
     host = socket.gethostname()
@@ -94,9 +99,10 @@ def test_a_stopped_rank_is_named_and_all_end(tmp_path: Path) -> None:
 def test_a_stopped_rank_that_keeps_the_store_is_named(tmp_path: Path) -> None:
     """Nobody gets an answer from the store then."""
     ranks = Ranks(tmp_path, [WAIT] * 3, limit=2)
-    ranks.processes[0].send_signal(signal.SIGSTOP)
+    os.kill(ranks.processes[0].pid, signal.SIGSTOP)
     for process in ranks.processes[1:]:
-        assert process.wait(TIMEOUT_S) == 1
+        process.join(TIMEOUT_S)
+        assert process.exitcode == 1
     ranks.processes[0].kill()
     codes, told = ranks.ended()
     assert codes == [-signal.SIGKILL, 1, 1]
@@ -120,10 +126,10 @@ def test_all_that_were_stopped_together_go_on(tmp_path: Path) -> None:
     """Ctrl-Z for longer than the limit."""
     ranks = Ranks(tmp_path, ["time.sleep(7)"] * 2, limit=2)
     for process in ranks.processes:
-        process.send_signal(signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGSTOP)
     time.sleep(4)
     for process in ranks.processes:
-        process.send_signal(signal.SIGCONT)
+        os.kill(process.pid, signal.SIGCONT)
     assert ranks.ended() == ([0, 0], "")
 
 
@@ -135,7 +141,7 @@ def test_a_collective_that_failed_names_the_rank_that_is_gone(tmp_path: Path) ->
     ranks.processes[1].kill()
     codes, told = ranks.ended()
     assert codes == [1, -signal.SIGKILL]
-    assert f"(process {ranks.processes[1].pid}, dead) has not answered" in told
+    assert f"(process {ranks.processes[1].pid}, gone) has not answered" in told
     assert "Connection closed by peer" in ranks.stacks()["rank0000.txt"]
 
 
@@ -162,6 +168,22 @@ def test_only_a_failed_collective_is_lost_contact(error: Exception, is_lost: boo
     assert is_lost_contact(error) is is_lost
 
 
+def test_a_dead_process_is_dead_until_its_parent_asks() -> None:
+    code = (
+        "import time; from megatron_eve.training.rank_process import RankProcess; "
+        "print(RankProcess.own().text(), flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    rank, own = RankProcess.from_text(child.stdout.readline()), RankProcess.own()
+    assert rank.state(seen_from=own) in ("running", "waiting for a disk")
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert rank.state(seen_from=own) == "dead"
+    child.wait()
+    assert rank.state(seen_from=own) == "gone"
+
+
 def test_no_other_process_is_taken_for_a_rank(tmp_path: Path) -> None:
     """Numbers of processes are used again, and mean nothing on another machine."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -181,7 +203,7 @@ def test_no_other_process_is_taken_for_a_rank(tmp_path: Path) -> None:
 def test_the_trainer_ends_when_a_rank_is_stopped(overrides, tmp_path):  # type: ignore[no-untyped-def]
     """Under torchrun, whose own words come after ours."""
     parallel = ["parallel.gpus_per_node=2", "parallel.tensor=2", "train.distributed_timeout_s=5"]
-    trainer = start([*overrides, *parallel, "train.steps=100000"], processes=2)
+    trainer = start([*overrides, *parallel, "train.steps=100000"], processes=2, fresh=True)
     trainer.wait_for_step(tmp_path / "run", 2)
     (rank_1,) = (p for p in trainer.process.children() if p.environ().get("RANK") == "1")
     rank_1.send_signal(signal.SIGSTOP)

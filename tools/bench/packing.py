@@ -91,7 +91,7 @@ def make_plan(
         shape=PackShape(pack_tokens=config.data.pack_tokens, align=config.data.align),
         cost=cost,
         batch=batch,
-        open_bins=config.data.open_bins,
+        pool_packs=config.data.open_bins,
     )
 
 

@@ -9,10 +9,12 @@ pack and processes separate the constants.
 
 Time spent waiting for data is not part of the step here. Step times do not show overlap; it is assumed."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -163,21 +165,14 @@ def _only(start: Rates, name: str) -> Rates:
 def _scaled(start: Rates, factors: dict[str, float]) -> Rates:
     """Each constant's time multiplied by its factor; a factor of 0 makes its part free."""
 
-    def rate(name: str) -> float:
-        before = float(getattr(start, name))
-        return before / factors[name] if factors[name] else float("inf")
+    def scaled(name: str) -> float:
+        before, factor = float(getattr(start, name)), factors[name]
+        if name.endswith("_overhead_s"):
+            return before * factor
+        return before / factor if factor else math.inf
 
-    return Rates(
-        gemm_flops_per_s=rate("gemm_flops_per_s"),
-        attention_flops_per_s=rate("attention_flops_per_s"),
-        memory_bytes_per_s=rate("memory_bytes_per_s"),
-        optimizer_bytes_per_s=rate("optimizer_bytes_per_s"),
-        gemm_overhead_s=start.gemm_overhead_s * factors["gemm_overhead_s"],
-        layer_overhead_s=start.layer_overhead_s * factors["layer_overhead_s"],
-        step_overhead_s=start.step_overhead_s * factors["step_overhead_s"],
-        link_share=rate("link_share"),
-        compute_overlaps=start.compute_overlaps,
-    )
+    constants: dict[str, Any] = {name: scaled(name) for name in _INVERSES}
+    return replace(start, **constants)
 
 
 def _non_negative_fit(

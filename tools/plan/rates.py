@@ -27,9 +27,8 @@ class Rates:
     gemm_flops_per_s: float
     attention_flops_per_s: float
     memory_bytes_per_s: float
-    optimizer_bytes_per_s: (
-        float  # of Adam's state; slower than memory where its steps are no single kernel
-    )
+    optimizer_bytes_per_s: float
+    """Of Adam's state; slower than memory where its steps are no single kernel."""
     gemm_overhead_s: float  # a product of any size
     layer_overhead_s: float  # host time of one layer's forward and backward that no device hides
     step_overhead_s: float  # host time of a step

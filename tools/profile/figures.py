@@ -10,7 +10,7 @@ communication during which nothing is computed, exposed copies the copies outsid
 by kind, by module and by kernel is summed over streams instead, so work that overlaps counts twice there."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,14 +99,9 @@ class RankFigures:
 
     def by_module(self) -> list[dict[str, Any]]:
         """Seconds by module and phase, most first."""
-        total: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(_PHASES, 0))
-        for item in self.placed:
-            total[item.place.module][item.place.phase] += item.inside
+        total = self._by_phase(lambda place: place.module)
         order = sorted(total, key=lambda module: -sum(total[module].values()))
-        return [
-            {"module": module, **{f"{p}_s": self._seconds(total[module][p]) for p in _PHASES}}
-            for module in order
-        ]
+        return [{"module": module, **self._phases(total[module], _PHASES)} for module in order]
 
     def by_modality(self) -> dict[str, float]:
         """Seconds in the modules that belong to one modality, and in all others."""
@@ -118,18 +113,9 @@ class RankFigures:
 
     def by_layer(self) -> list[dict[str, Any]]:
         """Seconds by decoder layer and phase, in the layers' order."""
-        total: dict[int, dict[str, int]] = defaultdict(lambda: dict.fromkeys(_PHASES, 0))
-        for item in self.placed:
-            if item.place.layer is not None:
-                total[item.place.layer][item.place.phase] += item.inside
-        return [
-            {
-                "layer": layer,
-                "forward_s": self._seconds(total[layer]["forward"]),
-                "backward_s": self._seconds(total[layer]["backward"]),
-            }
-            for layer in sorted(total)
-        ]
+        total = self._by_phase(lambda place: place.layer)
+        layers = sorted(layer for layer in total if layer is not None)
+        return [{"layer": one, **self._phases(total[one], _PHASES[:2])} for one in layers]
 
     def top_kernels(self) -> list[dict[str, Any]]:
         """The kernels or operators that take most time: kind, calls a step, seconds a step, mean microseconds."""
@@ -147,6 +133,16 @@ class RankFigures:
             }
             for name, kind in order
         ]
+
+    def _by_phase(self, key: Callable[[Place], Any]) -> dict[Any, dict[str, int]]:
+        """Nanoseconds by a part of the place, and phase."""
+        total: dict[Any, dict[str, int]] = defaultdict(lambda: dict.fromkeys(_PHASES, 0))
+        for item in self.placed:
+            total[key(item.place)][item.place.phase] += item.inside
+        return total
+
+    def _phases(self, total: dict[str, int], names: Sequence[str]) -> dict[str, float]:
+        return {f"{name}_s": self._seconds(total[name]) for name in names}
 
     def _union(self, kind: str) -> list[Interval]:
         return self._union_of(item for item in self.placed if item.kind.startswith(kind))

@@ -174,26 +174,26 @@ class PackPlan:
         shape: PackShape,
         cost: PackCost,
         batch: BatchConfig,
-        open_bins: int,
+        pool_packs: int,
     ) -> None:
-        """`open_bins`: the packer chooses from as many samples as fill this many packs, at most MAX_POOL."""
-        if batch.size < 1 or open_bins < 1:
+        """`pool_packs` (data.open_bins): the packer chooses from as many samples as fill these, at most MAX_POOL."""
+        if batch.size < 1 or pool_packs < 1:
             raise ConfigError(
-                f"batch.size={batch.size} and data.open_bins={open_bins} must be at least 1."
+                f"batch.size={batch.size} and data.open_bins={pool_packs} must be at least 1."
             )
         self._order = order
         self._lengths = lengths
         self._shape = shape
         self._batch = batch
         self._packer = StreamPacker(
-            shape=shape, cost=cost, max_tokens=open_bins * shape.pack_tokens
+            shape=shape, cost=cost, max_tokens=pool_packs * shape.pack_tokens
         )
         self._epoch = 0
         self._position = 0
         self.max_samples = _most_samples(batch, lengths=lengths, shape=shape)
         """No step has more; the same in every step and on every rank."""
         # the pool depends on what decides a pack; in mode `samples` nothing is carried from step to step
-        packing = (_PACKER, shape, cost, open_bins) if batch.unit == "packs" else ()
+        packing = (_PACKER, shape, cost, pool_packs) if batch.unit == "packs" else ()
         digest = hashlib.sha256(repr((order.fingerprint, batch.unit, packing)).encode())
         digest.update(lengths.num_vision.tobytes())
         digest.update(lengths.num_text.tobytes())

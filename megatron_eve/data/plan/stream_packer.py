@@ -25,9 +25,8 @@ from megatron_eve.data.plan.packing import Item, PackCost, PackShape, PlannedPac
 
 MAX_POOL = 1024
 """Samples that the packer may look ahead."""
-_OLDEST = (
-    64  # samples among which the middle of a pack is chosen: packs stay near the order of the epoch
-)
+_OLDEST = 64
+"""Samples among which the middle of a pack is chosen: packs stay near the order of the epoch."""
 _UNUSUAL = 2.0  # an excess above so many times the average of the room left needs a counterweight
 _ENDING_ROOM = 2.5  # in mean samples: what is left for the ending
 _ENDING_POOL = 256  # samples whose pairs are tried as the ending
