@@ -2,13 +2,16 @@
 """What a machine without a GPU needs: megatron-core made to run on CPU tensors.
 
 `install()` makes unmodified megatron-core 0.16.1 run on CPU tensors with the gloo backend; where CUDA is available it
-does nothing. megatron-core has no CPU path of its own; it names the CUDA device in four ways, and these four, and only
-these, are redirected:
+does nothing. megatron-core has no CPU path of its own; it names the CUDA device in four ways, which are redirected:
 
 1. `torch.cuda.current_device()` passed as `device=`          (layers, DDP buffers, pipeline communication)
 2. the literal "cuda" in `torch.zeros(..., device="cuda")`, `t.cuda()`, `t.to("cuda")`     (schedules, optimizers)
 3. the legacy dtype strings `param.type() == "torch.cuda.FloatTensor"`                     (optimizers)
 4. streams, synchronisation and the CUDA random generator
+
+megatron-core is also imported with torch.compile switched off, and a warning about its random generator is filtered
+out. Elsewhere three more of its objects, or of Transformer Engine's, are changed: the optimizer's Adam (optim/adam.py),
+the padding of its gradient buffers (checkpoint/training_state.py) and the workspaces of products (model/te.py).
 
 The packages that import megatron.core call `install()` first.
 """
@@ -54,17 +57,12 @@ def peak_memory_gib() -> float | None:
 
 
 def install() -> None:
-    """Redirect megatron-core's four ways of naming CUDA to the CPU. Idempotent.
-
-    Where CUDA is available only the optimizer may change: see _use_own_adam.
+    """Redirect megatron-core's four ways of naming CUDA to the CPU. Idempotent; does nothing where CUDA is available.
 
     Raises: EveError if megatron.core was imported before (its import-time decorators would already be evaluated).
     """
     global _active_mode
-    if _active_mode is not None:
-        return
-    if has_gpu():
-        _use_own_adam_if_no_other()
+    if _active_mode is not None or has_gpu():
         return
     if "megatron.core" in sys.modules:
         raise EveError(
@@ -119,28 +117,6 @@ def _import_megatron_without_compile() -> None:
     logging.getLogger(tp_random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
-    _use_own_adam()
-
-
-def _use_own_adam_if_no_other() -> None:
-    """On a GPU Transformer Engine's or Apex's is faster; megatron-core has imported it where there is one."""
-    from megatron.core.optimizer import distrib_optimizer
-
-    if not distrib_optimizer.HAVE_APEX_OR_TE:
-        _use_own_adam()
-
-
-def _use_own_adam() -> None:
-    # Without Transformer Engine or Apex megatron-core falls back to torch.optim.AdamW, whose per-parameter `step`
-    # its distributed optimizer cannot save and resume. An Adam with their state layout takes the production path.
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
-
-    from megatron_eve.optim.adam import FusedAdam
-
-    optimizer.Adam = distrib_optimizer.Adam = FusedAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
 
 
 class _InOrder(torch.cuda.Stream):

@@ -85,18 +85,18 @@ class CheckpointManager:
         keep_last: int,
         config_text: str,
         keep_every_steps: int | None = None,
-        in_background: bool = False,
+        async_save: bool = False,
         stage: str = "",
         vocabulary: Mapping[str, Any] | None = None,
     ) -> None:
-        """`keep_every_steps`: checkpoints at its multiples are never removed. `in_background`: save() returns when the
+        """`keep_every_steps`: checkpoints at its multiples are never removed. `async_save`: save() returns when the
         tensors are copied; poll() after each step, wait() at the end. `vocabulary`: of the run's tokenizer (data/
         vocabulary.py), recorded with each checkpoint by rank 0."""
         self.folder = run_dir / CHECKPOINTS
         self._run_dir, self._config_text, self._stage = run_dir, config_text, stage
         self._vocabulary = {} if vocabulary is None else {FACT: dict(vocabulary)}
         self._keep_last, self._keep_every = keep_last, keep_every_steps
-        self._in_background = in_background
+        self._async_save = async_save
         self._is_main = torch.distributed.get_rank() == 0
         self._pending: _Pending | None = None
         self._verified: dict[Path, Manifest | DamagedCheckpointError] = {}
@@ -130,11 +130,11 @@ class CheckpointManager:
                 tensors=canonical_hashes(training.chunks, training.optimizer),
             ),
             replicas=training.chunks[0].pg_collection.dp_cp,
-            in_background=self._in_background,
+            async_save=self._async_save,
         )
         write.start()
         self._pending = _Pending(write, step)
-        if not self._in_background:
+        if not self._async_save:
             self.wait()
         return final
 

@@ -154,12 +154,12 @@ class FolderWrite:
         contents: Contents,
         *,
         replicas: ProcessGroup,
-        in_background: bool = False,
+        async_save: bool = False,
     ) -> None:
-        """`replicas`: ranks that hold the same shards and share the writing. `in_background`: the tensors may change
+        """`replicas`: ranks that hold the same shards and share the writing. `async_save`: the tensors may change
         after start()."""
         self.folder, self._contents, self._replicas = folder, contents, replicas
-        self._writer = _ShardWriter(folder, copy=in_background)
+        self._writer = _ShardWriter(folder, copy=async_save)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._written: Future[_Written] | None = None
         self._is_main = torch.distributed.get_rank() == 0

@@ -12,6 +12,24 @@ from typing import Any
 
 import torch
 
+from megatron_eve import device
+
+
+def use_where_no_other() -> None:
+    """Put FusedAdam where megatron-core looks for one; on a GPU only without Transformer Engine's or Apex's, which are
+    faster.
+
+    megatron-core would fall back to torch.optim.AdamW, whose `step` per parameter its distributed optimizer cannot save
+    and resume. An Adam with their state layout takes the production path."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if device.has_gpu() and distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
+
 
 class FusedAdam(torch.optim.Optimizer):
     """See the module docstring. `adam_w_mode=False` adds the weight decay to the gradient instead (plain Adam)."""

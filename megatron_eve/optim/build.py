@@ -21,6 +21,7 @@ from megatron.core.optimizer_param_scheduler import (  # noqa: E402
 )
 
 from megatron_eve.config.megatron import optimizer_config  # noqa: E402
+from megatron_eve.optim import adam  # noqa: E402
 
 
 def build_optimizer(
@@ -34,6 +35,7 @@ def build_optimizer(
             is_decoupled_lr=True,  # separates the groups in a checkpoint
         )
     }
+    adam.use_where_no_other()
     return get_megatron_optimizer(
         optimizer_config(config.optim, config=config),
         list(model),

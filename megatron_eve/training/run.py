@@ -133,7 +133,7 @@ def _open_checkpoints(
         run_dir,
         keep_last=config.checkpoint.keep_last,
         keep_every_steps=config.checkpoint.keep_every_steps,
-        in_background=config.checkpoint.async_save,
+        async_save=config.checkpoint.async_save,
         config_text=config_text(config),
         stage=config.stage.name,
         vocabulary=_vocabulary(config) if state.rank == 0 else None,

@@ -29,7 +29,7 @@ THREAD = "checkpoint-writer"
 def save_slowly(run_dir: Path) -> tuple[bool, bool, bool]:
     """Whether save() returned before the checkpoint was there, poll() did not wait, and the old weights were saved."""
     training = assemble(DP2)
-    manager = CheckpointManager(run_dir, keep_last=9, config_text="", in_background=True)
+    manager = CheckpointManager(run_dir, keep_last=9, config_text="", async_save=True)
     write = _ShardWriter.write
 
     def slowly(self: _ShardWriter) -> Any:
@@ -58,7 +58,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(gloo2, tmp_path):  # typ
 
 def save_without_fork(run_dir: Path) -> bool:
     with patch.object(os, "fork", side_effect=AssertionError("fork")):
-        save(DP2, run_dir, (1,), in_background=True)
+        save(DP2, run_dir, (1,), async_save=True)
     return check_folder(folder(run_dir, 1))["step"] == 1
 
 
@@ -71,7 +71,7 @@ def test_no_process_is_forked(gloo2, tmp_path):  # type: ignore[no-untyped-def]
 def save_and_give_up(run_dir: Path) -> tuple[list[Any], set[str], bool]:
     """What is written after close(), what is left, and whether the next save succeeds."""
     training = assemble(DP2)
-    manager = CheckpointManager(run_dir, keep_last=9, config_text="", in_background=True)
+    manager = CheckpointManager(run_dir, keep_last=9, config_text="", async_save=True)
     write_item, begun, written = _ShardWriter._write_item, threading.Event(), []
 
     def late(self: _ShardWriter, *args: Any) -> Any:
@@ -105,7 +105,7 @@ def test_one_that_is_given_up_ends_at_once_and_leaves_nothing(gloo2, tmp_path): 
 
 def save_on_a_disk_that_hangs(run_dir: Path) -> bool:
     """Whether close() comes back before the disk does."""
-    manager = CheckpointManager(run_dir, keep_last=9, config_text="", in_background=True)
+    manager = CheckpointManager(run_dir, keep_last=9, config_text="", async_save=True)
     write_item, answers, is_back = _ShardWriter._write_item, threading.Event(), []
 
     def late(self: _ShardWriter, *args: Any) -> Any:
@@ -127,7 +127,7 @@ def test_a_disk_that_hangs_does_not_keep_a_run_that_failed(gloo1, tmp_path):  # 
 
 def save_and_interrupt(run_dir: Path) -> tuple[list[Any], set[str]]:
     """What is written after an interrupt of wait(), and what is left."""
-    manager = CheckpointManager(run_dir, keep_last=9, config_text="", in_background=True)
+    manager = CheckpointManager(run_dir, keep_last=9, config_text="", async_save=True)
     write_item, written = _ShardWriter._write_item, []
 
     def late(self: _ShardWriter, *args: Any) -> Any:
@@ -156,7 +156,7 @@ def save_and_look(run_dir: Path) -> set[str]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    manager = CheckpointManager(run_dir, keep_last=9, config_text="", in_background=True)
+    manager = CheckpointManager(run_dir, keep_last=9, config_text="", async_save=True)
     write, go_on, parts = _ShardWriter.write, threading.Event(), weakref.WeakValueDictionary()
 
     def slowly(self: _ShardWriter) -> Any:
@@ -190,5 +190,5 @@ def test_the_gathered_optimizer_is_given_back_before_writing(gloo2, tmp_path):  
 
 @pytest.mark.kill
 def test_hundreds_in_a_row(gloo2, tmp_path):  # type: ignore[no-untyped-def]
-    gloo2.run(save, DP2, tmp_path, tuple(range(300)), in_background=True, keep_last=1)
+    gloo2.run(save, DP2, tmp_path, tuple(range(300)), async_save=True, keep_last=1)
     assert names(tmp_path) == {"step_00000299"}

@@ -59,7 +59,7 @@ def train(
         training, state = build_all(config, weights=None)
     chunks, wrapped, optimizer = training.chunks, training.wrapped, training.optimizer
     schedule = training.schedule
-    manager = CheckpointManager(run_dir, keep_last=5, config_text="", in_background=True)
+    manager = CheckpointManager(run_dir, keep_last=5, config_text="", async_save=True)
     resumed = manager.resume(training)
     first = resumed.step if resumed else 0
     loaded = canonical_hashes(chunks, optimizer) if resumed else {}

@@ -143,7 +143,7 @@ MORE_DAMAGES = (
 def three(gloo2, tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
     """A run directory with checkpoints of steps 1, 2 and 3, written in the background by two processes."""
     run_dir = tmp_path_factory.mktemp("three")
-    gloo2.run(save, DP2, run_dir, (1, 2, 3), in_background=True)
+    gloo2.run(save, DP2, run_dir, (1, 2, 3), async_save=True)
     return run_dir
 
 
@@ -277,11 +277,11 @@ FAULTS: dict[str, tuple[int, Any, str, Any, str]] = {
 MORE_FAULTS = ("disk full in rank 0's shard", "disk full in the index", "no permission to rename")
 
 
-def save_with_fault(run_dir: Path, name: str, in_background: bool) -> tuple[str, set[str], bool]:
+def save_with_fault(run_dir: Path, name: str, async_save: bool) -> tuple[str, set[str], bool]:
     """The error, what it left, and whether the next save succeeds."""
     rank, owner, attribute, fault, _ = FAULTS[name]
     training = assemble(DP2)
-    manager = CheckpointManager(run_dir, keep_last=9, config_text="", in_background=in_background)
+    manager = CheckpointManager(run_dir, keep_last=9, config_text="", async_save=async_save)
     change(training)
     is_here = torch.distributed.get_rank() == rank
     with patch.object(owner, attribute, fault, create=True) if is_here else nullcontext():
@@ -324,7 +324,7 @@ FOREGROUND = ("disk full in rank 0's shard",)  # in the others training goes on
 def test_the_last_and_every_nth_are_kept(gloo1, tmp_path):  # type: ignore[no-untyped-def]
     steps = (1, 2, 3, 4, 5, 6, 7)
     keep = dict(keep_last=2, keep_every_steps=3)
-    gloo1.run(save, layout(), tmp_path, steps, **keep, in_background=True)
+    gloo1.run(save, layout(), tmp_path, steps, **keep, async_save=True)
     assert names(tmp_path) == {f"step_0000000{step}" for step in (3, 6, 7)}
     assert (tmp_path / "latest_step").read_text() == "7\n"
 

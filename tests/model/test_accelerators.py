@@ -67,7 +67,7 @@ def _adams() -> list[bool]:
     from megatron.core.optimizer import distrib_optimizer
 
     from megatron_eve import device
-    from megatron_eve.optim.adam import FusedAdam
+    from megatron_eve.optim.adam import FusedAdam, use_where_no_other
 
     found = []
     with pytest.MonkeyPatch.context() as patch:
@@ -75,7 +75,8 @@ def _adams() -> list[bool]:
             patch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", have)
             patch.setattr(distrib_optimizer, "Adam", object)
             patch.setattr(optimizer, "Adam", object)
-            device._use_own_adam_if_no_other()
+            patch.setattr(device, "has_gpu", lambda: True)
+            use_where_no_other()
             found.append(optimizer.Adam is FusedAdam and distrib_optimizer.Adam is FusedAdam)
     return found
 

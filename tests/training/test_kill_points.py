@@ -262,7 +262,7 @@ def killed_in_the_background(run_dir: Path) -> bool:
 
     reached = run_dir / "reached"
     kill = Kill(phase="write", occurrence=1, delay_s=0.5, signal="SIGCONT", rank=0, reached=reached)
-    manager = CheckpointManager(run_dir, keep_last=1, config_text="", in_background=True)
+    manager = CheckpointManager(run_dir, keep_last=1, config_text="", async_save=True)
     with patch.object(_ShardWriter, "write", _ShardWriter.write):
         kill(rank=0)
         manager.save(assemble(layout()), step=1, data={})

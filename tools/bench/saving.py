@@ -54,15 +54,15 @@ class Contender:
         """Seconds of one optimizer step."""
         return _seconds(lambda: self._ours.step(next(self._packs)))
 
-    def save(self, *, in_background: bool) -> tuple[float, list[float]]:
+    def save(self, *, async_save: bool) -> tuple[float, list[float]]:
         """Seconds of save(), and of each step until the checkpoint was written."""
         manager = CheckpointManager(
-            self._folder, keep_last=1, config_text="", in_background=in_background
+            self._folder, keep_last=1, config_text="", async_save=async_save
         )
         number = next(self._saves)
         held = _seconds(lambda: manager.save(self._ours.training, step=number, data={}))
         steps: list[float] = []
-        while in_background and manager.poll() is None:
+        while async_save and manager.poll() is None:
             steps.append(self.step())
         return held, steps
 
@@ -84,8 +84,8 @@ def measure(contender: Contender, *, rounds: int, alone: int) -> dict[str, Any]:
     costs: list[float] = []
     for _ in range(rounds):
         step = statistics.median(contender.step() for _ in range(alone))
-        held, steps = contender.save(in_background=True)
-        waited, _ = contender.save(in_background=False)
+        held, steps = contender.save(async_save=True)
+        waited, _ = contender.save(async_save=False)
         costs.append(held + sum(steps) - len(steps) * step)
         rows.append({"step": step, "held": held, "beside": steps, "waited": waited})
     return {
