@@ -222,7 +222,7 @@ def test_impossible_batches_are_refused() -> None:
     for size, pool_packs in itertools.product((0, 1), (0, 1)):
         if (size, pool_packs) != (1, 1):
             with pytest.raises(
-                ConfigError, match=rf"batch\.size={size} and .*pool_packs={pool_packs}"
+                ConfigError, match=rf"batch\.size={size} and .*data\.open_bins={pool_packs}"
             ):
                 plan_of(size=size, pool_packs=pool_packs)
 
