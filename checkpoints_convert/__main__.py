@@ -301,7 +301,7 @@ def _release(arguments: argparse.Namespace) -> int:
             read_results(path)
         return _export(arguments)
     from .megatron_to_hf import ExportOptions
-    from .release_run import ReleaseOptions, release_run
+    from .release import ReleaseOptions, release_run
 
     options = ReleaseOptions(
         export=ExportOptions(

@@ -18,13 +18,13 @@ from megatron_eve.errors import CheckpointError, ConfigError
 from megatron_eve.finite import check_finite
 from megatron_eve.run_files import step_of
 
+from .automodel_layout import Release, fitting_tokenizer, write_release
 from .generation import source_generation
 from .hf_folder import TensorStream
 from .hf_to_megatron import described
 from .megatron_folder import MegatronWeights, read_megatron, refuse_damaged
 from .names import tensor_rules
 from .official_layout import refuse_other_heads, write_official
-from .release import Release, fitting_tokenizer, write_release
 from .run_record import read_history
 from .tensors import HfView
 
@@ -48,6 +48,21 @@ def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
     """Convert the checkpoint folder `source` to the Hugging Face folder `dest`; returns the bytes of its weights.
 
     Raises: CheckpointError if the weights are not what was saved, or `dest` cannot be written."""
+    weights, release = read_release_of(source, options)
+    write = write_release if options.layout == "automodel" else write_official
+    return write(
+        dest,
+        release,
+        finite_tensors(weights),
+        overwrite=options.overwrite,
+        max_shard_bytes=options.max_shard_bytes,
+    )
+
+
+def read_release_of(source: Path, options: ExportOptions) -> tuple[MegatronWeights, Release]:
+    """The weights, every byte checked, and what a folder of them holds besides.
+
+    Raises: CheckpointError if the weights are not what was saved."""
     weights = read_megatron(source)
     folder = weights.folder.resolve()  # not `source`: a run that goes on may have a newer one
     release = Release(
@@ -62,14 +77,7 @@ def export_hf(source: Path, dest: Path, options: ExportOptions) -> int:
         source_generation=source_generation(folder),
     )
     refuse_damaged(weights)
-    write = write_release if options.layout == "automodel" else write_official
-    return write(
-        dest,
-        release,
-        _finite(hf_stream(weights), source=folder),
-        overwrite=options.overwrite,
-        max_shard_bytes=options.max_shard_bytes,
-    )
+    return weights, release
 
 
 def hf_stream(weights: MegatronWeights) -> TensorStream:
@@ -80,8 +88,9 @@ def hf_stream(weights: MegatronWeights) -> TensorStream:
     return TensorStream(dict(headers), hf_view(weights).__getitem__)
 
 
-def _finite(stream: TensorStream, *, source: Path) -> TensorStream:
-    """The same tensors. Reading one raises CheckpointError if a value is NaN or infinite."""
+def finite_tensors(weights: MegatronWeights) -> TensorStream:
+    """hf_stream(); reading a tensor raises CheckpointError if a value is NaN or infinite."""
+    stream, source = hf_stream(weights), weights.folder.resolve()
     return TensorStream(
         stream.headers, lambda name: check_finite(name, stream.read(name), source=source)
     )

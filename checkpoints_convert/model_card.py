@@ -5,7 +5,7 @@ Every number comes from the model's configuration, from the records of its runs 
 (megatron_eve/evaluation/results.py). The card says what was not recorded; nothing is filled in."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_eve.config.schema import ModelConfig, RunConfig
@@ -22,6 +22,15 @@ _SOURCE_HEADS = ("run", "data", "samples", "proportion", "template")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CardAdditions:
+    """What a person adds to the facts of a checkpoint."""
+
+    figures: tuple[Figure, ...] = ()
+    license: str | None = None
+    versions: tuple[str, ...] = ()  # of the software that wrote the folder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CardFacts:
     """The facts of a model card."""
 
@@ -31,9 +40,7 @@ class CardFacts:
     origin: str  # which checkpoint, which step
     template: str  # of the last stage: how the model is asked
     history: History | None  # None: the checkpoint was not written by a run
-    figures: tuple[Figure, ...] = ()
-    license: str | None = None
-    versions: tuple[str, ...] = ()  # of the software that wrote the folder
+    additions: CardAdditions = field(default_factory=CardAdditions)
     not_applied: tuple[str, ...] = ()  # settings of the source's generation_config.json
 
 
@@ -48,7 +55,7 @@ def model_card(facts: CardFacts) -> str:
         _head(facts),
         _sizes(facts),
         _training(facts.history),
-        _figures(facts.figures),
+        _figures(facts.additions.figures),
         _USE.format(
             question="" if facts.template == "plain" else "What is in the image?",
             template=facts.template,
@@ -63,7 +70,7 @@ def model_card(facts: CardFacts) -> str:
 
 
 def _head(facts: CardFacts) -> str:
-    license_line = f"license: {facts.license}\n" if facts.license else ""
+    license_line = f"license: {facts.additions.license}\n" if facts.additions.license else ""
     return _HEAD.format(license=license_line)
 
 
@@ -80,7 +87,11 @@ def _sizes(facts: CardFacts) -> str:
         ("image area", f"at most {facts.image_edge} x {facts.image_edge} pixels"),
         ("dtype", facts.dtype),
         ("made from", facts.origin),
-        *((("written by", ", ".join(facts.versions)),) if facts.versions else ()),
+        *(
+            (("written by", ", ".join(facts.additions.versions)),)
+            if facts.additions.versions
+            else ()
+        ),
     ]
     return _table(("", ""), rows)
 

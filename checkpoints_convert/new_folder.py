@@ -10,14 +10,6 @@ from megatron_eve.errors import CheckpointError, ConfigError
 from megatron_eve.whole import mend, whole_folder
 
 
-class NotWrittenError(CheckpointError):
-    """The file system refused; what it was writing to was inside the folder that the message names."""
-
-    def __init__(self, refusal: OSError, folder: Path) -> None:
-        super().__init__(_told(refusal, folder))
-        self.refusal = refusal
-
-
 @contextmanager
 def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """An empty folder to write to in the block; at its end it replaces `folder`.
@@ -28,13 +20,11 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         with whole_folder(folder) as temporary:
             yield temporary
-    except NotWrittenError as error:  # of a folder inside, whose name is not the user's
-        raise NotWrittenError(error.refusal, folder) from error
     except (OSError, RuntimeError) as error:
         refusal = _of_the_file_system(error)
         if refusal is None:
             raise
-        raise NotWrittenError(refusal, folder) from error
+        raise CheckpointError(_told(refusal, folder)) from error
 
 
 def refuse_taken(folder: Path, *, overwrite: bool) -> None:

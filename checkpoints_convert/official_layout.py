@@ -14,17 +14,17 @@ from torch import Tensor
 from megatron_eve.config.schema import ModelConfig
 from megatron_eve.errors import CheckpointError
 
-from .generation import GENERATION_FILE, generation_json
-from .hf_config import preprocessor_json
-from .hf_folder import MAX_SHARD_BYTES, write_safetensors
-from .new_folder import new_folder
-from .release import (
+from .automodel_layout import (
     Release,
     config_json,
     copy_tokenizer,
     fitting_tokenizer,
     write_json,
 )
+from .generation import GENERATION_FILE, generation_json
+from .hf_config import preprocessor_json
+from .hf_folder import MAX_SHARD_BYTES, write_safetensors
+from .new_folder import new_folder
 
 _OUR_FIELDS = ("auto_map", "patch_stride", "dense_stride", "head_dim", "transformers_version")
 """Of config.json: the official classes derive the head's size and read the strides from the image processor; their

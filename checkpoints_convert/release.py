@@ -1,197 +1,122 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A complete Hugging Face folder: weights, configuration, tokenizer, our modelling files, model card.
+"""A run's checkpoint -> a release that people can use: weights, code, a card with the run's own facts, checksums.
 
-Nothing in it points outside: it loads offline with `AutoModelForCausalLM`, `AutoProcessor` and `AutoTokenizer`,
-`trust_remote_code=True`.
+`megatron-to-hf` converts; this adds the facts that a reader needs (run_record.py, evaluation/results.py) and
+SHA256SUMS, then loads the folder as a user would, offline, and answers a prompt that is an image and nothing else.
+Only a folder that passed all of it gets its name.
 """
 
-import json
-import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from importlib import resources
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from torch import Tensor
-
-from megatron_eve.config.schema import ModelConfig, RunConfig
-from megatron_eve.data.read.conversation import STOP_TEXT
-from megatron_eve.data.read.tokenizer import Tokenizer, load_tokenizer
 from megatron_eve.errors import CheckpointError
-from megatron_eve.inference.release import check_tokenizer, read_release
+from megatron_eve.evaluation.results import read_results
+from megatron_eve.run_files import step_of
 
-from .generation import (
-    GENERATION_FILE,
-    answer_ends,
-    generation_json,
-    not_applied,
-)
-from .hf_config import model_json, preprocessor_json
-from .hf_folder import MAX_SHARD_BYTES, write_safetensors
-from .model_card import CardFacts, last_template, model_card
-from .new_folder import new_folder
-from .run_record import History
+from .automodel_layout import write_release
+from .megatron_to_hf import ExportOptions, finite_tensors, read_release_of
+from .model_card import CardAdditions
 
-CODE_FILES = (
-    "attention_eve.py",
-    "batch_eve.py",
-    "chat_eve.py",
-    "configuration_eve.py",
-    "modality_eve.py",
-    "modeling_eve.py",
-    "pixels_eve.py",
-    "places_eve.py",
-    "processing_eve.py",
-)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+CHECKSUMS = "SHA256SUMS"
+SOFTWARE = ("megatron-eve", "megatron-core", "torch", "transformers")
+_CHUNK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Release:
-    """The contents of a released folder, apart from the weights."""
+class ReleaseOptions:
+    """How to release a run, beyond its conversion."""
 
-    model: ModelConfig
-    dtype: Literal["bfloat16", "float32"]
-    tokenizer: Path
-    image_edge: int  # M of the resize rules (train time)
-    run: RunConfig | None  # the run that trained the weights, if the checkpoint knows it
-    origin: str  # one line for the model card: which checkpoint, which step
-    history: History | None = None  # the runs behind it; None: a converter wrote the checkpoint
-    exif_rotation: bool = True  # whether pictures are turned as their metadata says, as in training
-    source_generation: Mapping[str, Any] = field(default_factory=dict)
-    """generation_config.json of the model that the training started with."""
+    export: ExportOptions
+    results: tuple[Path, ...] = ()  # of evaluations, for the card
+    license: str | None = None
+    check: bool = True
 
 
-def write_release(
-    folder: Path,
-    release: Release,
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    overwrite: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> int:
-    """Write the folder; returns the bytes of the weights. Raises CheckpointError if it exists and not `overwrite`."""
-    tokenizer = fitting_tokenizer(release.tokenizer, release.model, run=release.run)
-    with new_folder(folder, overwrite=overwrite) as partial:
-        total = write_safetensors(partial, tensors, max_shard_bytes=max_shard_bytes)
-        for name, content in _json_files(release, tokenizer).items():
-            write_json(partial / name, content)
-        copy_tokenizer(release.tokenizer, partial, release)
-        for path in partial.glob("*.safetensors"):  # safetensors writes for the owner alone
-            path.chmod((partial / "config.json").stat().st_mode)
-        code = resources.files(f"{__package__}.hf")
-        for name in CODE_FILES:
-            (partial / name).write_text(code.joinpath(name).read_text(encoding="utf-8"))
-        check_tokenizer(read_release(partial), load_tokenizer(partial))
-        card = model_card(_facts(release, tokenizer))
-        (partial / "README.md").write_text(card, encoding="utf-8")
-    return total
+def release_run(source: Path, dest: Path, options: ReleaseOptions) -> int:
+    """Write the released folder `dest` of the run or checkpoint `source`; returns the bytes of its weights.
 
+    Raises: CheckpointError if `dest` exists and is not to be replaced, or if the written folder does not load;
+    DataError if a results file cannot be read."""
+    figures = tuple(figure for path in options.results for figure in read_results(path))
+    weights, release = read_release_of(source, options.export)
+    additions = CardAdditions(
+        figures=figures, license=options.license, versions=tuple(_installed())
+    )
 
-def _json_files(release: Release, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
-    """JSON files by name."""
-    return {
-        "config.json": config_json(release, tokenizer),
-        GENERATION_FILE: generation_json(tokenizer, release.source_generation),
-        "preprocessor_config.json": preprocessor_json(
-            release.model, image_edge=release.image_edge, exif_rotation=release.exif_rotation
-        ),
-    }
+    def finish(folder: Path) -> None:
+        if options.check:
+            check_release(folder)
+        (folder / CHECKSUMS).write_text(checksums(folder), encoding="utf-8")
 
-
-def config_json(release: Release, tokenizer: Tokenizer) -> dict[str, Any]:
-    """config.json; its ends are those of generation_config.json."""
-    return model_json(
-        release.model,
-        dtype=release.dtype,
-        eos_id=list(answer_ends(tokenizer, release.source_generation)),
-        pad_id=tokenizer.pad_id,
-        image_edge=release.image_edge,
-        run=release.run,
+    return write_release(
+        dest,
+        dataclasses.replace(release, origin=_origin(weights.folder.resolve()), additions=additions),
+        finite_tensors(weights),
+        overwrite=options.export.overwrite,
+        max_shard_bytes=options.export.max_shard_bytes,
+        finish=finish,
     )
 
 
-def _facts(release: Release, tokenizer: Tokenizer) -> CardFacts:
-    return CardFacts(
-        model=release.model,
-        dtype=release.dtype,
-        image_edge=release.image_edge,
-        origin=release.origin,
-        template=last_template(release.run),
-        history=release.history,
-        not_applied=tuple(not_applied(release.source_generation, tokenizer)),
-    )
+def _origin(checkpoint: Path) -> str:
+    step = step_of(checkpoint)
+    return f"{checkpoint.parent.parent.name}, step {step}" if step else checkpoint.name
 
 
-def fitting_tokenizer(folder: Path, model: ModelConfig, *, run: RunConfig | None) -> Tokenizer:
-    """Raises: CheckpointError if it has ids without a row in the model, or lacks the token that ends an answer of the
-    run's conversations; ConfigError if there is none."""
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise CheckpointError(
-            f"The tokenizer {folder} has ids up to {tokenizer.vocab_size - 1}, the model {model.vocab_size} rows; give "
-            "the tokenizer that the model was trained with (--tokenizer)."
+def _installed() -> list[str]:
+    found = []
+    for name in SOFTWARE:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue  # a source tree that was not installed
+    return found
+
+
+def check_release(folder: Path) -> None:
+    """Load the folder through the Auto classes, without network, and let it write two tokens about a grey image.
+
+    Raises: CheckpointError with what went wrong."""
+    import torch
+    from PIL import Image
+    from transformers import AutoModelForCausalLM, AutoProcessor
+
+    auto_processor: Any = AutoProcessor  # untyped upstream
+    auto_model: Any = AutoModelForCausalLM
+    options = {"trust_remote_code": True, "local_files_only": True}
+    try:
+        processor = auto_processor.from_pretrained(folder, **options)
+        model, report = auto_model.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, **options
         )
-    if last_template(run) == "qwen2" and STOP_TEXT not in tokenizer.special_tokens:
+        inputs = processor(text="<image>", images=Image.new("RGB", (64, 48), (128, 128, 128)))
+        with torch.inference_mode():
+            logits = model(**inputs, logits_to_keep=1).logits
+            model.generate(**inputs, max_new_tokens=2)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"The tokenizer {folder} has no special token {STOP_TEXT}, with which a conversation ends an answer; give "
-            "the tokenizer that the model was trained with (--tokenizer)."
-        )
-    return tokenizer
+            f"{folder} does not load as a release: {type(error).__name__}: {error}"
+        ) from error
+    problems = {kind: sorted(names) for kind, names in report.items() if names}
+    if problems:
+        raise CheckpointError(f"{folder}: its weights do not fit its code: {problems}")
+    if not torch.isfinite(logits).all():
+        raise CheckpointError(f"{folder}: logits of a grey image are not finite; do not release it")
 
 
-def chat_template_of(run: RunConfig | None) -> str | None:
-    """The template of `apply_chat_template`: the conversation that the model was trained on; None after captions."""
-    if last_template(run) == "plain":
-        return None
-    file = resources.files(f"{__package__}.hf").joinpath("chat_template.jinja")
-    return file.read_text(encoding="utf-8")
+def checksums(folder: Path) -> str:
+    """Lines for `sha256sum --check`, of every file, sorted by name."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
+    return "".join(f"{_sha256(path)}  {path.name}\n" for path in paths)
 
 
-def copy_tokenizer(source: Path, dest: Path, release: Release) -> None:
-    """The tokenizer's files. tokenizer.json gets its merges in the form that every version of `tokenizers` reads;
-    tokenizer_config.json the chat template for the language model's own, which this model never saw, the number of
-    positions that this model has, and padding on the side for `generate`."""
-    chat_template = chat_template_of(release.run)
-    for name in TOKENIZER_FILES:
-        if not (source / name).is_file():
-            continue
-        if name == "tokenizer.json":
-            text = (source / name).read_text(encoding="utf-8")
-            (dest / name).write_text(portable_tokenizer(text), encoding="utf-8")
-        elif name == "tokenizer_config.json":
-            config = json.loads((source / name).read_text(encoding="utf-8"))
-            config.pop("chat_template", None)
-            config |= {} if chat_template is None else {"chat_template": chat_template}
-            config["model_max_length"] = release.model.max_position_embeddings
-            config["padding_side"] = "left"
-            write_json(dest / name, config)
-        else:
-            shutil.copyfile(source / name, dest / name)
-
-
-def portable_tokenizer(text: str) -> str:
-    """tokenizer.json with BPE merges as "a b" instead of ["a", "b"].
-
-    `tokenizers` 0.20 and later write pairs, which 0.19 does not read, and transformers 4.44 (the official EVEv2's)
-    comes with 0.19. Both read "a b". Where a token holds a space itself, only pairs can say it: nothing changes."""
-    content = json.loads(text)
-    merges = content.get("model", {}).get("merges")
-    is_pairs = bool(merges) and isinstance(merges[0], list)
-    if not is_pairs or any(" " in token for pair in merges for token in pair):
-        return text
-    content["model"]["merges"] = [" ".join(pair) for pair in merges]
-    return json.dumps(content, indent=2, ensure_ascii=False)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """As transformers writes its files: two spaces, sorted keys."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

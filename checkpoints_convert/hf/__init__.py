@@ -2,5 +2,5 @@
 """The files that travel with a released checkpoint: configuration, modelling and processing for transformers.
 
 They import torch, transformers, PIL and numpy only, so that a released folder loads anywhere with
-`trust_remote_code=True`. release.py copies them verbatim.
+`trust_remote_code=True`. automodel_layout.py copies them verbatim.
 """

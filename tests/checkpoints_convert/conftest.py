@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints_convert.release import Release, write_release
+from checkpoints_convert.automodel_layout import Release, write_release
 from data_prep.tokenizer import train_bpe
 from megatron_eve.config.schema import ModelConfig, SplitConfig
 from megatron_eve.data.read.tokenizer import load_tokenizer

@@ -12,8 +12,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, pipeline
 
+from checkpoints_convert.automodel_layout import Release, write_release
 from checkpoints_convert.official_layout import write_official
-from checkpoints_convert.release import Release, write_release
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.schema import RunConfig
 from tests.checkpoints_convert.conftest import release_model

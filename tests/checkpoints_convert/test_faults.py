@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints_convert import release_run
+from checkpoints_convert import megatron_to_hf
 from checkpoints_convert.__main__ import main
 from checkpoints_convert.megatron_folder import canonical_hash, read_megatron
 from megatron_eve.checkpoint.manifest import read_manifest
@@ -227,15 +227,15 @@ def test_overwrite_does_not_delete_the_source(
 
 def release_while_the_run_goes_on(run_dir: Path, dest: Path) -> tuple[int, str]:
     """In a worker: after the weights are read, the run publishes step 9."""
-    export = release_run.export_hf
+    read = megatron_to_hf.read_megatron
 
-    def slowly(*arguments: Any) -> int:
-        num_bytes = export(*arguments)
+    def slowly(source: Path) -> Any:
+        weights = read(source)
         checkpoints = run_dir / "checkpoints"
         shutil.copytree(checkpoints / "step_00000005", checkpoints / "step_00000009")
-        return num_bytes
+        return weights
 
-    with patch.object(release_run, "export_hf", slowly):
+    with patch.object(megatron_to_hf, "read_megatron", slowly):
         code, _, errors = run_main("release", run_dir, dest, "--skip-check")
     return code, errors
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
+from checkpoints_convert.automodel_layout import Release, write_release
 from checkpoints_convert.generation import (
     answer_ends,
     generation_lines,
@@ -20,7 +21,6 @@ from checkpoints_convert.generation import (
     source_generation,
 )
 from checkpoints_convert.model_text import model_text
-from checkpoints_convert.release import Release, write_release
 from data_prep.tokenizer import PRE_TOKENIZER_PATTERN, train_bpe, write_tokenizer
 from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.errors import CheckpointError

@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from checkpoints_convert.automodel_layout import Release, write_release
 from checkpoints_convert.hf.modality_eve import attention_bias
-from checkpoints_convert.release import Release, write_release
 from tests.checkpoints_convert.test_release import picture
 from tests.repo.tree import python_files, text_of
 from tests.support.reference_eve import ReferenceEve

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from checkpoints_convert.automodel_layout import portable_tokenizer
 from checkpoints_convert.hf.configuration_eve import EVEQwen2Config
 from checkpoints_convert.hf.modeling_eve import EVEQwen2ForCausalLM
 from checkpoints_convert.hf.processing_eve import EVEImageProcessor, EVEProcessor, PromptTokens
-from checkpoints_convert.release import portable_tokenizer
 from megatron_eve.data.read.tokenizer import load_tokenizer
 from tests.support.official import CASES, GOLDEN, initial_weights, micro_batches, official_batch
 from tests.support.reference_eve import IGNORE, IMAGE_PLACEHOLDER, ReferenceEve

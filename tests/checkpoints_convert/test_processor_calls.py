@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
+from checkpoints_convert.automodel_layout import Release, write_release
 from checkpoints_convert.hf.processing_eve import EVEProcessor
-from checkpoints_convert.release import Release, write_release
 from tests.checkpoints_convert.conftest import release_model
 from tests.checkpoints_convert.test_chat_template import run_with
 from tests.checkpoints_convert.test_release import picture

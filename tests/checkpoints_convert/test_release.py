@@ -23,10 +23,10 @@ from transformers import (
     AutoTokenizer,
 )
 
+from checkpoints_convert.automodel_layout import CODE_FILES
 from checkpoints_convert.hf.processing_eve import EVEProcessor, cut_patches, target_size
 from checkpoints_convert.hf_folder import SafetensorsFolder
 from checkpoints_convert.model_card import CardFacts, model_card
-from checkpoints_convert.release import CODE_FILES
 from megatron_eve.data.read.conversation import encode_prompt
 from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.data.sample import Turn

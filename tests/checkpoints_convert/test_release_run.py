@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from checkpoints_convert.release_run import check_release
+from checkpoints_convert.release import check_release
 from checkpoints_convert.run_record import read_history
 from megatron_eve.config.recipes import load_recipe
 from megatron_eve.config.text_form import config_text

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints_convert.release import Release, write_release
+from checkpoints_convert.automodel_layout import Release, write_release
 from megatron_eve import generate
 from megatron_eve.data.read.tokenizer import load_tokenizer
 from megatron_eve.errors import CheckpointError, ConfigError, DataError
