@@ -55,12 +55,6 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
             f"model.num_kv_heads={kv_heads} does not divide model.num_attention_heads={heads}; "
             f"use {_one_of(divisors(heads))}."
         )
-    if model.hidden_size != heads * model.head_dim:
-        yield (
-            f"model.hidden_size={model.hidden_size} is not model.num_attention_heads={heads} x "
-            f"model.head_dim={model.head_dim} = {heads * model.head_dim}; the official model has no "
-            "other shape, so change one of the three."
-        )
     if model.head_dim % 2:
         yield (
             f"model.head_dim={model.head_dim} is odd; rotary positions turn pairs of dimensions, "

@@ -17,6 +17,7 @@ MODELS = {
     **{name: tiny_model(split, layers=2) for name, split in VARIANTS.items()},
     "tied": tiny_model(layers=3, tied=True),
     "other widths": replace(tiny_model(layers=2), ffn_hidden_size=36, patch_embed_dim=24),
+    "wider than its heads": replace(tiny_model(layers=2), hidden_size=40),
 }
 
 

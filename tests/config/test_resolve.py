@@ -39,11 +39,6 @@ LAYOUT = [
         "model.num_kv_heads=5 does not divide model.num_attention_heads=28; use 1, 2, 4, 7, 14 "
         "or 28.",
     ),
-    (
-        S22,
-        "model.head_dim=64",
-        "model.hidden_size=3584 is not model.num_attention_heads=28 x model.head_dim=64 = 1792",
-    ),
     (TINY, "model.head_dim=33 model.hidden_size=132", "model.head_dim=33 is odd"),
     (
         S22,

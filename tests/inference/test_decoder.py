@@ -2,6 +2,7 @@
 """Prefill and cached decode compute what the plain reference computes without a cache, and every token runs through one
 branch, once."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ STEPS = 4
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 VARIANTS = {
     "all": (ALL, False),
+    "wider than its heads": (ALL, False),
     "dense": (DENSE, False),
     "ffn": (SplitConfig(norm=False, attention=False, ffn=True), False),
     "norm": (SplitConfig(norm=True, attention=False, ffn=False), False),
@@ -38,7 +40,10 @@ def pair(
     """A variant in a released folder of several shards, loaded; and the reference whose weights it holds."""
     split, tied = VARIANTS[request.param]
     tokenizer = released_folder.parent / "bpe"
-    eve = build_reference(release_model(split, tokenizer, tied=tied), seed=6).eval()
+    model = release_model(split, tokenizer, tied=tied)
+    if request.param == "wider than its heads":
+        model = replace(model, hidden_size=40)
+    eve = build_reference(model, seed=6).eval()
     folder = tmp_path_factory.mktemp("variant") / "eve"
     write_reference_release(folder, eve, tokenizer, max_shard_bytes=20_000)
     assert len(list(folder.glob("model-*.safetensors"))) > 2

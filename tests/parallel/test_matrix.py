@@ -46,7 +46,13 @@ EVERY_CASE = [
 
 FAST = {
     "1": EVERY_CASE,
-    "tp2 sp": [("all", "2.2"), ("dense", "1"), ("ffn", "2.1"), ("all-tied", "2.2")],
+    "tp2 sp": [
+        ("all", "2.2"),
+        ("dense", "1"),
+        ("ffn", "2.1"),
+        ("all-tied", "2.2"),
+        ("all-wide", "2.2"),
+    ],
     "tp2": [("norm", "2.2"), ("all", "2.1"), ("all", "2.2")],
     "tp2 sp full": [("all", "2.1"), ("dense", "1")],
     "pp2": [("dense", "1"), ("all", "2.1"), ("all-tied", "2.2")],

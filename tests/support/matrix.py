@@ -11,7 +11,7 @@ error is at most twice the gradient's. The learning rates are large, and differ 
 that the change of a weight is not lost in the rounding of the weight, and a weight in the wrong group shows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ SPLITS = {
     "ffn": SplitConfig(norm=False, attention=False, ffn=True),
     "norm": SplitConfig(norm=True, attention=False, ffn=False),
     "all-tied": ALL,
+    "all-wide": ALL,
 }
 
 
@@ -113,8 +114,9 @@ class RankStep:
 
 
 def model_of(split: str) -> ModelConfig:
-    """The tiny model with the split of this name."""
-    return tiny_model(SPLITS[split], tied=split.endswith("tied"))
+    """The tiny model with the split of this name; `wide`: wider than its heads together."""
+    model = tiny_model(SPLITS[split], tied=split.endswith("tied"))
+    return replace(model, hidden_size=40) if split.endswith("wide") else model
 
 
 def step_config(model: ModelConfig, spread: Layout, *, stage: str, **changes: Any) -> RunConfig:
