@@ -69,7 +69,7 @@ def test_from_folder_to_folder(
     assert lines[-1].endswith(f"MB of weights, processor and code to {back}")
     assert len(list(back.glob("*.safetensors"))) > 1
     code, _, errors = command(*arguments)
-    assert code == 1
+    assert code == 2
     assert "back exists" in errors
 
 

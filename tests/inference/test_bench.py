@@ -28,7 +28,7 @@ def test_every_variant_has_its_row(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (dense["first_token_ratio"], dense["tokens_per_s_ratio"]) == (1.0, 1.0)
     assert result["hardware"]["cores"]
     assert "| eve-v2.0 |" in capsys.readouterr().out
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     assert "add --overwrite" in capsys.readouterr().err
 
 

@@ -124,7 +124,7 @@ def test_a_model_of_captions_is_not_asked_questions(
         answer_questions(load_released(captions), question, options=options)
     with pytest.raises(ConfigError, match="trained on captions alone"):
         ReleasedFolder(captions, AskSettings(), device="cpu")
-    assert serve.main([str(captions), "--port", "0"]) == 1
+    assert serve.main([str(captions), "--port", "0"]) == 2
     assert "holds no conversation" in capsys.readouterr().err
     arguments = [str(captions), "--image", str(pictures[0]), "--max-new-tokens", "3"]
     assert generate.main([*arguments, "--template", "plain"]) == 0
@@ -153,7 +153,7 @@ def test_options_that_would_do_nothing_are_refused(
     released_folder: Path, engine: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = str(released_folder)
-    assert generate.main([folder, "--prompt", "a", "--top-p", "0.5"]) == 1
+    assert generate.main([folder, "--prompt", "a", "--top-p", "0.5"]) == 2
     assert "--top-p 0.5 does nothing without --temperature" in capsys.readouterr().err
     for wrong, problem in (
         (["--tasks", "pope", "--images", "3"], "--images N is of --easy-vqa"),

@@ -435,7 +435,7 @@ def test_the_command_serves_until_it_is_told_to_stop(engine: Engine, tmp_path: P
         wanted = expected(engine, turn(engine, "", 0), max_new_tokens=3)
         assert reply.choices[0].message.content == wanted
         taken = ["--port", url.rsplit(":", 1)[1]]
-        assert main([str(engine.info.folder), *taken]) == 1
+        assert main([str(engine.info.folder), *taken]) == 2
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) in (0, -signal.SIGTERM)
     finally:

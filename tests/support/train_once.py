@@ -34,7 +34,7 @@ def run_config(model: ModelConfig, parallel: ParallelConfig, **changes: Any) -> 
         data=dataclasses.replace(
             base.data, pack_tokens=TOKENS, align=ALIGN, sample_align=2 * parallel.context
         ),
-        train=dataclasses.replace(base.train, dtype="fp32"),
+        train=dataclasses.replace(base.train, dtype="fp32", deterministic=False),
         stage=dataclasses.replace(base.stage, trainable=changes.pop("trainable", EVERYTHING)),
     )
     for section, fields in changes.items():

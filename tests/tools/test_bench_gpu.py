@@ -95,7 +95,7 @@ def test_a_part_that_hangs_or_dies_costs_only_itself(tmp_path: Path, monkeypatch
         "exit status -9",
     ]
     assert all(parts[name]["rows"] for name in names)
-    assert main(["--out", str(tmp_path), "--size", "tiny", "--parts", *names]) == 1
+    assert main(["--out", str(tmp_path), "--size", "tiny", "--parts", *names]) == 2
     assert "add --overwrite" in capsys.readouterr().err
 
 

@@ -28,7 +28,7 @@ def test_a_small_run_writes_every_figure(
     printed = capsys.readouterr().out
     assert ("\n" + printed).count("\n| ") == 2 * (len(record["rows"]) + 1)
     assert "| conversations, 1600^2 | 16,384 |" in printed
-    assert main(command) == 1  # the older result stays
+    assert main(command) == 2  # the older result stays
     assert "add --overwrite" in capsys.readouterr().err
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eve.command import end_with, reports_errors
+from megatron_eve.errors import ConfigError
 from megatron_eve.whole import write_json
 from tools.bench.report import BenchmarkError, hardware
 
@@ -140,7 +141,7 @@ def _result_path(out: Path, *, size: str, overwrite: bool) -> Path:
     day = datetime.date.today().isoformat()
     path = out / (f"gpu-{day}.json" if size == "full" else f"gpu-tiny-{day}.json")
     if path.exists() and not overwrite:
-        raise BenchmarkError(f"{path} exists; add --overwrite or choose another --out.")
+        raise ConfigError(f"{path} exists; add --overwrite or choose another --out.")
     return path
 
 
