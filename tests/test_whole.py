@@ -20,6 +20,7 @@ from tests.repo.tree import python_files, text_of
 
 RENAMES_ELSEWHERE = {
     "megatron_eve/checkpoint/manager.py": "a checkpoint loses its name: broken ones step aside, old ones go",
+    "tools/compare_commits.py": "trees and links in a work folder of its own, made again where a comparison stopped",
 }
 """Files that rename without writing anything new, with their reason."""
 

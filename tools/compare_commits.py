@@ -28,7 +28,7 @@ from megatron_eve.folder_lock import only_one
 from megatron_eve.metrics.definitions import METRICS
 from megatron_eve.metrics.sinks import read_metrics
 from megatron_eve.run_files import CHECKPOINTS, COMPLETE, CONFIG, METRICS_FILE
-from megatron_eve.whole import whole_folder, write_json
+from megatron_eve.whole import write_json
 
 RECIPES = ("text", "stage1", "stage2_1", "stage2_2", "stage3")
 """Of `eve_tiny_...`, in the order in which each starts from the weights of the one before."""
@@ -182,22 +182,25 @@ def make_data(work: Path, *, base: str) -> None:
     code = _checkout(base, work=work)
     demo = ("eve-tiny", "--out", out, "--train-images", 200, "--stop-after", "shards")
     _python("tools.demo", *demo, code=code, folder=work)
-    with whole_folder(data) as half:
-        for name in ("text", "captions", "questions"):
-            (half / "demo" / name).mkdir(parents=True)
-            (half / "demo" / name / "shards").symlink_to(out / "data/shards" / name)
-        (half / "demo/tokenizer").symlink_to(out / "data/tokenizer")
+    half = work / ".data"
+    shutil.rmtree(half, ignore_errors=True)
+    for name in ("text", "captions", "questions"):
+        (half / "demo" / name).mkdir(parents=True)
+        (half / "demo" / name / "shards").symlink_to(out / "data/shards" / name)
+    (half / "demo/tokenizer").symlink_to(out / "data/tokenizer")
+    half.rename(data)
 
 
 def _checkout(commit: str, *, work: Path) -> Path:
     """The tree of a commit, without git."""
     code = work / "code" / commit[:12]
     if not code.exists():
+        half = code.with_name(f".{code.name}")
+        half.mkdir(parents=True, exist_ok=True)
         top = _git("rev-parse", "--show-toplevel").decode().strip()
         tree = _git("-C", top, "archive", commit)
-        code.parent.mkdir(parents=True, exist_ok=True)
-        with whole_folder(code) as half:
-            subprocess.run(["tar", "-x", "-C", half], input=tree, check=True)
+        subprocess.run(["tar", "-x", "-C", half], input=tree, check=True)
+        half.rename(code)
     return code
 
 
