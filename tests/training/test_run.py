@@ -210,7 +210,7 @@ def test_a_broken_newest_checkpoint_is_skipped(overrides, tmp_path):  # type: ig
 
 
 ERRORS = {
-    "data.sources.0.path=/nowhere/shards": (1, r"error: .*/nowhere/shards"),
+    "data.sources.0.path=/nowhere/shards": (1, r"DataError: .*/nowhere/shards"),
     "data.tokenizer=/nowhere/tokenizer": (2, r"error: .*/nowhere/tokenizer"),
     "checkpoint.load_weights_from=/nowhere/weights": (
         1,
