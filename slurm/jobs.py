@@ -26,7 +26,7 @@ from megatron_eve.command import end_with
 
 from . import commands
 
-PACKAGES = ("data_prep", "checkpoints_convert", "tools")
+PACKAGES = ("data_prep", "checkpoints_convert", "tools", "megatron_eve")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,9 +38,8 @@ class ModuleJob:
 
     def __call__(self) -> int:
         """Run the module and return its exit code."""
-        return subprocess.run(
-            [sys.executable, "-m", f"megatron_eve.{self.module}", *self.args]
-        ).returncode
+        module = f"megatron_eve.{self.module.removeprefix('megatron_eve.')}"  # in a wheel, too
+        return subprocess.run([sys.executable, "-m", module, *self.args]).returncode
 
     def checkpoint(self) -> DelayedSubmission:
         """Called by submitit ahead of the time limit: the same command again, which resumes by itself."""

@@ -188,3 +188,18 @@ def test_a_job_is_submitted_once_the_controller_is_back(monkeypatch: pytest.Monk
 def test_checkpoint_submits_the_same_command_again() -> None:
     job = jobs.ModuleJob(module="data_prep", args=("build-shards", "a"))
     assert job.checkpoint().function is job
+
+
+@pytest.mark.parametrize("module", ["data_prep", "megatron_eve.evaluation.checkpoint"])
+def test_a_job_runs_programs_of_every_package(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from slurm.jobs import ModuleJob
+
+    ran: list[str] = []
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+        ran.extend(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert ModuleJob(module=module, args=("--help",))() == 0
+    assert ran[1:] == ["-m", f"megatron_eve.{module.removeprefix('megatron_eve.')}", "--help"]
