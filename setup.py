@@ -20,7 +20,7 @@ BESIDE = ("data_prep", "checkpoints_convert", "slurm", "tools")
 IN_CHECKOUTS = ("tools.demo*", "tools.bench*")
 
 RUNTIME = [
-    "torch>=2.11,<2.14",  # 2.11 is what Transformer Engine 2.11 is built for; we read the dispatcher's own records
+    "torch>=2.11,<2.14",
     "megatron-core>=0.16.1,<0.17",  # private names of its optimizer and checkpoints
     "numpy>=2,<3",
     "psutil",
@@ -33,10 +33,10 @@ RUNTIME = [
     "python-snappy",
     "catalogue",
     "filelock",
-    "pillow>=12",  # grey of 16 bits, metadata: pixels are compared with its own
+    "pillow>=12",
     "tqdm",
     "tokenizers>=0.22,<1",
-    "transformers>=4.57,<5",  # its own tests say which others read a release
+    "transformers>=4.57,<5",  # a release is read by others, too: docs/release.md
     "safetensors>=0.5,<1",
     "tensorboard",
     "wandb",

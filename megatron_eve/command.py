@@ -33,14 +33,15 @@ def exit_code(error: Exception) -> int:
 def reports_errors(main: Callable[Parameters, int]) -> Callable[Parameters, int]:
     """A main whose errors, ours and the system's, are told on stderr and returned as exit code.
 
-    Processes that torchrun starts on a node find the same as they start: the first one tells it."""
+    Processes that torchrun starts find the same at their start and share one stderr: the first of a node tells it.
+    Under Slurm each tells it: every rank has a log of its own, and the launcher shows that of the first to fail."""
 
     @functools.wraps(main)
     def reporting(*args: Parameters.args, **kwargs: Parameters.kwargs) -> int:
         try:
             return main(*args, **kwargs)
         except (EveError, OSError) as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["LOCAL_RANK"] == "0":
                 print(f"error: {error}", file=sys.stderr)
             return exit_code(error)
 

@@ -22,7 +22,8 @@ import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.helpers import DelayedSubmission
 
-from megatron_eve.command import end_with
+from megatron_eve.command import end_with, reports_errors
+from megatron_eve.errors import ConfigError, EveError
 
 from . import commands
 
@@ -108,32 +109,26 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@reports_errors
 def main(argv: Sequence[str]) -> int:
     """Entry of `python -m slurm.jobs`."""
     args = parse_args(argv)
     module = args.command[0]
     if module.partition(".")[0] not in PACKAGES:
-        print(
-            f"found module {module}, expected one of {', '.join(PACKAGES)} or below",
-            file=sys.stderr,
-        )
-        return 2
+        raise ConfigError(f"found module {module}, expected one of {', '.join(PACKAGES)} or below")
     if any("=" not in text for text in args.sbatch):
-        print(f"found --sbatch {args.sbatch}, expected KEY=VALUE each", file=sys.stderr)
-        return 2
+        raise ConfigError(f"found --sbatch {args.sbatch}, expected KEY=VALUE each")
     try:
         job = submit(build_executor(args), ModuleJob(module=module, args=tuple(args.command[1:])))
     except FailedJobError as error:
-        print(f"sbatch refused the job: {error}", file=sys.stderr)
-        return 1
+        raise EveError(f"sbatch refused the job: {error}") from error
     print(
         f"job {job.job_id}: python -m {' '.join(args.command)}; log {job.paths.stdout}", flush=True
     )
     try:
         code = int(job.result())
     except (FailedJobError, UncompletedJobError) as error:
-        print(f"job {job.job_id} did not end by itself: {error}", file=sys.stderr)
-        return 1
+        raise EveError(f"job {job.job_id} did not end by itself: {error}") from error
     print("\n".join((job.stdout() or "").rstrip().splitlines()[-5:]))
     print(f"job {job.job_id} ended with {code}; log {job.paths.stdout}")
     return code

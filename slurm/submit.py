@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_eve.command import end_with
+from megatron_eve.command import end_with, reports_errors
+from megatron_eve.errors import ConfigError, EveError
 
 from . import commands
 
@@ -37,6 +38,7 @@ FORWARDED = (
     "EVE_SLURM_PATIENCE_S",
     "EVE_STOP_GRACE_S",
     "EVE_PROFILE",
+    "EVE_SLURM",
 )
 """Variables that decide something in the job."""
 LEFT_OUT = (
@@ -81,13 +83,12 @@ class Submission:
 def plan(args: argparse.Namespace) -> list[Submission]:
     """One submission a stage, in the order given; each starts from the weights of the one before it in the chain."""
     submissions: list[Submission] = []
-    files = sbatch_files(args.stages)
     given = {name: os.environ[name] for name in FORWARDED if os.environ.get(name)}
-    if files != HERE:  # those of the package, which its own interpreter finds from any folder
-        given = {"PYTHON": sys.executable} | given | {"EVE_SLURM": files}
-    settings = tuple(f"{name}={value}" for name, value in given.items())
     family = args.model.rpartition(":")[2]  # the functions' prefix, where a file is named before it
     for stage in args.stages:
+        files, settings = sbatch_files(stage), given
+        if files != HERE:  # those of the package, which its own interpreter finds from any folder
+            settings = {"PYTHON": sys.executable} | given | {"EVE_SLURM": files}
         weights = [f"checkpoint.load_weights_from={submissions[-1].run_dir}"] if submissions else []
         submissions.append(
             Submission(
@@ -97,17 +98,16 @@ def plan(args: argparse.Namespace) -> list[Submission]:
                 run_dir=str(args.root / f"{family}_{stage}"),
                 sbatch_args=tuple(args.sbatch_arg),
                 overrides=(*weights, *args.override),
-                settings=settings,
+                settings=tuple(f"{name}={value}" for name, value in settings.items()),
                 waits=bool(weights) and not Path(submissions[-1].run_dir).exists(),
             )
         )
     return submissions
 
 
-def sbatch_files(stages: Sequence[str]) -> str:
-    """Folder of the sbatch files: `slurm` where it has them (a checkout, a site's own copies), else the package's."""
-    own = all(Path(HERE, f"{stage}.sbatch").is_file() for stage in stages)
-    return HERE if own else str(Path(__file__).parent)
+def sbatch_files(stage: str) -> str:
+    """Folder of a stage's sbatch file: `slurm` where it has one (a checkout, a site's own copy), else the package's."""
+    return HERE if Path(HERE, f"{stage}.sbatch").is_file() else str(Path(__file__).parent)
 
 
 def refusals(submissions: Sequence[Submission]) -> list[str]:
@@ -116,7 +116,6 @@ def refusals(submissions: Sequence[Submission]) -> list[str]:
     if "megatron_eve.train" not in os.environ.get("TRAIN_CMD", "megatron_eve.train"):
         return []  # a stand-in, which reads recipes and overrides in its own way
     try:
-        from megatron_eve.errors import ConfigError
         from megatron_eve.train import configure
     except ImportError as error:
         print(
@@ -164,7 +163,7 @@ def submit(submissions: Sequence[Submission], *, after: str | None) -> list[str]
             after = sbatch(submission.command(after=after))
         except commands.SlurmError as error:
             queued = " ".join(ids) or "none"
-            raise SystemExit(
+            raise EveError(
                 f"sbatch refused {submission.stage}: {error} (queued before it: {queued})"
             ) from error
         ids.append(after)
@@ -212,21 +211,17 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@reports_errors
 def main(argv: Sequence[str]) -> int:
     """Entry of `python -m slurm.submit`."""
     args = parse_args(argv)
     if any(text.startswith("run_dir=") for text in args.override):
-        print(
-            "found --override run_dir=..., expected --root: each stage has a folder",
-            file=sys.stderr,
-        )
-        return 2
+        raise ConfigError("found --override run_dir=..., expected --root: each stage has a folder")
     if ignored := [name for name in LEFT_OUT if os.environ.get(name)]:
         print(f"not handed on: {', '.join(ignored)} of the environment", file=sys.stderr)
     submissions = plan(args)
     if refused := refusals(submissions):
-        print("\n".join([*refused, "nothing was submitted"]), file=sys.stderr)
-        return 2
+        raise ConfigError("\n".join([*refused, "nothing was submitted"]))
     if args.dry_run:
         after = args.after
         for submission in submissions:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_eve.command import end_with
+from megatron_eve.command import end_with, reports_errors
 
 IMAGE_ID = -200
 """What the official code takes for an image in the ids."""
@@ -27,6 +27,7 @@ SIZES = ((96, 64), (200, 150), (33, 97))  # width, height
 QUESTION = "What is in the image? Describe it in one sentence."
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the two steps and return its exit code."""
     arguments = _parse(argv)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One command of the demo as a child process: its output goes to the console and to a log file as it comes.
+"""A command as a child process, for the demo and short profiles: output goes to the console and to a log as it comes.
 
-A child never outlives the demo. Asked to stop (Ctrl-C, SIGTERM), the demo passes the request on in the way that the
-child understands and waits for it, so that a training run saves first; a second request kills. If the demo itself is
+A child never outlives its parent. Asked to stop (Ctrl-C, SIGTERM), the parent passes the request on in the way that the
+child understands and waits for it, so that a training run saves first; a second request kills. If the parent itself is
 killed, the kernel sends the child its stop signal.
 """
 
@@ -33,7 +33,7 @@ _LAUNCHER_NOISE = re.compile(r"^[EWI]\d{4} .*torch/distributed/elastic")
 
 
 class CommandFailed(EveError):
-    """A command of the demo ended with an error."""
+    """A child ended with an error."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +66,7 @@ def run_command(command: Command, *, held: IO[Any] | None = None) -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C in a terminal reaches the demo alone, which passes it on
+            start_new_session=True,  # Ctrl-C in a terminal reaches the parent alone, which passes it on
             pass_fds=(held.fileno(),) if held else (),
             preexec_fn=_signal_when_parent_dies(command.stop_signal),
         )

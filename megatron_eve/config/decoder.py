@@ -115,10 +115,6 @@ class DecoderLayer:
         return (self.input_norm, self.qkv, self.proj, self.ffn_norm, self.fc1, self.fc2)
 
     @property
-    def norms(self) -> tuple[Norm, ...]:
-        return tuple(row for row in self.rows if isinstance(row, Norm))
-
-    @property
     def linears(self) -> tuple[Linear, ...]:
         return tuple(row for row in self.rows if isinstance(row, Linear))
 

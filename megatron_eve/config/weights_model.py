@@ -51,7 +51,7 @@ def config_of_weights(path: Path) -> Path:
             return folder / CONFIG
     raise CheckpointError(
         f"{path} is neither a checkpoint nor a run directory with one ({COMPLETE} not found); name a run, a "
-        "checkpoint, or what `python -m checkpoints_convert hf-to-megatron` wrote."
+        "checkpoint, or what `megatron-eve convert hf-to-megatron` wrote."
     )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_eve.command import end_with, reports_errors
+from megatron_eve.errors import EveError
 from megatron_eve.evaluation.results import Figure, read_results
 from megatron_eve.run_files import EVALUATION_METRICS
 from megatron_eve.whole import write_json
@@ -31,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for command in commands(arguments, released=released):
             if code := subprocess.run([sys.executable, "-m", *command]).returncode:
-                print(f"error: {' '.join(command)}: exit {code}", file=sys.stderr)
-                return 1
+                raise EveError(f"{' '.join(command)}: exit {code}")
         metrics = flat([f for path in results(arguments.out) for f in read_results(path)])
     finally:
         shutil.rmtree(released, ignore_errors=True)

@@ -184,7 +184,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="example: python -m megatron_eve.evaluation.easy_vqa runs/demo/hf runs/demo/data/easy-vqa runs/demo",
     )
     parser.add_argument("model", type=Path, help="released Hugging Face folder")
-    parser.add_argument("easy_vqa", type=Path, help="folder of `python -m data_prep demo easy-vqa`")
+    parser.add_argument("easy_vqa", type=Path, help="folder of `megatron-eve data demo easy-vqa`")
     parser.add_argument("out", type=Path, help="folder for the results; those in it are replaced")
     parser.add_argument("--images", type=int, metavar="N", help="the first N only; default: all")
     parser.add_argument(
@@ -203,7 +203,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _read_json(path: Path) -> Any:
     if not path.is_file():
-        raise DataError(f"{path} is missing; make it with `python -m data_prep demo easy-vqa`.")
+        raise DataError(f"{path} is missing; make it with `megatron-eve data demo easy-vqa`.")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -65,7 +65,7 @@ def load_released(folder: Path, *, device: str | None = None) -> ReleasedModel:
     if missing:
         raise CheckpointError(
             f"{folder} is no released folder: {missing[0]} not found; make one with "
-            "`python -m checkpoints_convert megatron-to-hf`."
+            "`megatron-eve convert megatron-to-hf`."
         )
     check_tokenizer(read_release(folder), load_tokenizer(folder))
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")

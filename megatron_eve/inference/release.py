@@ -55,14 +55,14 @@ def read_release(folder: Path) -> ReleaseInfo:
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"{folder} is no released folder: {name} not found; make one with "
-                "`python -m checkpoints_convert megatron-to-hf`."
+                "`megatron-eve convert megatron-to-hf`."
             )
     path = folder / "config.json"
     content = _read_json(path)
     if content.get("model_type") != "eve-qwen2":
         raise CheckpointError(
             f"{path}: model_type is {content.get('model_type')!r}, expected 'eve-qwen2'; convert the folder with "
-            "`python -m checkpoints_convert`."
+            "`megatron-eve convert`."
         )
     _refuse_other_decoders(content, path)
     _refuse_other_patches(content, folder / "preprocessor_config.json")
@@ -129,7 +129,7 @@ def _refuse_other_patches(content: dict[str, Any], path: Path) -> None:
         if processor.get(name, content.get(name)) != content.get(name):
             raise CheckpointError(
                 f"{path}: {name} is {processor[name]!r}, but config.json says {content.get(name)!r}; make the release "
-                "again with `python -m checkpoints_convert megatron-to-hf`."
+                "again with `megatron-eve convert megatron-to-hf`."
             )
 
 
@@ -140,7 +140,7 @@ def _field(content: dict[str, Any], name: str, kind: type, *, path: Path) -> Any
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise CheckpointError(
             f"{path}: {name} is {value!r}, expected a {kind.__name__}; make the release again with "
-            "`python -m checkpoints_convert megatron-to-hf`."
+            "`megatron-eve convert megatron-to-hf`."
         )
     return value
 
@@ -166,7 +166,7 @@ def check_tokenizer(info: ReleaseInfo, tokenizer: Tokenizer) -> None:
     if info.pad_id not in (None, tokenizer.pad_id):
         raise CheckpointError(
             f"{folder}: pad_token_id is {info.pad_id}, pad_token of tokenizer_config.json {tokenizer.pad_id}; make the "
-            "release again with `python -m checkpoints_convert megatron-to-hf`."
+            "release again with `megatron-eve convert megatron-to-hf`."
         )
 
 
@@ -185,7 +185,7 @@ def _refuse_other_ends(content: dict[str, Any], settings: dict[str, Any], path: 
         if not set(others) <= set(ends):
             raise CheckpointError(
                 f"{path}: eos_token_id is {list(ends)}, in config.json {list(others)}; make the release again with "
-                "`python -m checkpoints_convert megatron-to-hf`."
+                "`megatron-eve convert megatron-to-hf`."
             )
     pads = {c["pad_token_id"] for c in (content, settings) if c.get("pad_token_id") is not None}
     if len(pads) > 1:

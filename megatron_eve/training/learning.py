@@ -96,7 +96,7 @@ class LearningWatch:
         if not metrics["label_tokens"]:
             return found | {
                 "no token had a label": "nothing is learned; the answers of these samples are masked or cut away: look "
-                "at data.max_text_tokens, data.template, RUN_DIR/quarantine.jsonl and `python -m data_prep inspect`"
+                "at data.max_text_tokens, data.template, RUN_DIR/quarantine.jsonl and `megatron-eve data inspect`"
             }
         for group in self._stage.trainable:
             if group not in reached:

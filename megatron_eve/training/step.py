@@ -188,7 +188,7 @@ def _non_finite_loss(loss: float, packs: Sequence[Pack]) -> str | None:
     return (
         f"loss is {loss}; the weights were not updated. First samples of this rank's "
         f"packs: {names}. Lower optim.peak_lr, set optim.clip_grad, or look at these samples "
-        "with `python -m data_prep inspect`"
+        "with `megatron-eve data inspect`"
     )
 
 

@@ -210,14 +210,14 @@ def test_the_trainer_names_the_command_for_more_than_it_counts(
     with pytest.raises(ConfigError) as refused:
         open_loader(data, qwen)
     command = (
-        f"python -m data_prep count '{shards}' --tokenizer {qwen_folder} --template plain "
+        f"megatron-eve data count '{shards}' --tokenizer {qwen_folder} --template plain "
         "--max-text-tokens 200"
     )
     assert command in str(refused.value)
     assert "18 samples are not counted yet" in str(refused.value)
     from data_prep.__main__ import main
 
-    assert main([*shlex.split(command)[3:], "--workers", "1"]) == 0
+    assert main([*shlex.split(command)[2:], "--workers", "1"]) == 0
     open_loader(data, qwen).close()
 
 

@@ -39,23 +39,23 @@ def test_wrong_input_is_named(
     broken = tmp_path / "broken.png"
     broken.write_bytes(pictures[0].read_bytes()[:60])
     question = ["--prompt", "What?"]
-    for arguments, message in (
-        ([str(tmp_path), *question], "is no released folder: config.json not found"),
+    for arguments, message, code in (
+        ([str(tmp_path), *question], "is no released folder: config.json not found", 1),
         (
             [folder, "--image", str(tmp_path / "no.png"), *question],
             "no.png cannot be read (No such",
+            1,
         ),
-        ([folder, "--image", str(broken), *question], "broken.png cannot be used as an image"),
-        ([folder, *good, "--prompt", "a <image>"], "turn 0 spells <image>"),
-        ([folder, "--prompt", "  "], "turn 0 is empty; give a question, an image, or both"),
-        ([folder, "--prompt", "\udcff"], "turn 0 holds half of a surrogate pair"),
-        ([folder, "--image", str(tmp_path), *question], "cannot be read (Is a directory)"),
-        ([folder, *good, *question, "--top-p", "2"], "top_p is 2.0, expected above 0"),
-        ([folder, *good, *question, "--device", "tpu"], "device is 'tpu', expected cpu, cuda"),
-        ([folder, *good, *question, "--max-new-tokens", "999"], "the model has 256 positions"),
+        ([folder, "--image", str(broken), *question], "broken.png cannot be used as an image", 1),
+        ([folder, *good, "--prompt", "a <image>"], "turn 0 spells <image>", 1),
+        ([folder, "--prompt", "  "], "turn 0 is empty; give a question, an image, or both", 1),
+        ([folder, "--prompt", "\udcff"], "turn 0 holds half of a surrogate pair", 1),
+        ([folder, "--image", str(tmp_path), *question], "cannot be read (Is a directory)", 1),
+        ([folder, *good, *question, "--top-p", "2"], "top_p is 2.0, expected above 0", 2),
+        ([folder, *good, *question, "--device", "tpu"], "device is 'tpu', expected cpu, cuda", 2),
+        ([folder, *good, *question, "--max-new-tokens", "999"], "the model has 256 positions", 2),
     ):
-        is_option = arguments[-2] in ("--top-p", "--device", "--max-new-tokens")
-        assert main(arguments) == (2 if is_option else 1), arguments
+        assert main(arguments) == code, arguments
         captured = capsys.readouterr()
         assert message in captured.err
         assert captured.out == ""

@@ -35,7 +35,8 @@ def test_every_command_is_a_program_that_ends_by_the_common_frame() -> None:
             found = find_spec(f"{module}.__main__")
         assert found is not None and found.origin is not None, module
         assert Path(found.origin).is_relative_to(REPO)
-        assert "end_with(" in Path(found.origin).read_text(), module
+        text = Path(found.origin).read_text()
+        assert "end_with(" in text and "@reports_errors\ndef main(" in text, module
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,10 +95,17 @@ def test_a_defect_keeps_its_traceback() -> None:
         fail()
 
 
-def test_of_the_ranks_of_a_node_the_first_one_tells(
+def test_under_torchrun_the_first_rank_of_a_node_tells_and_elsewhere_every_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for rank, told in (("0", True), ("1", False)):
+    for launcher, rank, told in (
+        ("torchrun", "0", True),
+        ("torchrun", "1", False),
+        ("slurm", "1", True),
+    ):
         monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        if launcher == "torchrun":
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
         assert train.main(["no_such_recipe"]) == 2
         assert ("no_such_recipe" in capsys.readouterr().err) is told

@@ -190,6 +190,18 @@ def test_checkpoint_submits_the_same_command_again() -> None:
     assert job.checkpoint().function is job
 
 
+def test_a_sites_own_file_of_one_stage_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/stage1.sbatch").touch()
+    assert submit.main(["stage1", "stage2_2", "--dry-run"]) == 0
+    own, packages, _ = capsys.readouterr().out.splitlines()
+    assert " slurm/stage1.sbatch " in own and "EVE_SLURM=" not in own
+    assert f" {REPO}/slurm/stage2_2.sbatch " in packages and f"EVE_SLURM={REPO}/slurm" in packages
+
+
 @pytest.mark.parametrize("module", ["data_prep", "megatron_eve.evaluation.checkpoint"])
 def test_a_job_runs_programs_of_every_package(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from slurm.jobs import ModuleJob

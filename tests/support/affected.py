@@ -19,7 +19,7 @@ from tests.repo.tree import REPO, files, text_of
 
 FOLDERS: dict[str, tuple[str, ...]] = {
     "megatron_eve/": ("tests/config", "tests/training", "tests/repo", "tests/test_whole.py"),
-    "megatron_eve/config/": ("tests/config",),
+    "megatron_eve/config/": ("tests/config", "tests/metrics/test_flops.py"),
     "megatron_eve/data/": ("tests/data",),
     "megatron_eve/model/": ("tests/model",),
     "megatron_eve/kernels/": ("tests/kernels", "tests/model/test_attention.py"),
@@ -53,6 +53,7 @@ SLOW = (
     "tests/repo/test_interrupts.py",
     "tests/repo/test_packaging.py",
     "tests/repo/test_readme_commands.py",
+    "tests/repo/test_wheel.py",
     "tests/tools/test_bench.py",
     "tests/tools/test_compare_commits.py",
     "tests/tools/test_demo.py::test_the_whole_path",

@@ -166,7 +166,7 @@ class _Lengths:
     def finished(self, *, shape: PackShape, max_unreadable: int) -> SampleLengths:
         unreadable = [entry for entry in self._unfit.values() if entry.reason in UNREADABLE]
         if len(unreadable) > max_unreadable:
-            then = "Repair them and run `python -m data_prep count` with --again"
+            then = "Repair them and run `megatron-eve data count` with --again"
             raise too_many_unreadable(unreadable, allowed=max_unreadable, then=then)
         num_vision, num_text, num_labels = np.concatenate(self._columns, axis=1)
         for i in _too_long(num_vision, num_text, shape=shape):
@@ -231,7 +231,7 @@ def _refuse_long_counting(
     for source in missing:
         groups.setdefault(source.settings, []).append(str(source.folder))
     commands = " && ".join(
-        f"python -m data_prep count {shlex.join(folders)} --tokenizer {shlex.quote(str(tokenizer.folder))} "
+        f"megatron-eve data count {shlex.join(folders)} --tokenizer {shlex.quote(str(tokenizer.folder))} "
         f"--template {text.template} --max-text-tokens {text.max_text_tokens}"
         for text, folders in groups.items()
     )

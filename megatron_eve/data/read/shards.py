@@ -27,7 +27,7 @@ from megatron_eve.errors import DataError
 
 _INDEX_NAME = "index.json"
 _READ_AHEAD_BYTES = 4096
-_ADVICE = "build the folder with `python -m data_prep build-shards`, or correct data.sources"
+_ADVICE = "build the folder with `megatron-eve data build-shards`, or correct data.sources"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 training needs.
 
 Comes in: a folder with tokenizer.json and tokenizer_config.json (eos_token, pad_token), as HF
-releases hold it and as `python -m data_prep tokenizer` writes it. No transformers import: it costs
+releases hold it and as `megatron-eve data tokenizer` writes it. No transformers import: it costs
 seconds and would tie the data path to it.
 """
 
@@ -61,7 +61,7 @@ class Tokenizer:
         if token is None:
             raise ConfigError(
                 f"data.tokenizer={self.folder}: no token {text!r}, which the conversation template needs; "
-                "use the Qwen2.5 tokenizer or one made by `python -m data_prep tokenizer`."
+                "use the Qwen2.5 tokenizer or one made by `megatron-eve data tokenizer`."
             )
         return token
 
@@ -74,7 +74,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         if not (path / name).is_file():
             raise ConfigError(
                 f"data.tokenizer={path}: {name} not found; give a folder with tokenizer.json and "
-                "tokenizer_config.json, or make one with `python -m data_prep tokenizer`."
+                "tokenizer_config.json, or make one with `megatron-eve data tokenizer`."
             )
     content = (path / "tokenizer.json").read_bytes()
     try:

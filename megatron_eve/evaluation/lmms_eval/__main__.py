@@ -15,21 +15,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_eve.command import end_with
+from megatron_eve.command import end_with, reports_errors
+from megatron_eve.errors import ConfigError, EveError
 
 TASKS = Path(__file__).parent / "tasks"
 PLUGIN = "megatron_eve.evaluation.lmms_eval"
 INSTALL = "`make install-eval`, or pip install -c constraints.txt --no-deps lmms-eval after the `eval` set"
 
 
+@reports_errors
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate and return the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     behind = given.index("--") if "--" in given else len(given)
     arguments = _parse(given[:behind])
     if importlib.util.find_spec("lmms_eval") is None:
-        print(f"error: lmms-eval is not installed; {INSTALL}", file=sys.stderr)
-        return 2
+        raise ConfigError(f"lmms-eval is not installed; {INSTALL}")
     before = _results(arguments.out)
     command = command_line(arguments, further=given[behind + 1 :])
     path = os.pathsep.join(filter(None, [str(TASKS.parents[3]), os.environ.get("PYTHONPATH")]))
@@ -37,10 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = subprocess.run(command, env=os.environ | plugin).returncode
     written = sorted(_results(arguments.out) - before)
     if code != 0 or not written:
-        print(
-            f"error: lmms-eval wrote no results to {arguments.out} (exit {code})", file=sys.stderr
-        )
-        return 1
+        raise EveError(f"lmms-eval wrote no results to {arguments.out} (exit {code})")
     print(f"wrote {', '.join(map(str, written))}")
     return 0
 

@@ -93,7 +93,7 @@ class ReleasedFolder:
         if not (folder / "modeling_eve.py").is_file():
             raise CheckpointError(
                 f"{folder} is no released folder: modeling_eve.py not found; make one with "
-                "`python -m checkpoints_convert release`."
+                "`megatron-eve convert release`."
             )
         check_tokenizer(read_release(folder), load_tokenizer(folder))
         auto_processor: Any = AutoProcessor  # untyped upstream
